@@ -1,0 +1,420 @@
+"""Every knob, with its meaning and unit; read from YAML files and the command line, later ones winning."""
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from dist_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which samples are read, in which order, and how they become pixels."""
+
+    shards: str = ""
+    """folder with an index.json, as written by `dist-train shard` or `dist-train index`"""
+    train_split: str = "train"
+    """split that is trained on"""
+    val_split: str = "val"
+    """split that is evaluated while training, picks the best checkpoint and stops early"""
+    test_split: str = "test"
+    """split that is evaluated once, at the end; empty for none"""
+    global_batch_size: int = 128
+    """samples per step over all ranks together; the same on any number of ranks"""
+    image_size: int = 0
+    """height and width that enter the network, pixels; 0 keeps the stored size"""
+    crop: Literal["auto", "random_resized", "resize"] = "auto"
+    """what the decoder cuts out for training: a random box (keyed by the sample) or the whole picture; auto takes the
+    random box where augment.crop asks for one and pictures differ in size, and leaves one-size sets to the device"""
+    eval_crop: float = 0.875
+    """share of the shorter side kept by the central crop in evaluation, where pictures differ in size"""
+    window_shards: int = 16
+    """samples are shuffled inside windows of this many shards; at least the number of shards is a full shuffle"""
+    lanes: int = 0
+    """parts of an epoch read side by side, dealt over the ranks; 0 derives it from the shards and the batch size"""
+    threads: int = 0
+    """decoding threads per process; 0 is the number of cores this process may use"""
+    prefetch_mb: int = 256
+    """decoded batches kept ahead of the step, MB per process"""
+    verify: bool = True
+    """compare every sample's checksum as it is read"""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What is done to training pictures on the device; every draw is keyed by (seed, epoch, sample)."""
+
+    crop: Literal["none", "random_resized", "padded"] = "none"
+    """random resized crop (Inception style), or a random crop after padding"""
+    scale: tuple[float, float] = (0.35, 1.0)
+    """area of the random resized crop as a share of the picture"""
+    ratio: tuple[float, float] = (0.75, 1.3333333)
+    """aspect ratio, width / height, of the random resized crop"""
+    padding: int = 4
+    """pixels of padding for crop: padded"""
+    flip: float = 0.0
+    """probability of a left-right flip"""
+    rotate_degrees: float = 0.0
+    """rotation drawn evenly from plus or minus this angle"""
+    brightness: float = 0.0
+    """factor drawn from 1 plus or minus this"""
+    contrast: float = 0.0
+    """factor drawn from 1 plus or minus this"""
+    saturation: float = 0.0
+    """factor drawn from 1 plus or minus this"""
+    hue: float = 0.0
+    """shift drawn from plus or minus this, in turns; at most 0.5"""
+    grayscale: float = 0.0
+    """probability of dropping the colour"""
+    erase: float = 0.0
+    """probability of erasing a random box (random erasing)"""
+    mixup: float = 0.0
+    """alpha of mixup's Beta distribution; 0 is off, 0.2 is usual"""
+    cutmix: float = 0.0
+    """alpha of cutmix's Beta distribution; 0 is off, 1.0 is usual; with mixup on, each batch does one of them"""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
+
+    name: str = "alexnet"
+    """alexnet, alexnet_bn (the notebooks' own, with BatchNorm), vgg11 to vgg19 (and _bn), mlp, or any torchvision classifier"""
+    pretrained: str = ""
+    """torchvision's weights by name ("DEFAULT", "IMAGENET1K_V1"), or a .pth or .safetensors file; empty starts fresh"""
+    dropout: float = 0.5
+    """dropout before the fully connected layers"""
+    stem: Literal["auto", "imagenet", "small"] = "auto"
+    """small keeps resolution for pictures under 64 px: 3x3 kernels, stride 1, no early pooling; auto decides by size"""
+    width: float = 1.0
+    """channels and hidden units of alexnet and vgg, times this"""
+    hidden: tuple[int, ...] = (128, 128, 128)
+    """hidden layers of the mlp"""
+    activation: Literal["relu", "leaky_relu", "elu", "selu", "gelu", "silu", "tanh"] = "relu"
+    """activation of the mlp"""
+    batchnorm: bool = False
+    """BatchNorm after each hidden layer of the mlp"""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How the weights are changed."""
+
+    name: Literal["sgd", "adam", "adamw", "adamax"] = "sgd"
+    """optimizer"""
+    lr: float = 0.01
+    """peak learning rate; plain AlexNet and VGG without BatchNorm learn near 0.01, not at ResNet's 0.1"""
+    momentum: float = 0.9
+    """momentum of sgd, first beta of the Adam family"""
+    beta2: float = 0.999
+    """second beta of the Adam family"""
+    nesterov: bool = True
+    """Nesterov momentum, sgd only"""
+    weight_decay: float = 5e-4
+    """decay of weight matrices and kernels; biases and norms are not decayed"""
+    schedule: Literal["constant", "cosine", "one_cycle", "step", "plateau"] = "cosine"
+    """learning rate over the run"""
+    warmup_epochs: float = 0.0
+    """linear warm-up, epochs; for one_cycle the length of the rise"""
+    final_lr: float = 0.0
+    """learning rate at the end of cosine and one_cycle, as a share of the peak"""
+    step_epochs: float = 30.0
+    """step: epochs between drops"""
+    step_factor: float = 0.1
+    """step and plateau: the rate is multiplied by this"""
+    plateau_patience: int = 2
+    """plateau: evaluations without improvement before a drop"""
+    label_smoothing: float = 0.0
+    """share of the label's weight that is spread evenly over all classes"""
+    clip_norm: float = 0.0
+    """gradients are scaled down to this global norm; 0 is off"""
+    ema_decay: float = 0.0
+    """exponential moving average of the weights, which is then what is evaluated and kept; 0 is off, 0.999 is usual"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how precisely, and what is kept."""
+
+    epochs: float = 10.0
+    """length of the run, passes over the training split"""
+    max_steps: int = 0
+    """stop after this many steps whatever the epochs say; 0 is no limit. The schedule is that of the whole run"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """arithmetic of the forward and backward pass; weights stay fp32. fp16 needs a GPU"""
+    micro_batch_size: int = 0
+    """most samples a rank takes through the network at once; a larger share is accumulated; 0 takes it whole"""
+    eval_every_epochs: float = 1.0
+    """epochs between evaluations; 0 evaluates at the end only"""
+    monitor: Literal["top1", "loss"] = "top1"
+    """validation figure that picks the best checkpoint and stops early"""
+    patience: int = 0
+    """stop after this many evaluations without improvement; 0 never"""
+    flip_test: bool = False
+    """evaluate the mean of each picture's and its mirror image's logits"""
+    sync_batchnorm: bool = True
+    """BatchNorm over the global batch, so that the figures do not depend on the number of ranks"""
+    channels_last: bool = True
+    """memory format of pictures and kernels"""
+    compile: bool = False
+    """torch.compile the network; pays on GPUs"""
+    checkpoint_every_steps: int = 500
+    """steps between checkpoints, besides one at every evaluation; 0 is none besides"""
+    keep_checkpoints: int = 2
+    """newest checkpoints kept; the best one is kept besides"""
+    log_every_steps: int = 20
+    """steps between log lines"""
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """Where figures go, besides the console and metrics.jsonl."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """Weights & Biases: auto is online where an API key is present and offline into the run folder otherwise"""
+    project: str = "dist_train"
+    """Weights & Biases project"""
+    entity: str = ""
+    """Weights & Biases team or user; empty is the default one"""
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """The process: nothing here changes a result."""
+
+    threads: int = 0
+    """CPU threads of the arithmetic per process; 0 shares the cores among the processes of the machine"""
+    timeout_s: int = 300
+    """a rank that does not answer for this long ends the job"""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run. What a recipe sets."""
+
+    seed: int = 0
+    """order, augmentation, initial weights and dropout all follow from it"""
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Shares of the samples, drawn by class (stratified) where the source has no splits of its own."""
+
+    val: float = 0.1
+    """share for validation"""
+    test: float = 0.1
+    """share for the test; where the source brings its own test split, that one is kept and this is not used"""
+
+
+@dataclass(frozen=True)
+class ShardConfig:
+    """One conversion: what `datasets/<set>.yaml` holds."""
+
+    source: Literal["folder", "torchvision", "sklearn", "csv"] = "folder"
+    """where raw samples come from"""
+    path: str = ""
+    """folder of class folders, CSV file, or the root folder of a torchvision set"""
+    dataset: str = ""
+    """torchvision's or scikit-learn's name of the set: CIFAR10, SVHN, digits, breast_cancer"""
+    classes: tuple[str, ...] = ()
+    """folder: the class folders to take, in this order; empty takes all, sorted"""
+    target: str = ""
+    """csv: the column with the class"""
+    missing: Literal["drop", "mean", "error"] = "drop"
+    """csv: what happens to rows with missing or non-numeric values"""
+    download: bool = False
+    """torchvision: fetch the raw files when they are not there"""
+    out: str = ""
+    """folder to write; default shards/<name of the YAML file>"""
+    split: SplitConfig = field(default_factory=SplitConfig)
+    seed: int = 0
+    """draws the split and the order inside the shards"""
+    resize: int = 0
+    """shorter side is brought down to this, pixels; 0 keeps the bytes of every JPEG and PNG as they are"""
+    quality: int = 90
+    """JPEG quality where pictures are encoded anew"""
+    shard_mb: float = 128.0
+    """aimed size of a shard, MB"""
+    min_shards: int = 4
+    """least number of shards of the training split, however small it is"""
+    workers: int = 0
+    """processes; 0 is one per core"""
+    max_bad: int = 0
+    """unreadable samples that are left out, and listed in the index, before the conversion stops"""
+    overwrite: bool = False
+    """replace a finished set of the same name"""
+
+
+# Settings that may differ between a run and its continuation, because no result depends on them.
+FREE_SETTINGS = ("runtime.", "track.", "data.shards", "data.threads", "data.prefetch_mb", "data.verify",
+                 "train.micro_batch_size", "train.max_steps", "train.log_every_steps", "train.checkpoint_every_steps",
+                 "train.keep_checkpoints", "train.compile", "train.channels_last")  # fmt: skip
+
+
+def read_config(kind: type, argv: list[str], prog: str, files: list[str] = ()):
+    """Read a dataclass tree from YAML files, then `--config FILE` and `--SECTION.KEY VALUE` in argv; later ones win.
+
+    kind: RunConfig or ShardConfig. prog: the command's name, for its help. Hyphens in option names count as underscores.
+    Raises UserError with every unknown name (and the nearest one that exists) and every value of a wrong type at once.
+    """
+    argv = [_underscored(word) for word in argv]
+    argv = [word for file in files for word in ("--config", file)] + argv
+    parser = _parser(kind, prog)
+    settings, problems = _collect(kind, argv)
+    if not problems:
+        try:
+            return parser.instantiate(parser.parse_args(argv)).config_tree
+        except Exception as error:  # jsonargparse stops at the first fault: look at every setting by itself
+            problems = _mistyped(parser, settings) or [str(error)]
+    raise UserError("\n".join(problems))
+
+
+def to_dict(config) -> dict:
+    """Nested dict of plain values, ready for YAML or JSON; reads back to an equal object."""
+    return {
+        f.name: to_dict(value) if dataclasses.is_dataclass(value := getattr(config, f.name)) else
+        list(value) if isinstance(value, tuple) else value
+        for f in dataclasses.fields(config)
+    }  # fmt: skip
+
+
+def from_dict(kind: type, values: dict):
+    """The inverse of `to_dict`. Raises UserError on names that are not settings."""
+    import yaml
+
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(kind)})
+    if unknown:
+        raise UserError(f"{kind.__name__}: {', '.join(unknown)} is not a setting:\n{yaml.safe_dump(values)}")
+    return kind(**{
+        name: from_dict(hints[name], value) if dataclasses.is_dataclass(hints[name]) else
+        tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+    })  # fmt: skip
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def conflicts(old: dict, new: dict) -> list[str]:
+    """Lines naming the settings that differ between two `to_dict` trees and change a result."""
+    old, new = flatten(old), flatten(new)
+    return [
+        f"{key}: {old.get(key)!r} in the run, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(FREE_SETTINGS)
+    ]
+
+
+def setting_names(kind: type, prefix: str = "") -> dict[str, type]:
+    """Dotted name -> type of every setting below a dataclass."""
+    names = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            names |= setting_names(hint, f"{prefix}{name}.")
+        else:
+            names[f"{prefix}{name}"] = hint
+    return names
+
+
+def _underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _parser(kind: type, prog: str):
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    class Parser(ArgumentParser):
+        def instantiate(self, namespace):
+            out = super().instantiate(namespace)
+            values = {f.name: out[f.name] for f in dataclasses.fields(kind)}
+            out.config_tree = kind(**values)
+            return out
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(prog=prog, description=kind.__doc__.splitlines()[0], exit_on_error=False, default_meta=False)
+    parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
+    parser.add_class_arguments(kind, None)
+    return parser
+
+
+def _collect(kind: type, argv: list[str]) -> tuple[list[tuple[str, str, object]], list[str]]:
+    """((where, name, value) of every setting given, complaints about names and files)."""
+    import yaml
+
+    known, settings, problems = setting_names(kind), [], []
+    words = iter(argv)
+    for word in words:
+        if word in ("-h", "--help") or word.startswith("--print_config"):
+            continue
+        if not word.startswith("--"):
+            problems.append(f"command line: {word!r} does not follow an option; expected --SECTION.KEY VALUE")
+            continue
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            value = next(words, None)
+        if value is None:
+            problems.append(f"command line: --{name} has no value")
+        elif name != "config":
+            settings.append(("command line", name, value))
+        else:
+            try:
+                tree = yaml.safe_load(Path(value).read_text()) or {}
+            except (OSError, UnicodeDecodeError) as error:
+                problems.append(f"{value}: cannot read the settings: {getattr(error, 'strerror', None) or error}")
+            except yaml.YAMLError as error:
+                problems.append(f"{value}: not YAML: {str(error).splitlines()[0]} {getattr(error, 'problem_mark', '')}")
+            else:
+                if isinstance(tree, dict):
+                    settings += [(value, key, v) for key, v in flatten(tree).items()]
+                else:
+                    problems.append(f"{value}: expected `key: value` lines, found {type(tree).__name__}")
+    for where, name, _ in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            near = near or [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
+            hint = f"Did you mean {near[0]}?" if near else "`--help` lists them all."
+            problems.append(f"{where}: {name} is not a setting. {hint}")
+    if problems:  # values of the known names are looked at in the same breath
+        good = [(where, name, value) for where, name, value in settings if name in known]
+        problems += _mistyped(_parser(kind, ""), good)
+    return settings, problems
+
+
+def _mistyped(parser, settings: list) -> list[str]:
+    problems = []
+    for where, name, value in settings:
+        try:
+            if where == "command line":
+                parser.parse_args([f"--{name}={value}"])
+            else:
+                tree = value
+                for part in reversed(name.split(".")):
+                    tree = {part: tree}
+                parser.parse_object(tree)
+        except Exception as error:
+            expected = str(error).split("Expected ")[-1].splitlines()[0].split(". Got")[0]
+            expected = expected.replace("<class '", "").replace("'>", "").removeprefix("a ").replace("typing.Literal", "one of ")
+            problems.append(f"{where}: {name} is {value!r}; expected {expected}")
+    return problems

@@ -1,0 +1,200 @@
+"""What is in the shards: classes, counts, offsets, labels, checksums. Only this file knows how the index is stored.
+
+    shards/NAME/index.json            classes, statistics, and per split the shard files with counts and checksums
+    shards/NAME/train.samples.npy     one row (SAMPLE) a sample, in shard order
+    shards/NAME/train.names.txt       one line a sample: where it came from
+    shards/NAME/train-000000.tar ...  plain WebDataset
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from dist_train.errors import UserError
+
+FORMAT = "dist_train index 1"
+
+# One sample: where its picture (or vector) lies in its shard, what it is, and what its bytes hash to.
+SAMPLE = np.dtype([
+    ("offset", "<u8"),    # first byte of the payload in the tar
+    ("size", "<u4"),      # bytes of the payload
+    ("label", "<i4"),     # class number
+    ("height", "<u2"),    # pixels as stored, 0 for tables
+    ("width", "<u2"),
+    ("checksum", "<u8"),  # xxh3_64 of the payload
+])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """One split. Samples are numbered 0..num_samples-1 in shard order; shard k holds first[k]..first[k+1]-1."""
+
+    name: str
+    folder: str
+    files: list[str]
+    shard_samples: np.ndarray  # (S,) int64
+    shard_bytes: np.ndarray  # (S,) int64
+    shard_checksums: list[str]  # xxh3_128 of the whole file, hex
+    class_counts: np.ndarray  # (K,) int64
+    table_checksum: str = ""
+    first: np.ndarray = field(init=False)  # (S + 1,) int64
+
+    def __post_init__(self):
+        object.__setattr__(self, "first", np.concatenate([[0], np.cumsum(self.shard_samples)]).astype(np.int64))
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.first[-1])
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.shard_samples)
+
+    def table(self) -> np.ndarray:
+        """(num_samples,) SAMPLE rows, mapped: only what is touched is read."""
+        path = Path(self.folder, f"{self.name}.samples.npy")
+        try:
+            table = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot read the table of samples: {error}\n  {_advice(self.folder)}") from None
+        if table.dtype != SAMPLE or len(table) != self.num_samples:
+            raise UserError(
+                f"{path}: {len(table)} rows of {table.dtype}, but the index counts {self.num_samples} samples."
+                f"\n  {_advice(self.folder)}"
+            )
+        return table
+
+    def names(self) -> list[str]:
+        """Where each sample came from: a path relative to the source, in sample order; empty if not kept."""
+        path = Path(self.folder, f"{self.name}.names.txt")
+        return path.read_text().splitlines() if path.exists() else []
+
+    def shard_of(self, samples: np.ndarray) -> np.ndarray:
+        """Shard number of each sample number. samples: (n,) int64."""
+        return np.searchsorted(self.first, samples, side="right") - 1
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """A whole set. image_size is (height, width) where all pictures are alike, else None; tables have features."""
+
+    folder: str
+    name: str
+    classes: list[str]
+    splits: dict[str, SplitIndex]
+    mean: list[float]  # of the training split: per channel of pixels/255, or per feature
+    std: list[float]
+    image_size: tuple[int, int] | None = None
+    features: list[str] | None = None  # names of a table's columns; None for pictures
+    left_out: list[dict] = field(default_factory=list)  # {"name": ..., "why": ...} of samples not converted
+    source: dict = field(default_factory=dict)  # the settings it was converted with
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def split(self, name: str) -> SplitIndex:
+        if name not in self.splits:
+            raise UserError(f"{self.folder}: there is no split {name!r}; it has {', '.join(self.splits)}.")
+        return self.splits[name]
+
+
+def load_index(folder: str | os.PathLike) -> ShardIndex:
+    """Read shards/NAME/index.json. Raises UserError if it is missing, damaged, or of another format."""
+    path = Path(folder, "index.json")
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        what = "the folder has no index.json" if Path(folder).is_dir() else "there is no such folder"
+        raise UserError(
+            f"{folder}: {what}, so these are not finished shards.\n  Write them with: dist-train shard datasets/NAME.yaml"
+            f"   (or index tars made by others with: dist-train index {folder})"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}\n  {_advice(folder)}") from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
+        raise UserError(f"{path}: format is {found!r}; this version reads {FORMAT!r}.\n  {_advice(folder)}")
+    if raw.pop("checksum", None) != _json_checksum(raw):
+        raise UserError(f"{path}: its own checksum does not match: the file was changed or damaged.\n  {_advice(folder)}")
+    splits = {
+        name: SplitIndex(
+            name=name, folder=str(folder), files=s["files"], shard_checksums=s["checksums"],
+            shard_samples=np.asarray(s["samples"], np.int64), shard_bytes=np.asarray(s["bytes"], np.int64),
+            class_counts=np.asarray(s["class_counts"], np.int64), table_checksum=s["table_checksum"],
+        )
+        for name, s in raw["splits"].items()
+    }  # fmt: skip
+    return ShardIndex(
+        folder=str(folder), name=raw["name"], classes=raw["classes"], splits=splits, mean=raw["mean"], std=raw["std"],
+        image_size=tuple(raw["image_size"]) if raw["image_size"] else None, features=raw["features"],
+        left_out=raw["left_out"], source=raw["source"],
+    )  # fmt: skip
+
+
+def save_table(folder: str | os.PathLike, split: str, rows: np.ndarray, names: list[str]) -> str:
+    """Write a split's table of samples and its names; return the table's checksum for `save_index`.
+
+    rows: (num_samples,) SAMPLE in shard order.
+    """
+    path = Path(folder, f"{split}.samples.npy")
+    with open(path, "wb") as file:
+        np.save(file, rows.astype(SAMPLE, copy=False), allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    if names:
+        Path(folder, f"{split}.names.txt").write_text("".join(f"{name}\n" for name in names))
+    return file_checksum(path)
+
+
+def save_index(index: ShardIndex) -> None:
+    """Write index.json, last and whole: a folder without one is unfinished."""
+    raw = {
+        "format": FORMAT, "name": index.name, "classes": index.classes, "mean": index.mean, "std": index.std,
+        "image_size": index.image_size and list(index.image_size), "features": index.features,
+        "source": index.source, "left_out": index.left_out,
+        "splits": {
+            s.name: {
+                "class_counts": s.class_counts.tolist(), "table_checksum": s.table_checksum, "files": s.files,
+                "samples": s.shard_samples.tolist(), "bytes": s.shard_bytes.tolist(), "checksums": s.shard_checksums,
+            }
+            for s in index.splits.values()
+        },
+    }  # fmt: skip
+    raw["checksum"] = _json_checksum(raw)
+    path = Path(index.folder, "index.json")
+    partial = path.with_suffix(".json.partial")
+    with open(partial, "w") as file:
+        json.dump(raw, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def simulated_split(num_samples: int, num_shards: int, sample_bytes: int = 100_000) -> SplitIndex:
+    """A made-up split of evenly filled shards, for planning without data."""
+    counts = np.full(num_shards, num_samples // num_shards, np.int64)
+    counts[: num_samples % num_shards] += 1
+    files = [f"train-{k:06d}.tar" for k in range(num_shards)]
+    return SplitIndex("train", "", files, counts, counts * sample_bytes, [""] * num_shards, np.array([num_samples]))
+
+
+def file_checksum(path: str | os.PathLike) -> str:
+    """xxh3_128 of a file's bytes, hex."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _json_checksum(raw: dict) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(raw, sort_keys=True).encode())
+
+
+def _advice(folder) -> str:
+    return f"See what is wrong with: dist-train verify {folder}   and write the set again with dist-train shard."
