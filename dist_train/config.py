@@ -208,12 +208,12 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """Shares of the samples, drawn by class (stratified) where the source has no splits of its own."""
+    """Shares of the samples, drawn by class (stratified). A split that the source brings itself is kept as it is."""
 
     val: float = 0.1
-    """share for validation"""
+    """share for validation, of the samples that are not already in a split of the source's other than train; 0 is none"""
     test: float = 0.1
-    """share for the test; where the source brings its own test split, that one is kept and this is not used"""
+    """share for the test, likewise"""
 
 
 @dataclass(frozen=True)
@@ -230,8 +230,12 @@ class ShardConfig:
     """folder: the class folders to take, in this order; empty takes all, sorted"""
     target: str = ""
     """csv: the column with the class"""
+    drop: tuple[str, ...] = ()
+    """csv: columns left out, such as a row number"""
     missing: Literal["drop", "mean", "error"] = "drop"
     """csv: what happens to rows with missing or non-numeric values"""
+    extra: bool = False
+    """torchvision: add the set's extra training samples, where it has some (SVHN)"""
     download: bool = False
     """torchvision: fetch the raw files when they are not there"""
     out: str = ""
@@ -273,9 +277,10 @@ def read_config(kind: type, argv: list[str], prog: str, files: list[str] = ()):
     settings, problems = _collect(kind, argv)
     if not problems:
         try:
-            return parser.instantiate(parser.parse_args(argv)).config_tree
+            values = parser.instantiate(parser.parse_args(argv))
+            return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)})
         except Exception as error:  # jsonargparse stops at the first fault: look at every setting by itself
-            problems = _mistyped(parser, settings) or [str(error)]
+            problems = _mistyped(kind, settings) or [str(error)]
     raise UserError("\n".join(problems))
 
 
@@ -345,15 +350,8 @@ def _underscored(word: str) -> str:
 def _parser(kind: type, prog: str):
     from jsonargparse import ArgumentParser, set_parsing_settings
 
-    class Parser(ArgumentParser):
-        def instantiate(self, namespace):
-            out = super().instantiate(namespace)
-            values = {f.name: out[f.name] for f in dataclasses.fields(kind)}
-            out.config_tree = kind(**values)
-            return out
-
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = Parser(prog=prog, description=kind.__doc__.splitlines()[0], exit_on_error=False, default_meta=False)
+    parser = ArgumentParser(prog=prog, description=kind.__doc__.splitlines()[0], exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
     parser.add_class_arguments(kind, None)
     return parser
@@ -398,12 +396,12 @@ def _collect(kind: type, argv: list[str]) -> tuple[list[tuple[str, str, object]]
             problems.append(f"{where}: {name} is not a setting. {hint}")
     if problems:  # values of the known names are looked at in the same breath
         good = [(where, name, value) for where, name, value in settings if name in known]
-        problems += _mistyped(_parser(kind, ""), good)
+        problems += _mistyped(kind, good)
     return settings, problems
 
 
-def _mistyped(parser, settings: list) -> list[str]:
-    problems = []
+def _mistyped(kind: type, settings: list) -> list[str]:
+    parser, known, problems = _parser(kind, ""), setting_names(kind), []
     for where, name, value in settings:
         try:
             if where == "command line":
@@ -413,8 +411,17 @@ def _mistyped(parser, settings: list) -> list[str]:
                 for part in reversed(name.split(".")):
                     tree = {part: tree}
                 parser.parse_object(tree)
-        except Exception as error:
-            expected = str(error).split("Expected ")[-1].splitlines()[0].split(". Got")[0]
-            expected = expected.replace("<class '", "").replace("'>", "").removeprefix("a ").replace("typing.Literal", "one of ")
-            problems.append(f"{where}: {name} is {value!r}; expected {expected}")
+        except Exception:
+            problems.append(f"{where}: {name} is {value!r}; expected {_expected(known[name])}.")
     return problems
+
+
+def _expected(hint: type) -> str:
+    """A type in words."""
+    kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Literal:
+        return "one of " + ", ".join(map(str, parts))
+    if kind is tuple:
+        one = _expected(parts[0]).removeprefix("a ")
+        return f"a list of {one}s" if parts[-1] is ... else f"a list of {len(parts)} {one}s"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]

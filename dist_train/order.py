@@ -135,7 +135,7 @@ def uniform(keys: np.ndarray, draw: int) -> np.ndarray:
     return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 
 
-def mix(x: np.ndarray | np.uint64) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit words that scatters every bit."""
     x = np.asarray(x, np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

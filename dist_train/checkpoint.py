@@ -1,0 +1,203 @@
+"""Checkpoints: whole or absent, proven before they are used, the previous one kept until then.
+
+    runs/NAME/checkpoints/step-00000500/
+        model.safetensors  ema.safetensors  optimizer.safetensors   tensors by name
+        state.json                                                  everything that is not a tensor
+        manifest.json                                               xxh3_128 of each file, written last
+
+A checkpoint is written into a folder named *.partial, synced and renamed. Nothing in it is ever unpickled.
+"""
+
+import json
+import os
+import shutil
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors.torch import load_file, save_file
+
+from dist_train.errors import UserError
+from dist_train.index import file_checksum
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One checkpoint in memory. tensors: file stem -> name -> tensor; state: what is not a tensor, JSON values."""
+
+    step: int
+    tensors: dict[str, dict[str, torch.Tensor]]
+    state: dict
+
+
+class Checkpoints:
+    """The checkpoints of a run folder. Saving copies the tensors and writes them in the background.
+
+    keep: newest ones kept; the one named best is kept besides.
+    """
+
+    def __init__(self, run_folder: Path, keep: int):
+        self.folder, self.keep = run_folder / "checkpoints", max(1, keep)
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, saved: Saved, is_best: bool) -> None:
+        """Copy now, write in the background; waits for the one before. Raises UserError if that one failed."""
+        self.wait()
+        copies = {stem: {k: _host_copy(t) for k, t in named.items()} for stem, named in saved.tensors.items()}
+        saved = Saved(saved.step, copies, saved.state)
+        self._thread = threading.Thread(target=self._write, args=(saved, is_best), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is safe on disk. Raises UserError if it could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise UserError(
+                f"{self.folder}: the checkpoint could not be written: {error}.\n"
+                f"  The previous one is untouched. Make room or mend the disk, then go on with --resume."
+            ) from error
+
+    def newest(self) -> tuple[Saved | None, list[str]]:
+        """The newest whole checkpoint, or None; and a line for each damaged one that was passed over."""
+        complaints = []
+        for path in reversed(self._finished()):
+            try:
+                return load_checkpoint(path), complaints
+            except UserError as error:
+                complaints.append(f"{error}\n  Going back to the one before.")
+        return None, complaints
+
+    def best_path(self) -> Path | None:
+        """Folder of the best checkpoint so far, if any."""
+        try:
+            name = json.loads((self.folder / "best.json").read_text())["checkpoint"]
+        except (OSError, ValueError, KeyError):
+            return None
+        return self.folder / name if (self.folder / name).is_dir() else None
+
+    def _finished(self) -> list[Path]:
+        return sorted(p for p in self.folder.glob("step-*") if p.is_dir() and p.suffix != ".partial")
+
+    def _write(self, saved: Saved, is_best: bool) -> None:
+        try:
+            path = self.folder / f"step-{saved.step:08d}"
+            write_checkpoint(path, saved)
+            if is_best:
+                _write_synced(self.folder / "best.json", json.dumps({"checkpoint": path.name}) + "\n")
+            self._prune()
+        except Exception as error:  # handed to the training thread: a full disk raises various types
+            self._error = error
+
+    def _prune(self) -> None:
+        """Drop old checkpoints; only ever called once a newer one is on disk and proven."""
+        best = self.best_path()
+        for path in self._finished()[: -self.keep]:
+            if path != best:
+                doomed = path.with_suffix(".partial")  # half a deletion must not look like a checkpoint
+                shutil.rmtree(doomed, ignore_errors=True)
+                os.rename(path, doomed)
+                shutil.rmtree(doomed)
+
+
+def write_checkpoint(path: Path, saved: Saved) -> None:
+    """Write one checkpoint folder: beside its place, synced, read back, renamed."""
+    partial = path.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for stem, named in saved.tensors.items():
+            save_file(named, partial / f"{stem}.safetensors")
+        (partial / "state.json").write_text(json.dumps({"step": saved.step, **saved.state}, indent=1))
+        for file in partial.iterdir():
+            _sync(file)
+        _write_synced(partial / "manifest.json", _manifest({f.name: file_checksum(f) for f in sorted(partial.iterdir())}))
+        if path.exists():  # the same step again, after a resume: the new one is whole, the old one may go
+            shutil.rmtree(path)
+        os.rename(partial, path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def load_checkpoint(path: Path) -> Saved:
+    """Read a checkpoint, every file checked against the manifest first. Raises UserError naming what is damaged."""
+    try:
+        text = (path / "manifest.json").read_bytes()
+        manifest = json.loads(text)["files"]
+        is_whole = text == _manifest(manifest).encode()
+    except Exception as error:
+        raise UserError(f"{path}: the checkpoint has no readable manifest.json ({error}).") from None
+    if not is_whole:
+        raise UserError(f"{path}/manifest.json: its own checksum does not match; the checkpoint is damaged.")
+    for name, checksum in manifest.items():
+        if not (path / name).is_file():
+            raise UserError(f"{path / name}: the checkpoint lacks this file.")
+        if file_checksum(path / name) != checksum:
+            raise UserError(f"{path / name}: checksum differs from the manifest; the checkpoint is damaged.")
+    state = json.loads((path / "state.json").read_text())
+    tensors = {Path(name).stem: load_file(path / name) for name in manifest if name.endswith(".safetensors")}
+    return Saved(state.pop("step"), tensors, state)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> tuple[dict, dict]:
+    """Split an optimizer's state into tensors by "<parameter>/<entry>" and JSON values. names: id(parameter) -> name."""
+    tensors, values = {}, {}
+    for parameter, entries in optimizer.state.items():
+        for entry, value in entries.items():
+            target = tensors if isinstance(value, torch.Tensor) else values
+            if value is not None:
+                target[f"{names[id(parameter)]}/{entry}"] = value
+    return tensors, values
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict, values: dict, parameters: dict) -> None:
+    """The inverse of `optimizer_tensors`. parameters: name -> parameter. Raises UserError on names that do not fit."""
+    optimizer.state.clear()
+    for key, value in (tensors | values).items():
+        name, _, entry = key.rpartition("/")
+        if name not in parameters:
+            raise UserError(f"the checkpoint's optimizer has a state for {name}, which this model lacks.")
+        parameter = parameters[name]
+        if isinstance(value, torch.Tensor):
+            # step counters stay on the host unless the optimizer is fused or capturable, as torch itself keeps them
+            value = value.to(parameter.device) if value.dim() or parameter.is_cuda else value
+            if value.shape == parameter.shape and parameter.dim() == 4:
+                value = value.contiguous(memory_format=_memory_format(parameter))
+        optimizer.state[parameter][entry] = value
+
+
+def _manifest(checksums: dict[str, str]) -> str:
+    own = xxhash.xxh3_128_hexdigest(json.dumps(checksums, sort_keys=True).encode())
+    return json.dumps({"files": checksums, "checksum": own}, indent=1) + "\n"
+
+
+def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
+    channels_last = tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    # safetensors stores plain contiguous tensors: channels-last kernels are laid out anew here and back on loading
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
+
+
+def _write_synced(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    _sync(partial)
+    os.replace(partial, path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

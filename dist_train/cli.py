@@ -1,0 +1,80 @@
+"""The dist-train command: a table of functions imported when they are called; user errors in one line, exit code 2."""
+
+import importlib
+import os
+import sys
+
+from dist_train.errors import UserError
+
+COMMANDS = {
+    "shard": ("dist_train.shard:main", "convert a dataset into tar shards and an index"),
+    "verify": ("dist_train.verify:main", "check every byte of the shards and name what is wrong"),
+    "inspect": ("dist_train.verify:inspect_main", "counts, classes, sizes, and a picture of samples per class"),
+    "index": ("dist_train.foreign:main", "index WebDataset tars made by others, in place"),
+    "plan": ("dist_train.plan:main", "print which samples each rank reads at which step"),
+    "train": ("dist_train.train:run_training", "train a network from a recipe; resume with --resume"),
+    "eval": ("dist_train.predict:eval_main", "figures of a run on a split, every sample counted once"),
+    "predict": ("dist_train.predict:main", "classify picture files or folders with a run"),
+    "report": ("dist_train.report:main", "one HTML page about a run"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if name == "--version":
+        from dist_train import __version__
+
+        print(f"dist_train {__version__}")
+        return 0
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(COMMANDS)}."
+        print(f"dist-train: {name} is not a command. {hint}", file=sys.stderr)
+        return 2
+    module, function = COMMANDS[name][0].split(":")
+
+    def command(argv: list[str]) -> int | None:
+        return getattr(importlib.import_module(module), function)(argv)
+
+    return run_command(command, argv[1:])
+
+
+def run_command(command, argv: list[str]) -> int:
+    """Call command(argv); a UserError becomes its message on stderr and exit code 2."""
+    try:
+        return command(argv) or 0
+    except UserError as error:
+        print(f"{_error_prefix()}{error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `dist-train plan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _error_prefix() -> str:
+    """Which rank speaks, where there are several."""
+    rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+    return f"[rank {rank}] " if rank and world_size != "1" else ""
+
+
+def _overview() -> str:
+    lines = [f"  {name:9} {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join([
+        "dist-train: a dataset into shards once, then image classifiers on any number of processes.", "",
+        "usage: dist-train COMMAND ...          dist-train COMMAND --help", "", *lines, "",
+        "On several processes: accelerate launch --config_file accelerate_config.yaml -m dist_train.train --config RECIPE",
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

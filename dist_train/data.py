@@ -1,0 +1,241 @@
+"""The stream: order + store + decode -> batches, decoded by threads ahead of the step that uses them.
+
+    from dist_train import open_stream
+    for batch in open_stream("shards/x", split="train", batch_size=64, image_size=224, crop="random_resized"):
+        batch.images  # uint8 (N, 3, H, W)
+"""
+
+import collections
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from dist_train import boxes as crop_boxes
+from dist_train.decode import decode_from_files
+from dist_train.errors import UserError
+from dist_train.index import ShardIndex, load_index
+from dist_train.order import Order, evaluation_share, rank_share, sample_keys
+from dist_train.store import Store, sample_name
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch.
+
+    images: uint8 (N, 3, H, W), channels-last in memory; for tables float32 (N, F), as stored.
+    labels, samples, epochs, random_keys: int64 (N,). `samples` are numbers in the split, `random_keys` the keys of
+    everything random that is done to them (order.sample_keys).
+    """
+
+    step: int
+    split: str
+    images: torch.Tensor
+    labels: torch.Tensor
+    samples: torch.Tensor
+    epochs: torch.Tensor
+    random_keys: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def keys(self) -> list[str]:
+        """The samples' names, as `dist-train plan` prints them: train/00000123."""
+        return [sample_name(self.split, sample) for sample in self.samples.tolist()]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on another device, without waiting for the copy."""
+        names = ("images", "labels", "random_keys")  # what the step needs; the rest stays with the host
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+
+def open_stream(
+    shards: str | ShardIndex,
+    split: str = "train",
+    batch_size: int = 64,
+    image_size: int = 0,
+    crop: str = "resize",
+    seed: int = 0,
+    threads: int = 0,
+    world: tuple[int, int] = (0, 1),
+    start_step: int = 0,
+    stop_step: int | None = None,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    window_shards: int = 16,
+    lanes: int = 0,
+    prefetch_mb: int = 256,
+    verify: bool = True,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """The shuffled, endless stream of batches of a split: every sample exactly once an epoch, any step at once.
+
+    shards: a folder with an index.json, or a loaded index. batch_size: the global batch, over all ranks; this rank
+    gets batch_size / world_size of it. world: (rank, world_size). image_size: height and width of the output, pixels;
+    0 keeps the stored size, which must then be the same for all. crop: "random_resized" cuts the random box of the
+    sample's key (scale, ratio: share of the area and aspect, Szegedy et al. 2015), "resize" takes the whole picture.
+    Steps start_step, start_step + 1, ... come until stop_step, or without end; the state of the stream is that number.
+    Raises UserError if the split, the sizes or a sample cannot be had.
+    """
+    index = shards if isinstance(shards, ShardIndex) else load_index(shards)
+    rank, world_size = world
+    source = index.split(split)
+    try:
+        order = Order(source.shard_samples, batch_size, seed, window_shards, lanes)
+        rank_share(batch_size, rank, world_size)
+    except ValueError as error:
+        raise UserError(f"{index.folder}: {error}.") from None
+    size = _output_size(index, image_size)
+    if crop not in ("random_resized", "resize"):
+        raise UserError(f"crop is {crop!r}; expected random_resized or resize.")
+
+    def random_boxes(rows, keys):
+        return crop_boxes.random_resized_boxes(keys, rows["height"], rows["width"], scale, ratio)
+
+    load = _Loader(index, split, size, random_boxes if crop == "random_resized" and size else None, verify, pin_memory)
+
+    def make(step: int) -> Batch:
+        samples, epochs = order.rank_batch(step, rank, world_size)
+        return load(step, samples, epochs, sample_keys(seed, epochs, samples))
+
+    steps = itertools.count(start_step) if stop_step is None else range(start_step, stop_step)
+    return _ahead(make, steps, _num_threads(threads), batch_size // world_size * _sample_bytes(index, size), prefetch_mb)
+
+
+def open_evaluation(
+    index: ShardIndex,
+    split: str,
+    batch_size: int,
+    image_size: int = 0,
+    eval_crop: float = 0.875,
+    threads: int = 0,
+    world: tuple[int, int] = (0, 1),
+    prefetch_mb: int = 256,
+    verify: bool = True,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """This rank's part of one pass over a split, in shard order: every sample on exactly one rank, nothing padded.
+
+    batch_size: samples per batch of this rank; the last batch may be smaller. Where pictures differ in size, the
+    central crop that keeps `eval_crop` of the shorter side is decoded to image_size (0: the whole picture, squeezed);
+    one-size pictures come whole and as they are.
+    """
+    size = _output_size(index, image_size)
+    share = evaluation_share(index.split(split).num_samples, *world)
+
+    def central_boxes(rows, keys):
+        return crop_boxes.central_boxes(rows["height"], rows["width"], size, eval_crop)
+
+    boxes = central_boxes if eval_crop and not index.image_size else None
+    load = _Loader(index, split, index.image_size or size, boxes, verify, pin_memory)
+
+    def make(step: int) -> Batch:
+        samples = np.arange(share.start + step * batch_size, min(share.start + (step + 1) * batch_size, share.stop))
+        epochs = np.zeros_like(samples)
+        return load(step, samples, epochs, sample_keys(0, epochs, samples))
+
+    batch_bytes = batch_size * _sample_bytes(index, size)
+    return _ahead(make, range(-(-len(share) // batch_size)), _num_threads(threads), batch_bytes, prefetch_mb)
+
+
+def to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Bring batches to the device one ahead of their use, on a stream of its own where there is a GPU."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to(device)
+        return
+    copy_stream, compute_stream = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+
+    def copied(batch: Batch) -> Batch:
+        with torch.cuda.stream(copy_stream):
+            return batch.to(device)
+
+    with contextlib.closing(batches):
+        ahead = map(copied, batches)
+        upcoming = next(ahead, None)
+        while upcoming is not None:
+            batch = upcoming
+            compute_stream.wait_stream(copy_stream)
+            for tensor in (batch.images, batch.labels, batch.random_keys):
+                tensor.record_stream(compute_stream)  # or its memory could be reused before the step has read it
+            upcoming = next(ahead, None)  # copied while the caller computes
+            yield batch
+
+
+class _Loader:
+    """Sample numbers -> Batch. Called by many threads at once."""
+
+    def __init__(self, index: ShardIndex, split: str, size, boxes, verify: bool, pin_memory: bool):
+        self.split, self.size, self.boxes, self.verify, self.pin_memory = split, size, boxes, verify, pin_memory
+        self.store = Store(index.split(split))
+        self.num_features = len(index.features) if index.features else 0
+
+    def __call__(self, step: int, samples: np.ndarray, epochs: np.ndarray, keys: np.ndarray) -> Batch:
+        if self.num_features:
+            values = self._vectors(samples)
+        else:
+            values = self._pictures(samples, keys)
+        labels = self.store.table["label"][samples].astype(np.int64)
+        labels, keys = torch.from_numpy(labels), torch.from_numpy(keys)
+        if self.pin_memory:  # a copy from pageable memory would make the host wait
+            labels, keys = labels.pin_memory(), keys.pin_memory()
+        return Batch(step, self.split, values, labels, torch.from_numpy(samples), torch.from_numpy(epochs), keys)
+
+    def _pictures(self, samples: np.ndarray, keys: np.ndarray) -> torch.Tensor:
+        at = self.store.locate(samples)
+        out = torch.empty((len(samples), *self.size, 3), dtype=torch.uint8, pin_memory=self.pin_memory)
+        boxes = self.boxes(self.store.table[samples], keys) if self.boxes else None
+        checksums = at.checksums if self.verify else None
+        failures = decode_from_files(at.fds, at.offsets, at.sizes, checksums, boxes, out.numpy())
+        if failures:
+            i, reason = failures[0]
+            raise self.store.fault(int(samples[i]), reason)
+        return out.permute(0, 3, 1, 2)
+
+    def _vectors(self, samples: np.ndarray) -> torch.Tensor:
+        out = torch.empty((len(samples), self.num_features), pin_memory=self.pin_memory)
+        rows = out.numpy()
+        for i, sample in enumerate(samples.tolist()):
+            payload = self.store.payload(sample, self.verify)
+            rows[i] = np.frombuffer(payload, np.float32, offset=len(payload) - 4 * self.num_features)
+        return out
+
+
+def _ahead(make, steps, num_threads: int, batch_bytes: int, prefetch_mb: int) -> Iterator[Batch]:
+    """make(step) for each step, in order, run by threads as far ahead as the memory allows."""
+    depth = max(1, min(4 * num_threads, prefetch_mb * 2**20 // max(1, batch_bytes)))
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+    pending = collections.deque()
+    steps = iter(steps)
+    try:
+        while True:
+            while len(pending) < depth and (step := next(steps, None)) is not None:
+                pending.append(pool.submit(make, step))
+            if not pending:
+                return
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _output_size(index: ShardIndex, image_size: int) -> tuple[int, int] | None:
+    if index.features is not None:
+        return None
+    size = (image_size, image_size) if image_size else index.image_size
+    if size is None:
+        raise UserError(f"{index.folder}: the pictures differ in size, so a size is needed: --data.image_size 224, say.")
+    return size
+
+
+def _sample_bytes(index: ShardIndex, size: tuple[int, int] | None) -> int:
+    return 3 * size[0] * size[1] if size else 4 * len(index.features)
+
+
+def _num_threads(threads: int) -> int:
+    return threads or len(os.sched_getaffinity(0))

@@ -1,0 +1,102 @@
+"""Exact evaluation on any number of ranks: each sums over its own samples, one reduction at the end, nothing padded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from dist_train.augment import evaluation_pixels
+from dist_train.config import RunConfig
+from dist_train.data import open_evaluation, to_device
+from dist_train.index import ShardIndex
+from dist_train.metrics import EvalResult, Sums
+from dist_train.runtime import World, write_json
+
+MAX_MISTAKES = 64  # worst mistakes kept for the report
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one pass over a split, and its worst mistakes, worst first.
+
+    mistakes: {"sample", "label", "predicted", "probability" (of the predicted class), "loss"}.
+    """
+
+    split: str
+    result: EvalResult
+    mistakes: list[dict]
+
+
+@torch.no_grad()
+def evaluate(
+    config: RunConfig, index: ShardIndex, split: str, network: torch.nn.Module, accelerator, world: World, crop: float
+) -> Evaluation:
+    """Evaluate a network on a split; every rank returns the same figures.
+
+    network: without the wrapper of data parallelism, so that ranks with different numbers of batches never wait for
+    each other. crop: see `open_evaluation`. Raises UserError if a sample cannot be read.
+    """
+    was_training = network.training
+    network.eval()
+    sums = Sums(index.num_classes, world.device)
+    per_sample = []
+    data = config.data
+    batches = open_evaluation(
+        index, split, max(1, data.global_batch_size // world.world_size), data.image_size, crop, data.threads,
+        (world.rank, world.world_size), data.prefetch_mb, data.verify, world.device.type == "cuda",
+    )  # fmt: skip
+    for batch in to_device(batches, world.device):
+        logits = predict_logits(config, index, network, batch.images, accelerator)
+        sums.add(logits, batch.labels)
+        losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        probability, predicted = logits.softmax(1).max(1)
+        per_sample.append((batch.samples, torch.stack([batch.labels.float(), predicted.float(), probability, losses])))
+    network.train(was_training)
+    result = sums.reduced(world.world_size)
+    expected = index.split(split).num_samples
+    assert result.samples == expected, f"{result.samples} samples evaluated, the index counts {expected}"
+    return Evaluation(split, result, _worst(per_sample, world))
+
+
+def predict_logits(config: RunConfig, index, network: torch.nn.Module, values: torch.Tensor, accelerator) -> torch.Tensor:
+    """Stored values -> float32 logits (N, K). values: uint8 (N, 3, H, W), or float32 (N, F) of a table.
+
+    index needs mean, std, features and image_size only. With train.flip_test, the mean with the mirror image's.
+    """
+    if index.features is not None:
+        mean, std = (torch.tensor(v, dtype=values.dtype, device=values.device) for v in (index.mean, index.std))
+        inputs = (values - mean) / std
+    else:
+        size = (config.data.image_size,) * 2 if config.data.image_size else tuple(index.image_size)
+        inputs = evaluation_pixels(values, size, index.mean, index.std)
+    with accelerator.autocast():
+        logits = network(inputs).float()
+        if config.train.flip_test and index.features is None:
+            logits = (logits + network(inputs.flip(3)).float()) / 2
+    return logits
+
+
+def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    """runs/NAME/evaluation-<split>.json, for the report."""
+    result = evaluation.result
+    write_json(folder / f"evaluation-{evaluation.split}.json", {
+        "split": evaluation.split, **result.figures(), "confusion": result.confusion.tolist(),
+        "mistakes": evaluation.mistakes,
+    })  # fmt: skip
+
+
+def _worst(per_sample: list, world: World) -> list[dict]:
+    mine = []
+    if per_sample:
+        samples = torch.cat([s for s, _ in per_sample])
+        labels, predicted, probability, losses = torch.cat([v for _, v in per_sample], 1).cpu()
+        wrong = (labels != predicted).nonzero().flatten()
+        for i in wrong[losses[wrong].argsort(descending=True, stable=True)][:MAX_MISTAKES].tolist():
+            mine.append({"sample": int(samples[i]), "label": int(labels[i]), "predicted": int(predicted[i]),
+                         "probability": float(probability[i]), "loss": float(losses[i])})  # fmt: skip
+    if world.world_size > 1:
+        gathered = [None] * world.world_size
+        torch.distributed.all_gather_object(gathered, mine)
+        mine = [mistake for part in gathered for mistake in part]
+    return sorted(mine, key=lambda m: (-m["loss"], m["sample"]))[:MAX_MISTAKES]

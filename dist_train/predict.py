@@ -1,0 +1,196 @@
+"""A run's network on new pictures or on a split: `dist-train predict` and `dist-train eval`."""
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from dist_train import boxes, runtime
+from dist_train.config import RunConfig, from_dict, read_config, to_dict
+from dist_train.decode import DecodeError, decode_into, picture_size
+from dist_train.errors import UserError
+from dist_train.evaluate import evaluate, predict_logits, write_evaluation
+from dist_train.index import load_index
+from dist_train.layers import use_keyed_dropout
+from dist_train.models import build_model
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run, ready to predict: what `inference.json` and `config.yaml` hold, and the network."""
+
+    folder: Path
+    config: RunConfig
+    network: torch.nn.Module
+    classes: list[str]
+    mean: list[float]
+    std: list[float]
+    features: list[str] | None
+    image_size: tuple[int, int] | None
+    eval_crop: float
+    one_size: bool
+
+
+def load_run(folder: str | Path) -> Trained:
+    """Read a run folder. Raises UserError if it holds no finished run, or weights that do not fit."""
+    folder = Path(folder)
+    try:
+        config = from_dict(RunConfig, yaml.safe_load((folder / "config.yaml").read_text()))
+        about = json.loads((folder / "inference.json").read_text())
+    except FileNotFoundError as error:
+        what = "there is no such folder" if not folder.is_dir() else f"it has no {Path(error.filename).name}"
+        raise UserError(f"{folder}: not a finished run: {what}.\n  Finish it with: dist-train train --config "
+                        f"{folder / 'config.yaml'} --run {folder} --resume") from None  # fmt: skip
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{folder}: the run cannot be read: {error}") from None
+    size = tuple(about["image_size"]) if about["image_size"] else None
+    num_features = len(about["features"]) if about["features"] else None
+    fresh = from_dict(type(config.model), to_dict(config.model) | {"pretrained": ""})  # the run's own weights follow
+    network = build_model(fresh, len(about["classes"]), size, num_features, config.seed)
+    use_keyed_dropout(network)
+    try:
+        network.load_state_dict(load_file(folder / "weights.safetensors"))
+    except Exception as error:
+        raise UserError(f"{folder}/weights.safetensors: the weights cannot be loaded: {error}") from None
+    return Trained(
+        folder=folder, config=config, network=network.eval(), classes=about["classes"], mean=about["mean"], std=about["std"],
+        features=about["features"], image_size=size, eval_crop=about["eval_crop"], one_size=about["one_size"],
+    )  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """`dist-train predict RUN PATH... [--top 5] [--json]`: returns 2 if some files could not be read, else 0."""
+    parser = argparse.ArgumentParser(prog="dist-train predict", description="Classify picture files, or all in a folder.")
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("paths", nargs="+", help="picture files or folders; a CSV file for a run on a table")
+    parser.add_argument("--top", type=int, default=5, help="classes shown per picture")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    options = parser.parse_args(argv)
+    trained = load_run(options.run)
+    if trained.features is not None:
+        inputs = _table_batches(trained, options.paths)
+    else:
+        inputs = _picture_batches(trained, _picture_paths(options.paths))
+    accelerator, _ = runtime.start(trained.config.train.precision, 0, 60)
+    trained.network.to(accelerator.device)
+    num_bad = 0
+    for names, values, complaints in inputs:
+        for name, reason in complaints:
+            num_bad += 1
+            print(json.dumps({"path": name, "error": reason}) if options.json else f"{name}: {reason}")
+        if not names:
+            continue
+        with torch.no_grad():
+            logits = predict_logits(trained.config, trained, trained.network, values.to(accelerator.device), accelerator)
+        probabilities, labels = logits.softmax(1).topk(min(options.top, len(trained.classes)))
+        for name, ps, ks in zip(names, probabilities.tolist(), labels.tolist(), strict=True):
+            top = [{"class": trained.classes[k], "probability": round(p, 6)} for p, k in zip(ps, ks, strict=True)]
+            if options.json:
+                print(json.dumps({"path": name, **top[0], "top": top}))
+            else:
+                print(f"{name:40}  " + "  ".join(f"{t['class']} {t['probability']:.1%}" for t in top))
+    runtime.end()
+    return 2 if num_bad else 0
+
+
+def eval_main(argv: list[str]) -> None:
+    """`dist-train eval RUN --split test [--json] [--SECTION.KEY VALUE ...]`; the last line is a JSON object."""
+    parser = argparse.ArgumentParser(prog="dist-train eval", description="Figures of a run on a split of its shards.")
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    options, overrides = parser.parse_known_args(argv)
+    trained = load_run(options.run)
+    config = read_config(RunConfig, overrides, "dist-train eval", [str(trained.folder / "config.yaml")])
+    index = load_index(config.data.shards)
+    if index.classes != trained.classes:
+        raise UserError(f"{index.folder}: its classes are not those of {trained.folder}: {index.classes[:5]}... there, "
+                        f"{trained.classes[:5]}... here.")  # fmt: skip
+    accelerator, world = runtime.start(config.train.precision, config.runtime.threads, config.runtime.timeout_s)
+    trained.network.to(world.device)
+    as_trained = _with_statistics(index, trained)
+    evaluation = evaluate(config, as_trained, options.split, trained.network, accelerator, world, trained.eval_crop)
+    figures = evaluation.result.figures()
+    if world.is_main:
+        write_evaluation(trained.folder, evaluation)
+        if not options.json:
+            print("\n".join(evaluation.result.table(trained.classes)))
+        print(json.dumps({"split": options.split, **figures}))
+    runtime.end()
+
+
+def _with_statistics(index, trained: Trained):
+    """The index with the run's own mean and standard deviation: those it was trained with."""
+    from dataclasses import replace
+
+    return replace(index, mean=trained.mean, std=trained.std)
+
+
+def _picture_paths(paths: list[str]) -> list[str]:
+    found = []
+    for path in paths:
+        if os.path.isdir(path):
+            inside = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in PICTURES)
+            if not inside:
+                raise UserError(f"{path}: no pictures in this folder; expected {', '.join(PICTURES)}.")
+            found += inside
+        elif os.path.isfile(path):
+            found.append(path)
+        else:
+            raise UserError(f"{path}: there is no such file or folder.")
+    return found
+
+
+def _picture_batches(trained: Trained, paths: list[str]):
+    """Yield (names, uint8 (N, 3, H, W), [(name, reason) of unreadable ones]), prepared as evaluation prepares them."""
+    height, width = trained.image_size
+    for first in range(0, len(paths), BATCH_SIZE):
+        names, pixels, complaints = [], [], []
+        for path in paths[first : first + BATCH_SIZE]:
+            out = np.empty((height, width, 3), np.uint8)
+            try:
+                payload = Path(path).read_bytes()
+                box = None
+                if trained.eval_crop and not trained.one_size:
+                    rows, columns = (np.array([side]) for side in picture_size(payload))
+                    box = tuple(boxes.central_boxes(rows, columns, (height, width), trained.eval_crop)[0])
+                decode_into(payload, out, box)
+            except (OSError, DecodeError) as error:
+                complaints.append((path, getattr(error, "strerror", None) or str(error)))
+            else:
+                names.append(path)
+                pixels.append(out)
+        values = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) if pixels else None
+        yield names, values, complaints
+
+
+def _table_batches(trained: Trained, paths: list[str]):
+    """Yield (names, float32 (N, F), [(name, reason)]) for the rows of CSV files with the columns of the run."""
+    import csv
+
+    for path in paths:
+        try:
+            with open(path, newline="") as file:
+                rows = list(csv.DictReader(file))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
+        lacking = [f for f in trained.features if rows and f not in rows[0]]
+        if lacking or not rows:
+            raise UserError(f"{path}: expected the columns {', '.join(trained.features)}; lacks {', '.join(lacking) or 'rows'}.")
+        names, values, complaints = [], [], []
+        for number, row in enumerate(rows, 2):  # line 1 holds the column names
+            try:
+                values.append([float(row[feature]) for feature in trained.features])
+                names.append(f"{path}:{number}")
+            except (TypeError, ValueError) as error:
+                complaints.append((f"{path}:{number}", f"not a number: {error}"))
+        yield names, torch.tensor(values, dtype=torch.float32) if values else None, complaints

@@ -1,0 +1,260 @@
+"""The process among others: start-up guards, device, ranks, stop requests, the record of the environment.
+
+The only file that reads the environment of the process.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_train.errors import UserError
+
+EXIT_STOPPED = 85  # stopped on request, a checkpoint is written, `--resume` goes on
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all. device is the torch device it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: object
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(precision: str, threads: int, timeout_s: int):
+    """Start Accelerate and the process group; return (accelerator, world).
+
+    precision: fp32, bf16 or fp16. Raises UserError where the launcher's idea of the job differs from what was started:
+    several processes that are each alone, more processes than GPUs, a precision that contradicts the recipe's.
+    """
+    from datetime import timedelta
+
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    env = os.environ
+    world_size, local_rank = int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
+    local_world_size = int(env.get("LOCAL_WORLD_SIZE", world_size))
+    _refuse_lonely_launch(world_size)
+    use_cpu = _asks_for_cpu(env) or not torch.cuda.is_available()
+    if not use_cpu and local_world_size > torch.cuda.device_count():
+        raise UserError(
+            f"{local_world_size} processes on this machine, but {torch.cuda.device_count()} GPUs are visible.\n"
+            f"  Start as many processes as GPUs, or put ACCELERATE_USE_CPU=true before the command to use the CPU."
+        )
+    if world_size > 1 and use_cpu and not _asks_for_cpu(env):
+        raise UserError(
+            f"WORLD_SIZE is {world_size} but this process would be alone: the launcher asked for GPUs and none is visible.\n"
+            f"  Use launch/local.sh --cpu {world_size}, or put ACCELERATE_USE_CPU=true before the command."
+        )
+    if use_cpu and precision == "fp16":
+        raise UserError("train.precision is fp16, which needs a GPU; on the CPU use fp32, or bf16 where the CPU has it.")
+    asked = env.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", precision.replace("fp32", "no")):
+        raise UserError(
+            f"the launcher asks for mixed precision {asked}, the recipe for train.precision: {precision}.\n"
+            f"  Precision changes results, so it belongs to the recipe: leave it out of accelerate's configuration."
+        )
+    env["ACCELERATE_USE_CPU"] = "true" if use_cpu else "false"  # without it, ranks on the CPU would each be alone
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it; without effect on the CPU
+    accelerator = Accelerator(
+        cpu=use_cpu,
+        mixed_precision=precision.replace("fp32", "no"),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))],
+    )
+    if accelerator.num_processes != world_size:
+        raise UserError(
+            f"WORLD_SIZE is {world_size} but Accelerate counts {accelerator.num_processes} processes: each would train "
+            f"alone.\n  Use launch/local.sh, or accelerate launch with a configuration from launch/accelerate/."
+        )
+    device = accelerator.device
+    return accelerator, World(accelerator.process_index, world_size, local_rank, local_world_size, device)
+
+
+def end() -> None:
+    """Leave the process group in order; leaving without it sometimes aborts."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def keep_freed_pages() -> None:
+    """Make glibc keep freed memory instead of giving it back; call before torch is loaded.
+
+    Freshly mapped gradient buffers cost a page fault every 4 KB, every step: as much time as the arithmetic of AlexNet
+    on a CPU. Does nothing where the C library is another.
+    """
+    import ctypes
+
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # glibc's malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_top_pad, 64 * 2**20)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: transparent huge pages for large tensors
+
+
+def on_main(world: World, function, *args):
+    """Call function(*args) on rank zero; every rank returns its result, or raises its UserError."""
+    from accelerate.utils import broadcast_object_list
+
+    outcome = [None, None]
+    if world.is_main:
+        try:
+            outcome[0] = function(*args)
+        except UserError as error:
+            outcome[1] = str(error)
+    if world.world_size > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+class StopRequests:
+    """SIGTERM, SIGUSR1, SIGINT, or a file named `stop` in the run folder. The handler only notes; the loop asks.
+
+    A second SIGINT (Ctrl-C pressed again) ends the process at once.
+    """
+
+    def __init__(self, run_folder: Path):
+        self._file, self._looked, self.reason = run_folder / "stop", 0.0, ""
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+
+    def _note(self, number, frame):
+        if number == signal.SIGINT and self.reason:
+            raise KeyboardInterrupt
+        self.reason = self.reason or signal.Signals(number).name
+
+    def __bool__(self) -> bool:
+        now = time.monotonic()
+        if not self.reason and now - self._looked > 1.0:  # a look at the file system once a second is enough
+            self._looked = now
+            if self._file.exists():
+                self.reason = f"the file {self._file}"
+        return bool(self.reason)
+
+    def close(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class RunLock:
+    """Held by rank zero for as long as it trains in a run folder; the kernel lets go when the process ends."""
+
+    def __init__(self, run_folder: Path):
+        self._file = open(run_folder / "lock", "a+")  # noqa: SIM115
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            raise UserError(
+                f"{run_folder}: another process trains in this folder ({self._file.read().strip() or 'unknown'}).\n"
+                f"  Wait for it, or take another folder with --run."
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {platform.node()}")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def environment(world: World) -> dict:
+    """What a result may depend on: versions, hardware, threads, ranks, source revision. For environment.json."""
+    import importlib.metadata
+
+    import torch
+
+    packages = ("torch", "torchvision", "accelerate", "webdataset", "wandb", "numpy", "pillow", "simplejpeg")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if world.device.type == "cuda" else []
+    return {
+        "command": " ".join(sys.argv),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "world_size": world.world_size,
+        "device": str(world.device),
+        "revision": _git_revision(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def write_json(path: Path, value) -> None:
+    """Write JSON whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def _asks_for_cpu(env) -> bool:
+    return env.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def _refuse_lonely_launch(world_size: int) -> None:
+    """`accelerate launch` for several CPU processes starts one without a word: compare with what it was asked for."""
+    if world_size > 1:
+        return
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:  # no /proc on this system
+        return
+    if "launch" not in words or not any("accelerate" in word for word in words[:3]):
+        return
+    words = words[words.index("launch") + 1 :]
+    words = words[: words.index("-m")] if "-m" in words else words
+    options = dict(zip(words, words[1:], strict=False)) | dict(w.split("=", 1) for w in words if "=" in w)
+    asked = options.get("--num_processes") or options.get("--num-processes") or options.get("-n")
+    file = options.get("--config_file") or options.get("--config-file")
+    if not asked and file and Path(file).exists():
+        import yaml
+
+        asked = (yaml.safe_load(Path(file).read_text()) or {}).get("num_processes")
+    if asked and int(asked) > 1:
+        raise UserError(
+            f"accelerate launch was asked for {asked} processes and started one: that is what it does for --cpu and for "
+            f"MULTI_CPU.\n  Use launch/local.sh --cpu {asked}, or launch/accelerate/cpu-2.yaml with ACCELERATE_USE_CPU=true."
+        )
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _git_revision() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,176 @@
+"""Checkpoints are whole or absent, proven before use, and the one before stays until then."""
+
+import json
+import os
+import random
+
+import pytest
+import torch
+
+from dist_train import checkpoint
+from dist_train.checkpoint import (
+    Checkpoints,
+    Saved,
+    load_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    write_checkpoint,
+)
+from dist_train.errors import UserError
+
+
+def saved(step, value=1.0):
+    return Saved(step, {"model": {"weight": torch.full((3, 2), value)}, "optimizer": {}}, {"best_value": 0.5})
+
+
+def test_a_checkpoint_reads_back_equal(tmp_path):
+    kernel = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    write_checkpoint(tmp_path / "step-00000007", Saved(7, {"model": {"kernel": kernel.contiguous()}}, {"a": [1, None]}))
+    back = load_checkpoint(tmp_path / "step-00000007")
+    assert (back.step, back.state) == (7, {"a": [1, None]})
+    assert torch.equal(back.tensors["model"]["kernel"], kernel)
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    path = tmp_path / "step-00000001"
+    write_checkpoint(path, saved(1))
+    files = sorted(path.iterdir())
+    draw = random.Random(0)
+    for _ in range(200):
+        file = draw.choice(files)
+        good = file.read_bytes()
+        bit = draw.randrange(8 * len(good))
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(bad)
+        with pytest.raises(UserError, match=str(path)):
+            load_checkpoint(path)
+        file.write_bytes(good)
+    assert load_checkpoint(path).step == 1
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_is_named(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (1, 2):
+        checkpoints.save(saved(step), is_best=False)
+    checkpoints.wait()
+    newest = checkpoints.folder / "step-00000002" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    found, complaints = checkpoints.newest()
+    assert found.step == 1 and len(complaints) == 1 and str(newest) in complaints[0]
+
+
+def test_old_ones_go_only_after_a_newer_one_and_the_best_stays(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in range(1, 6):
+        checkpoints.save(saved(step), is_best=step == 2)
+    checkpoints.wait()
+    assert sorted(p.name for p in checkpoints.folder.iterdir()) == [
+        "best.json", "step-00000002", "step-00000004", "step-00000005"]  # fmt: skip
+    assert checkpoints.best_path().name == "step-00000002"
+
+
+def test_a_failed_write_leaves_the_previous_one_and_says_so(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(saved(1), is_best=True)
+    checkpoints.wait()
+    monkeypatch.setattr(checkpoint, "save_file", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    checkpoints.save(saved(2), is_best=True)
+    with pytest.raises(UserError, match="No space left on device.*\n.*previous one is untouched"):
+        checkpoints.wait()
+    assert [p.name for p in checkpoints.folder.glob("step-*")] == ["step-00000001"]
+    assert checkpoints.newest()[0].step == 1
+
+
+def test_a_crash_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    class Crash(BaseException):
+        pass
+
+    def crashing(real, countdown):
+        def call(*args, **kwargs):
+            countdown[0] -= 1
+            if countdown[0] == 0:
+                raise Crash
+            return real(*args, **kwargs)
+
+        return call
+
+    for crash_at in range(1, 30):
+        folder = tmp_path / str(crash_at)
+        write_checkpoint(folder / "checkpoints" / "step-00000001", saved(1))
+        with monkeypatch.context() as patch:
+            countdown = [crash_at]
+            for name in ("rename", "replace", "fsync"):
+                patch.setattr(os, name, crashing(getattr(os, name), countdown))
+            try:
+                Checkpoints(folder, keep=1)._write(saved(2, 2.0), True)
+            except Crash:
+                pass
+        found, _ = Checkpoints(folder, keep=1).newest()
+        assert found.step in (1, 2) and found.tensors["model"]["weight"][0, 0] == found.step
+        if countdown[0] > 0:
+            return  # nothing left to interrupt
+    raise AssertionError("the write never finished")
+
+
+def test_the_copy_is_taken_before_training_goes_on(tmp_path):
+    weight = torch.zeros(2)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(Saved(1, {"model": {"w": weight}}, {}), is_best=False)
+    weight += 1
+    checkpoints.wait()
+    assert checkpoints.newest()[0].tensors["model"]["w"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("make", [
+    lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, fused=True),
+    lambda p: torch.optim.AdamW(p, 0.1, fused=True),
+    lambda p: torch.optim.Adamax(p, 0.1),
+])  # fmt: skip
+def test_an_optimizer_goes_on_as_if_never_stopped(make, tmp_path):
+    def network():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 2)).to(
+            memory_format=torch.channels_last
+        )
+
+    def step(net, optimizer, i):
+        torch.manual_seed(i)
+        net(torch.randn(2, 3, 4, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    calm = network()
+    calm_optimizer = make(calm.parameters())
+    for i in range(4):
+        step(calm, calm_optimizer, i)
+
+    first = network()
+    first_optimizer = make(first.parameters())
+    for i in range(2):
+        step(first, first_optimizer, i)
+    tensors, values = optimizer_tensors(first_optimizer, {id(p): n for n, p in first.named_parameters()})
+    contiguous = {k: v.contiguous() for k, v in tensors.items()}
+    write_checkpoint(tmp_path / "step-00000002", Saved(2, {"optimizer": contiguous}, {"optimizer": values}))
+    back = load_checkpoint(tmp_path / "step-00000002")
+
+    second = network()
+    second.load_state_dict(first.state_dict())
+    second_optimizer = make(second.parameters())
+    restore_optimizer(second_optimizer, back.tensors["optimizer"], back.state["optimizer"], dict(second.named_parameters()))
+    for i in range(2, 4):
+        step(second, second_optimizer, i)
+    assert all(torch.equal(a, b) for a, b in zip(calm.parameters(), second.parameters(), strict=True))
+
+
+def test_a_state_of_another_network_is_refused():
+    net = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match="conv.weight, which this model lacks"):
+        restore_optimizer(torch.optim.SGD(net.parameters()), {"conv.weight/momentum_buffer": torch.zeros(2)}, {},
+                          dict(net.named_parameters()))  # fmt: skip
+
+
+def test_the_manifest_lists_every_file(tmp_path):
+    write_checkpoint(tmp_path / "step-00000001", saved(1))
+    manifest = json.loads((tmp_path / "step-00000001" / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"model.safetensors", "optimizer.safetensors", "state.json"}

@@ -1,0 +1,152 @@
+"""The order is a pure function: every sample once an epoch, the same global batches on any number of ranks."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from dist_train.order import Order, evaluation_share, fold, mix, permute, rank_share, sample_keys, uniform
+
+GRIDS = [  # shard sizes, global batch, window_shards, lanes
+    ([100, 90, 80, 7], 64, 16, 0),  # fewer shards than a window: a full shuffle
+    ([10] * 50, 16, 3, 4),
+    ([13] * 50, 48, 2, 0),  # lanes derived
+    ([5, 1, 1], 4, 1, 2),
+    ([1], 3, 1, 1),  # one sample, batches larger than an epoch
+    ([0, 3, 0, 4], 2, 1, 2),  # empty shards
+]
+
+
+def whole_order(order, num_steps):
+    samples, epochs = zip(*(order.global_batch(step) for step in range(num_steps)), strict=True)
+    return np.concatenate(samples), np.concatenate(epochs)
+
+
+@pytest.mark.parametrize("shards, batch, window, lanes", GRIDS)
+def test_every_sample_is_read_once_per_epoch(shards, batch, window, lanes):
+    order = Order(np.array(shards), batch, 3, window, lanes)
+    samples, epochs = whole_order(order, -(-3 * order.num_samples // batch))
+    for epoch in range(3):
+        assert sorted(samples[epochs == epoch]) == list(range(order.num_samples))
+
+
+@pytest.mark.parametrize("shards, batch, window, lanes", GRIDS)
+def test_epochs_are_in_order_and_differ(shards, batch, window, lanes):
+    order = Order(np.array(shards), batch, 0, window, lanes)
+    n = order.num_samples
+    epochs = [order.sample_at(epoch, np.arange(n)).tolist() for epoch in range(3)]
+    assert n < 3 or epochs[0] != epochs[1] != epochs[2]
+    steps_in_first_epoch = n // batch
+    assert all((order.global_batch(step)[1] == 0).all() for step in range(steps_in_first_epoch))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
+def test_ranks_share_the_same_global_batch(world_size):
+    for lanes in (1, 4, 5):
+        order = Order(np.array([7] * 40), 12, 1, 2, lanes)
+        for step in (0, 1, 23, 24, 1000):
+            parts = [order.rank_batch(step, rank, world_size)[0] for rank in range(world_size)]
+            assert {len(part) for part in parts} == {12 // world_size}
+            assert np.concatenate(parts).tolist() == order.global_batch(step)[0].tolist()
+
+
+def test_a_rank_reads_its_own_shards_when_the_world_divides_the_lanes():
+    order = Order(np.full(256, 64), 32, 0, 2, 8)
+    shards_of = [set() for _ in range(4)]
+    for step in range(order.num_samples // 32):
+        for rank in range(4):
+            shards_of[rank] |= set((order.rank_batch(step, rank, 4)[0] // 64).tolist())
+    assert sum(len(s) for s in shards_of) == 256  # no shard is read by two ranks: 8 equal lanes of 32 whole shards
+
+
+def test_shuffling_stays_inside_the_window():
+    order = Order(np.full(100, 50), 10, 0, 4, 1)
+    samples = order.sample_at(0, np.arange(order.num_samples))
+    for start in range(0, order.num_samples, 200):
+        assert len(set((samples[start : start + 200] // 50).tolist())) == 4
+
+
+def test_the_seed_and_the_batch_size_change_the_order_and_nothing_else_does():
+    shards = np.array([30, 20, 50])
+    first = Order(shards, 10, 0).global_batch(7)[0].tolist()
+    assert Order(shards, 10, 0).global_batch(7)[0].tolist() == first
+    assert Order(shards, 10, 1).global_batch(7)[0].tolist() != first
+    seeked = Order(shards, 10, 0)
+    for step in (99, 3, 50, 7):  # whatever was asked before
+        last = seeked.global_batch(step)[0].tolist()
+    assert last == first
+
+
+def test_a_billion_samples_cost_little_time_and_memory():
+    counts = np.full(100_000, 10_000)
+    tracemalloc.start()
+    order = Order(counts, 4096)
+    order.global_batch(123_456_789)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+
+
+def test_permute_is_a_permutation_of_every_size():
+    for size in [1, 2, 3, 4, 5, 16, 17, 100, 1023, 1024, 1025]:
+        assert sorted(permute(np.arange(size), np.int64(size), fold(size))) == list(range(size))
+
+
+def test_permute_mixes_evenly():
+    # each of 8 items lands in each of 8 places about as often: chi-square with 49 degrees of freedom, 99.99% is 93
+    counts = np.zeros((8, 8))
+    trials = 4000
+    for key in range(trials):
+        counts[np.arange(8), permute(np.arange(8), np.int64(8), fold(key))] += 1
+    chi_square = ((counts - trials / 8) ** 2 / (trials / 8)).sum()
+    assert chi_square < 93
+
+
+def test_neighbours_in_a_shard_do_not_stay_neighbours():
+    order = Order(np.full(4, 1000), 100, 5)
+    samples = order.sample_at(0, np.arange(4000))
+    assert (np.abs(np.diff(samples)) == 1).sum() < 10  # 2 are expected of a random order
+    assert abs(np.corrcoef(np.arange(4000), samples)[0, 1]) < 0.06
+
+
+def test_mix_is_splitmix64():
+    # the first outputs of splitmix64 seeded with 1234567, as published with the generator (Vigna, public domain)
+    state, golden, outputs = 1234567, 0x9E3779B97F4A7C15, []
+    for _ in range(3):
+        state = (state + golden) & (2**64 - 1)
+        outputs.append(int(mix(np.array([state], np.uint64))[0]))
+    assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_keys_differ_by_seed_epoch_and_sample():
+    keys = {
+        int(key)
+        for seed in range(3)
+        for epoch in range(3)
+        for key in sample_keys(seed, np.full(50, epoch), np.arange(50))
+    }
+    assert len(keys) == 3 * 3 * 50
+
+
+def test_draws_are_uniform_and_independent():
+    keys = sample_keys(0, np.zeros(20_000, np.int64), np.arange(20_000))
+    first, second = uniform(keys, 0), uniform(keys, 1)
+    assert first.dtype == np.float32 and first.min() >= 0 and first.max() < 1
+    assert abs(first.mean() - 0.5) < 0.01 and abs(first.std() - 12**-0.5) < 0.01
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize("samples, world_size", [(10, 3), (2, 4), (0, 2), (360, 1)])
+def test_evaluation_shares_hold_every_sample_once(samples, world_size):
+    shares = [evaluation_share(samples, rank, world_size) for rank in range(world_size)]
+    assert [s for share in shares for s in share] == list(range(samples))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(ValueError, match="cannot take an equal part"):
+        rank_share(10, 0, 3)
+    with pytest.raises(ValueError, match="no stream from 0 samples"):
+        Order(np.array([0]), 4)
+    with pytest.raises(ValueError, match="batches of 0"):
+        Order(np.array([5]), 0)

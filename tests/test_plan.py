@@ -1,0 +1,53 @@
+"""`dist-train plan` prints what the stream reads, whatever the number of ranks, without reading it."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from dist_train import plan
+from dist_train.errors import UserError
+
+MADE_UP = ["--simulate", "samples=1000,shards=20", "--global-batch-size", "40"]
+
+
+def lines(capsys, *argv):
+    plan.main([*MADE_UP, *argv, "--json"])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_every_world_size_reads_the_same_list(capsys):
+    lists = []
+    for world_size in (1, 2, 4, 8):
+        rows = lines(capsys, "--steps", "0:25", "--world-size", str(world_size))
+        assert [(r["step"], r["rank"]) for r in rows] == [(s, k) for s in range(25) for k in range(world_size)]
+        lists.append([sample for row in rows for sample in row["samples"]])
+    assert lists[0] == lists[1] == lists[2] == lists[3]
+    assert sorted(lists[0]) == [f"train/{i:08d}" for i in range(1000)]  # 25 steps of 40 are one epoch
+
+
+def test_the_shards_are_those_of_the_samples(capsys):
+    for row in lines(capsys, "--steps", "3:5", "--world-size", "4"):
+        numbers = np.array([int(sample.split("/")[1]) for sample in row["samples"]])
+        assert row["shards"] == [f"train-{k:06d}.tar" for k in np.unique(numbers // 50)]
+
+
+def test_a_billion_samples_on_4096_ranks_answer_at_once(capsys):
+    start = time.process_time()
+    plan.main("--simulate samples=1e9,shards=1e5 --global-batch-size 8192 --world-size 4096 --steps 0:100".split())
+    out = capsys.readouterr().out
+    assert "1,000,000,000 samples in 100,000 shards" in out and "4,096 ranks (512 nodes)" in out
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("argv, complaint", [
+    (["--steps", "5:5"], "nothing to print"),
+    (["--steps", "five"], "expected FIRST:STOP"),
+    (["--world-size", "7"], "cannot take an equal part of a global batch of 40"),
+    (["--simulate", "many"], "expected samples="),
+    (["--simulate", "", "--shards", "nowhere"], "no such folder"),
+])  # fmt: skip
+def test_what_cannot_be_planned_is_refused(argv, complaint):
+    with pytest.raises(UserError, match=complaint):
+        plan.main([*MADE_UP, *argv])
