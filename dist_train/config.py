@@ -74,7 +74,7 @@ class AugmentConfig:
     mixup: float = 0.0
     """alpha of mixup's Beta distribution; 0 is off, 0.2 is usual"""
     cutmix: float = 0.0
-    """alpha of cutmix's Beta distribution; 0 is off, 1.0 is usual; with mixup on, each batch does one of them"""
+    """alpha of cutmix's Beta distribution; 0 is off, 1.0 is usual; with mixup on, each pair does one of them"""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def evaluate(
     """
     was_training = network.training
     network.eval()
-    sums = Sums(index.num_classes, world.device)
+    sums = Sums(index.num_classes, world.device, confusion=True)
     per_sample = []
     data = config.data
     batches = open_evaluation(
@@ -48,12 +48,14 @@ def evaluate(
     )  # fmt: skip
     for batch in to_device(batches, world.device):
         logits = predict_logits(config, index, network, batch.images, accelerator)
-        sums.add(logits, batch.labels)
         losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        sums.update(logits, batch.labels, losses)
         probability, predicted = logits.softmax(1).max(1)
         per_sample.append((batch.samples, torch.stack([batch.labels.float(), predicted.float(), probability, losses])))
     network.train(was_training)
-    result = sums.reduced(world.world_size)
+    if world.world_size > 1:
+        sums.reduce()
+    result = sums.result()
     expected = index.split(split).num_samples
     assert result.samples == expected, f"{result.samples} samples evaluated, the index counts {expected}"
     return Evaluation(split, result, _worst(per_sample, world))

@@ -18,6 +18,7 @@ from dist_train.errors import UserError
 from dist_train.evaluate import evaluate, predict_logits, write_evaluation
 from dist_train.index import load_index
 from dist_train.layers import use_keyed_dropout
+from dist_train.metrics import class_table
 from dist_train.models import build_model
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -123,7 +124,9 @@ def eval_main(argv: list[str]) -> None:
     if world.is_main:
         write_evaluation(trained.folder, evaluation)
         if not options.json:
-            print("\n".join(evaluation.result.table(trained.classes)))
+            for row in class_table(evaluation.result.confusion, trained.classes):
+                print(f"{row['class']:24} {row['samples']:7,} samples   precision {row['precision']:.4f}   "
+                      f"recall {row['recall']:.4f}   f1 {row['f1']:.4f}")  # fmt: skip
         print(json.dumps({"split": options.split, **figures}))
     runtime.end()
 

@@ -38,9 +38,10 @@ from dist_train.track import open_tracker  # noqa: E402
 def train(run: "Run", state: "State") -> None:
     """Train from state.step until the last step, an early stop or a request to stop; evaluate and save on the way."""
     config, world = run.config, run.world
-    clock = Throughput(config.data.global_batch_size)
-    for batch in clock.waiting(to_device(run.stream(state.step), world.device)):
-        lr = set_lr(state.optimizer, run.lr_at(state.step) * state.plateau.factor)
+    clock = Throughput()
+    for batch in timed(to_device(run.stream(state.step), world.device), clock):
+        lr = run.lr_at(state.step) * state.plateau.factor
+        set_lr(state.optimizer, lr)
         torch.manual_seed(int(fold(config.seed, state.step, world.rank)) >> 1)  # for layers that draw by themselves
         loss = run.forward_backward(batch)
         stop = run.agree_to_stop(state, loss)
@@ -52,20 +53,22 @@ def train(run: "Run", state: "State") -> None:
         if state.average:
             state.average.update(run.network)
         state.loss_sum += loss
+        clock.add(config.data.global_batch_size)
 
         last = state.step >= run.num_steps
         if its_time(state.step, config.train.log_every_steps) or last:
-            values = {"loss": run.mean_over_ranks(state.loss_sum) / (state.step - state.logged_step), "lr": lr}
-            run.tracker.train(state.step, {"epoch": run.epoch_of(state.step), **values, **clock.read()})
+            mean_loss = run.mean_over_ranks(state.loss_sum) / (state.step - state.logged_step)
+            images_per_s, data_wait = clock.read()
+            run.tracker.train(state.step, {"epoch": run.epoch_of(state.step), "loss": mean_loss, "lr": lr,
+                                           "images_per_s": images_per_s, "data_wait": data_wait})  # fmt: skip
             state.loss_sum, state.logged_step = torch.zeros_like(state.loss_sum), state.step
         if run.is_evaluation_step(state.step) or last:
-            with clock.paused():
-                is_best = judge(run, state)
-                run.save(state, is_best)
+            run.save(state, is_best=judge(run, state))
             last = last or state.has_lost_patience(config.train.patience)
+            clock.read()  # neither evaluation nor saving is training time
         elif stop or its_time(state.step, config.train.checkpoint_every_steps):
-            with clock.paused():
-                run.save(state, is_best=False)
+            run.save(state, is_best=False)
+            clock.read()
         if last or stop or state.step == run.halt_step:
             break
     state.finished = state.step >= run.num_steps or state.has_lost_patience(config.train.patience)
@@ -76,15 +79,25 @@ def judge(run: "Run", state: "State") -> bool:
     """Evaluate on the validation split, tell the plateau schedule, and say whether these weights are the best so far."""
     if run.config.data.val_split not in run.index.splits:
         return True  # nothing to compare with: the newest is the best
-    with state.average.applied_to(run.network) if state.average else contextlib.nullcontext():
+    with state.average.swapped(run.network) if state.average else contextlib.nullcontext():
         result = run.evaluate(run.config.data.val_split).result
     run.tracker.evaluation(state.step, run.config.data.val_split, {"epoch": run.epoch_of(state.step), **result.figures()})
     value = -result.loss if run.config.train.monitor == "loss" else result.top1
     is_best = state.best_value is None or value > state.best_value
     state.best_value, state.bad_evaluations = (value, 0) if is_best else (state.best_value, state.bad_evaluations + 1)
     if run.config.optim.schedule == "plateau":
-        state.plateau.observe(is_best)
+        state.plateau.update(value)
     return is_best
+
+
+def timed(batches, clock: Throughput):
+    """Pass batches on; the clock counts the time in which none was ready."""
+    while True:
+        with clock.waiting():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def its_time(step: int, period: int) -> bool:
@@ -115,11 +128,12 @@ class State:
         names = {id(p): name for name, p in self.network.named_parameters()}
         optimizer, values = optimizer_tensors(_plain(self.optimizer), names)
         tensors = {"model": self.network.state_dict(), "optimizer": optimizer, "sums": {"loss": self.loss_sum}}
+        average = self.average.state_dict() if self.average else {"weights": None, "num_updates": 0}
         if self.average:
-            tensors["ema"] = self.average.state_dict()
+            tensors["ema"] = average["weights"]
         counters = ("logged_step", "best_value", "bad_evaluations")
         return Saved(self.step, tensors, {
-            **{name: getattr(self, name) for name in counters}, "optimizer": values,
+            **{name: getattr(self, name) for name in counters}, "optimizer": values, "ema_updates": average["num_updates"],
             "plateau": self.plateau.state_dict(), "scaler": scaler.state_dict() if scaler else None,
         })  # fmt: skip
 
@@ -132,7 +146,7 @@ class State:
         parameters = dict(self.network.named_parameters())
         restore_optimizer(_plain(self.optimizer), saved.tensors["optimizer"], saved.state["optimizer"], parameters)
         if self.average:
-            self.average.load_state_dict(saved.tensors["ema"])
+            self.average.load_state_dict({"weights": saved.tensors["ema"], "num_updates": saved.state["ema_updates"]})
         self.plateau.load_state_dict(saved.state["plateau"])
         if scaler and saved.state["scaler"]:
             scaler.load_state_dict(saved.state["scaler"])
@@ -168,15 +182,17 @@ class Run:
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
         if config.train.compile:
             self.model = torch.compile(self.model, dynamic=False)
+        crop = "none" if decoder_crop(config, self.index)[0] == "random_resized" else config.augment.crop
+        on_device = dataclasses.replace(config.augment, crop=crop)  # what the decoder cuts is not cut again
         self.augment = None if self.index.features else Augment(
-            config.augment, self.input_size, self.index.mean, self.index.std, world.device)  # fmt: skip
+            on_device, self.input_size, self.index.mean, self.index.std, world.device)  # fmt: skip
         self.is_mixing = bool(config.augment.mixup or config.augment.cutmix)
         self.micro_batch_size = micro_batch_size(config, world.world_size)
 
     def new_state(self) -> State:
         optim = self.config.optim
         average = WeightAverage(self.network, optim.ema_decay) if optim.ema_decay else None
-        plateau = Plateau(optim.step_factor, optim.plateau_patience)
+        plateau = Plateau(optim.plateau_patience, optim.step_factor, higher_is_better=True)
         return State(self.network, self.optimizer, average, plateau, torch.zeros((), device=self.world.device))
 
     def stream(self, first_step: int):
@@ -254,7 +270,8 @@ class Run:
         return period > 0 and int(step / period) != int((step - 1) / period)
 
     def evaluate(self, split: str) -> Evaluation:
-        return evaluate(self.config, self.index, split, self.network, self.accelerator, self.world)
+        crop = eval_crop(self.config, self.index)
+        return evaluate(self.config, self.index, split, self.network, self.accelerator, self.world, crop)
 
     def save(self, state: State, is_best: bool) -> None:
         if self.world.is_main:

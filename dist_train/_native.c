@@ -1,0 +1,615 @@
+/* JPEGs -> the crop's pixels, resized into the batch: partial decoding on libjpeg-turbo, without the GIL.
+ *
+ * decode.py is the door to this file and its portable twin; both give the same pixels, bit for bit. Whatever is not
+ * plain (another format, a rotated, damaged or suspicious JPEG) is left to the twin by answering LEFT for that sample.
+ * The resize is Pillow's (the triangle filter widened by the reduction, 22-bit weights, across before down, rounded to
+ * 8 bits between them), as a stream: each decoded row is resampled across at once, and an output row is finished as
+ * soon as its last source row has come, so memory holds only the rows under the filter.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <errno.h>
+#include <math.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <jpeglib.h>
+#include <jerror.h>
+
+#ifdef HAVE_XXHASH
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+#endif
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define HAVE_AVX2_PATH 1
+#endif
+
+enum { DONE = 0, LEFT = 1, SHORT_READ = 2, READ_FAILED = 3 };
+
+/* The same figures stand in decode.py, with their reasons. */
+#define MAX_PIXELS 200000000.0
+#define MAX_PIXELS_PER_BYTE 2048.0
+#define MAX_SCANS 200
+#define REDUCED_BEFORE_SCALING 4.0
+
+#define WEIGHT_BITS 22 /* Pillow's, so that results are equal */
+#define LOW_BITS 11    /* a weight is kept as two int16 halves: 16-bit multiply-add is the fast one, and sums stay exact */
+#define PADDING 64     /* bytes a vector may read past the end of a row */
+#define ROWS_AT_ONCE 8 /* rows asked of libjpeg in one call; a few stay in the first cache */
+
+/* ---- Resampling ------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    int outputs, stride;  /* stride: weights kept per output, a multiple of 4 */
+    int *first, *count;   /* (outputs,) first source pixel and number of them */
+    int16_t *high, *low;  /* (outputs, stride) weight = high * 2^LOW_BITS + low, zero past count */
+    void *memory;
+    size_t room;
+} Taps;
+
+typedef struct {
+    Taps across, down;
+    unsigned char *ring;  /* (slots, pitch) source rows already resampled across, the one numbered y in slot y % slots */
+    const unsigned char **window;
+    unsigned char *rows;  /* (ROWS_AT_ONCE, ...) decoded, 4 bytes a pixel */
+    size_t ring_room, window_room, rows_room, pitch;
+    int slots, next;      /* next: output row to be finished */
+    int top, bottom;      /* source rows under the filter */
+} Resizer;
+
+/* Memory kept between the pictures of a batch and only ever grown. */
+static int grow(void **memory, size_t *room, size_t size) {
+    if (*room >= size) return 1;
+    void *larger = malloc(size);
+    if (!larger) return 0;
+    free(*memory);
+    *memory = larger;
+    *room = size;
+    return 1;
+}
+
+static int weigh(Taps *taps, int inputs, float begin, float end, int outputs) {
+    double scale = (double)(end - begin) / outputs, widening = scale < 1 ? 1 : scale;
+    int most = (int)ceil(widening) * 2 + 1;
+    if (most > inputs) most = inputs;
+    int stride = (most + 3) / 4 * 4;
+    size_t weights = (size_t)outputs * stride;
+    if (!grow(&taps->memory, &taps->room, 2 * outputs * sizeof(int) + 2 * weights * sizeof(int16_t) + stride * sizeof(double)))
+        return 0;
+    double *share = taps->memory;
+    taps->first = (int *)(share + stride);
+    taps->count = taps->first + outputs;
+    taps->high = (int16_t *)(taps->count + outputs);
+    taps->low = taps->high + weights;
+    taps->outputs = outputs;
+    taps->stride = stride;
+    memset(taps->high, 0, 2 * weights * sizeof(int16_t));
+    for (int o = 0; o < outputs; o++) {
+        double centre = begin + (o + 0.5) * scale, nearness = 1.0 / widening, sum = 0;
+        int first = (int)(centre - widening + 0.5), last = (int)(centre + widening + 0.5);
+        if (first < 0) first = 0;
+        if (first > inputs - 1) first = inputs - 1;
+        if (last > inputs) last = inputs;
+        if (last > first + stride) last = first + stride;
+        for (int i = 0; i < last - first; i++) {
+            double far = fabs((i + first - centre + 0.5) * nearness);
+            sum += share[i] = far < 1 ? 1 - far : 0;
+        }
+        for (int i = 0; i < last - first; i++) {
+            int weight = (int)(0.5 + (sum != 0 ? share[i] / sum : 0) * (1 << WEIGHT_BITS));
+            taps->high[(size_t)o * stride + i] = (int16_t)(weight >> LOW_BITS);
+            taps->low[(size_t)o * stride + i] = (int16_t)(weight & ((1 << LOW_BITS) - 1));
+        }
+        taps->first[o] = first;
+        taps->count[o] = last > first ? last - first : 1;
+    }
+    return 1;
+}
+
+static unsigned char rounded(uint32_t sum) {
+    int value = (int32_t)(sum + (1 << (WEIGHT_BITS - 1))) >> WEIGHT_BITS;
+    return value > 255 ? 255 : value < 0 ? 0 : value;
+}
+
+/* One row, 4 bytes a pixel beginning with pixel `left` -> (outputs, 3). Writes one byte past the end. */
+static void across_portable(const Taps *taps, const unsigned char *row, int left, unsigned char *to) {
+    for (int o = 0; o < taps->outputs; o++, to += 3) {
+        const unsigned char *pixel = row + 4 * (size_t)(taps->first[o] - left);
+        const int16_t *high = taps->high + (size_t)o * taps->stride, *low = taps->low + (size_t)o * taps->stride;
+        uint32_t red = 0, green = 0, blue = 0;
+        for (int i = 0; i < taps->count[o]; i++, pixel += 4) {
+            uint32_t weight = ((uint32_t)high[i] << LOW_BITS) + low[i];
+            red += weight * pixel[0];
+            green += weight * pixel[1];
+            blue += weight * pixel[2];
+        }
+        to[0] = rounded(red);
+        to[1] = rounded(green);
+        to[2] = rounded(blue);
+    }
+}
+
+/* `count` rows of `bytes` bytes -> their weighted sum. */
+static void down_portable(const unsigned char **rows, int count, const int16_t *high, const int16_t *low, size_t bytes,
+                          unsigned char *to) {
+    for (size_t at = 0; at < bytes; at += 64) {
+        uint32_t sums[64] = {0};
+        size_t n = bytes - at < 64 ? bytes - at : 64;
+        for (int i = 0; i < count; i++) {
+            uint32_t weight = ((uint32_t)high[i] << LOW_BITS) + low[i];
+            for (size_t k = 0; k < n; k++) sums[k] += weight * rows[i][at + k];
+        }
+        for (size_t k = 0; k < n; k++) to[at + k] = rounded(sums[k]);
+    }
+}
+
+#ifdef HAVE_AVX2_PATH
+__attribute__((target("avx2"))) static __m256i settled(__m256i high, __m256i low) {
+    __m256i sum = _mm256_add_epi32(_mm256_slli_epi32(high, LOW_BITS), low);
+    return _mm256_srai_epi32(_mm256_add_epi32(sum, _mm256_set1_epi32(1 << (WEIGHT_BITS - 1))), WEIGHT_BITS);
+}
+
+__attribute__((target("avx2"))) static void across_avx2(const Taps *taps, const unsigned char *row, int left,
+                                                        unsigned char *to) {
+    /* 4 pixels a turn: the low lane takes two, paired by channel for the multiply-add, the high lane the next two */
+    const __m256i pairs = _mm256_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1,
+                                           8, -1, 12, -1, 9, -1, 13, -1, 10, -1, 14, -1, 11, -1, 15, -1);
+    const __m256i lanes = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    for (int o = 0; o < taps->outputs; o++, to += 3) {
+        const unsigned char *pixel = row + 4 * (size_t)(taps->first[o] - left);
+        const int16_t *high = taps->high + (size_t)o * taps->stride, *low = taps->low + (size_t)o * taps->stride;
+        __m256i high_sum = _mm256_setzero_si256(), low_sum = _mm256_setzero_si256();
+        for (int i = 0; i < taps->count[o]; i += 4, pixel += 16) {
+            __m256i four = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)pixel));
+            __m256i values = _mm256_shuffle_epi8(four, pairs);
+            __m256i h = _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(_mm_loadl_epi64((const __m128i *)(high + i))), lanes);
+            __m256i l = _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(_mm_loadl_epi64((const __m128i *)(low + i))), lanes);
+            high_sum = _mm256_add_epi32(high_sum, _mm256_madd_epi16(values, h));
+            low_sum = _mm256_add_epi32(low_sum, _mm256_madd_epi16(values, l));
+        }
+        __m256i both = _mm256_add_epi32(_mm256_slli_epi32(high_sum, LOW_BITS), low_sum);
+        __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+        sum = _mm_srai_epi32(_mm_add_epi32(sum, _mm_set1_epi32(1 << (WEIGHT_BITS - 1))), WEIGHT_BITS);
+        sum = _mm_packus_epi16(_mm_packs_epi32(sum, sum), sum);
+        int32_t colour = _mm_cvtsi128_si32(sum);
+        memcpy(to, &colour, 4);
+    }
+}
+
+__attribute__((target("avx2"))) static void down_avx2(const unsigned char **rows, int count, const int16_t *high,
+                                                      const int16_t *low, size_t bytes, unsigned char *to) {
+    if (bytes < 16) {
+        down_portable(rows, count, high, low, bytes, to);
+        return;
+    }
+    for (size_t at = 0; at < bytes; at += 16) {
+        if (at > bytes - 16) at = bytes - 16; /* the last turn overlaps rather than runs over */
+        __m256i h0 = _mm256_setzero_si256(), h1 = h0, l0 = h0, l1 = h0;
+        for (int i = 0; i < count; i += 2) {
+            /* past an odd count the weight is zero, so any row will do */
+            __m128i upper = _mm_loadu_si128((const __m128i *)(rows[i] + at));
+            __m128i lower = _mm_loadu_si128((const __m128i *)(rows[i + 1 < count ? i + 1 : i] + at));
+            __m256i v0 = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(upper, lower));
+            __m256i v1 = _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(upper, lower));
+            int32_t pair;
+            memcpy(&pair, high + i, 4);
+            __m256i weight = _mm256_set1_epi32(pair);
+            h0 = _mm256_add_epi32(h0, _mm256_madd_epi16(v0, weight));
+            h1 = _mm256_add_epi32(h1, _mm256_madd_epi16(v1, weight));
+            memcpy(&pair, low + i, 4);
+            weight = _mm256_set1_epi32(pair);
+            l0 = _mm256_add_epi32(l0, _mm256_madd_epi16(v0, weight));
+            l1 = _mm256_add_epi32(l1, _mm256_madd_epi16(v1, weight));
+        }
+        __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(settled(h0, l0), settled(h1, l1)), 0xD8);
+        __m128i result = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+        _mm_storeu_si128((__m128i *)(to + at), result);
+    }
+}
+#endif
+
+static int has_avx2(void) {
+#ifdef HAVE_AVX2_PATH
+    return __builtin_cpu_supports("avx2");
+#else
+    return 0;
+#endif
+}
+
+/* Get ready to resize the box (top, left, height, width) of a (height, width) picture into (out_height, out_width). */
+static int plan(Resizer *r, int height, int width, const double *box, int out_height, int out_width) {
+    double top = box[0], reach = fmax(box[2] / out_height, 1);
+    r->top = fmax(floor(top - reach), 0);
+    r->bottom = fmin(ceil(top + box[2] + reach), height);
+    float begin = top - r->top, end = top - r->top + box[2];
+    if (!weigh(&r->across, width, box[1], box[1] + box[3], out_width) ||
+        !weigh(&r->down, r->bottom - r->top, begin, end, out_height))
+        return 0;
+    r->slots = r->down.stride;
+    r->pitch = (size_t)out_width * 3 + PADDING;
+    r->next = 0;
+    return grow((void **)&r->ring, &r->ring_room, r->pitch * r->slots) &&
+           grow((void **)&r->window, &r->window_room, sizeof(*r->window) * r->slots);
+}
+
+/* Take row y of those from `top` on, whose first pixel given is number `left`, and finish every output row that waited for it. */
+static void feed(Resizer *r, const unsigned char *row, int left, int y, unsigned char *out) {
+    unsigned char *slot = r->ring + r->pitch * (y % r->slots);
+    size_t bytes = (size_t)r->across.outputs * 3;
+#ifdef HAVE_AVX2_PATH
+    int wide = has_avx2();
+    if (wide) across_avx2(&r->across, row, left, slot);
+    else
+#endif
+        across_portable(&r->across, row, left, slot);
+    for (; r->next < r->down.outputs && r->down.first[r->next] + r->down.count[r->next] <= y + 1; r->next++) {
+        int first = r->down.first[r->next], count = r->down.count[r->next];
+        const int16_t *high = r->down.high + (size_t)r->next * r->down.stride;
+        const int16_t *low = r->down.low + (size_t)r->next * r->down.stride;
+        for (int i = 0; i < count; i++) r->window[i] = r->ring + r->pitch * ((first + i) % r->slots);
+#ifdef HAVE_AVX2_PATH
+        if (wide) down_avx2(r->window, count, high, low, bytes, out + r->next * bytes);
+        else
+#endif
+            down_portable(r->window, count, high, low, bytes, out + r->next * bytes);
+    }
+}
+
+static void release(Resizer *r) {
+    free(r->across.memory);
+    free(r->down.memory);
+    free(r->ring);
+    free(r->window);
+    free(r->rows);
+}
+
+/* ---- JPEG ------------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    struct jpeg_error_mgr base;
+    jmp_buf escape;
+} Errors;
+
+static void give_up(j_common_ptr jpeg) { longjmp(((Errors *)jpeg->err)->escape, 1); }
+
+static void say_nothing(j_common_ptr jpeg) { (void)jpeg; }
+
+/* A warning is damage, but for the two that leave a complete picture (decode.py names them). */
+static void judge(j_common_ptr jpeg, int level) {
+    struct jpeg_error_mgr *err = jpeg->err;
+    if (level >= 0 || err->msg_code == JWRN_JFIF_MAJOR) return;
+    if (err->msg_code == JWRN_EXTRANEOUS_DATA && err->msg_parm.i[1] == 0xD9) return;
+    give_up(jpeg);
+}
+
+static unsigned number(const unsigned char *at, int bytes, int little) {
+    unsigned value = 0;
+    for (int i = 0; i < bytes; i++) value = value << 8 | at[little ? bytes - 1 - i : i];
+    return value;
+}
+
+/* Whether an EXIF segment in front of the frame asks for the picture to be turned or mirrored. */
+static int is_turned(const unsigned char *jpeg, size_t size) {
+    size_t at = 2;
+    while (at + 4 <= size && jpeg[at] == 0xFF) {
+        unsigned marker = jpeg[at + 1];
+        if (marker == 0xFF || marker == 0x01 || (marker >= 0xD0 && marker <= 0xD8)) {
+            at += marker == 0xFF ? 1 : 2;
+            continue;
+        }
+        size_t length = number(jpeg + at + 2, 2, 0);
+        if (marker == 0xDA || marker == 0xD9 || length < 2 || at + 2 + length > size) return 0;
+        if (marker == 0xE1 && length >= 8 + 14 && !memcmp(jpeg + at + 4, "Exif\0", 6)) {
+            const unsigned char *tiff = jpeg + at + 10;
+            size_t end = length - 8;
+            int little = tiff[0] == 'I';
+            size_t entry = number(tiff + 4, 4, little);
+            unsigned entries = entry <= end - 2 ? number(tiff + entry, 2, little) : 0;
+            for (entry += 2; entries-- && entry + 12 <= end; entry += 12)
+                if (number(tiff + entry, 2, little) == 0x0112 && number(tiff + entry + 8, 2, little) != 1) return 1;
+        }
+        at += 2 + length;
+    }
+    return 0;
+}
+
+/* The portable path reads to the end and so notices where it is missing; this one may stop long before. */
+static int has_end(const unsigned char *from, const unsigned char *end) {
+    for (const unsigned char *at = end - 2; at >= from; at--)
+        if (at[0] == 0xFF && at[1] == 0xD9) return 1;
+    return 0;
+}
+
+static int count_scans(const unsigned char *at, const unsigned char *end) {
+    int scans = 0;
+    while ((at = memchr(at, 0xFF, end - at)) && ++at < end) scans += *at == 0xDA;
+    return scans;
+}
+
+static void cmyk_to_rgb(unsigned char *row, int pixels) {
+    for (; pixels--; row += 4)
+        for (int c = 0; c < 3; c++) {
+            unsigned product = (255 - row[c]) * row[3] + 128;
+            row[c] = row[3] - (((product >> 8) + product) >> 8);
+        }
+}
+
+static int decode_rows(struct jpeg_decompress_struct *jpeg, Resizer *r, const double *box, unsigned char *out, int height,
+                       int width) {
+    int full_width = jpeg->output_width;
+    if (!plan(r, jpeg->output_height, full_width, box, height, width)) return LEFT;
+    const Taps *across = &r->across, *down = &r->down;
+    /* pixels beside the cut are upsampled without their neighbours: a few more columns keep ours exact */
+    int left = across->first[0] - 2, right = across->first[width - 1] + across->count[width - 1] + 2;
+    int top = r->top + down->first[0], bottom = r->top + down->first[height - 1] + down->count[height - 1];
+    if (left < 0) left = 0;
+    if (right > full_width) right = full_width;
+    JDIMENSION begin = left, columns = right - left;
+    if (columns < (JDIMENSION)full_width) jpeg_crop_scanline(jpeg, &begin, &columns);
+    size_t pitch = (size_t)columns * 4 + PADDING;
+    if (!grow((void **)&r->rows, &r->rows_room, pitch * ROWS_AT_ONCE)) return LEFT;
+    JSAMPROW rows[ROWS_AT_ONCE];
+    for (int k = 0; k < ROWS_AT_ONCE; k++) rows[k] = r->rows + pitch * k;
+    if (top > 0) jpeg_skip_scanlines(jpeg, top);
+    while ((int)jpeg->output_scanline < bottom) {
+        int y = jpeg->output_scanline, wanted = bottom - y < ROWS_AT_ONCE ? bottom - y : ROWS_AT_ONCE;
+        int got = jpeg_read_scanlines(jpeg, rows, wanted);
+        if (got < 1) return LEFT;
+        for (int k = 0; k < got; k++) {
+            if (jpeg->out_color_space == JCS_CMYK) cmyk_to_rgb(rows[k], columns);
+            feed(r, rows[k], begin, y + k - r->top, out);
+        }
+    }
+    return DONE;
+}
+
+static int copy_rows(struct jpeg_decompress_struct *jpeg, unsigned char *out) {
+    size_t pitch = (size_t)jpeg->output_width * 3;
+    while (jpeg->output_scanline < jpeg->output_height) {
+        JSAMPROW rows[ROWS_AT_ONCE];
+        JDIMENSION left = jpeg->output_height - jpeg->output_scanline, wanted = left < ROWS_AT_ONCE ? left : ROWS_AT_ONCE;
+        for (JDIMENSION k = 0; k < wanted; k++) rows[k] = out + pitch * (jpeg->output_scanline + k);
+        if (jpeg_read_scanlines(jpeg, rows, wanted) < 1) return LEFT;
+    }
+    return DONE;
+}
+
+/* box: (top, left, height, width) or NULL. Answers DONE, or LEFT for whatever the portable path shall look at. */
+static int decode_jpeg(const unsigned char *payload, size_t size, const double *box, Resizer *r, unsigned char *out,
+                       int height, int width) {
+    struct jpeg_decompress_struct jpeg;
+    Errors errors;
+    if (size < 4 || payload[0] != 0xFF || payload[1] != 0xD8 || is_turned(payload, size)) return LEFT;
+    jpeg.err = jpeg_std_error(&errors.base);
+    errors.base.error_exit = give_up;
+    errors.base.emit_message = judge;
+    errors.base.output_message = say_nothing;
+    if (setjmp(errors.escape)) {
+        jpeg_destroy_decompress(&jpeg);
+        return LEFT;
+    }
+    jpeg_create_decompress(&jpeg);
+    jpeg_mem_src(&jpeg, payload, size);
+    jpeg_read_header(&jpeg, TRUE);
+    int answer = LEFT;
+    double pixels = (double)jpeg.image_height * jpeg.image_width, whole[4] = {0, 0, jpeg.image_height, jpeg.image_width};
+    if (pixels > MAX_PIXELS || (!jpeg.arith_code && pixels > MAX_PIXELS_PER_BYTE * size)) goto end;
+    if (!has_end(jpeg.src->next_input_byte, payload + size)) goto end;
+    if (jpeg.progressive_mode && count_scans(payload, payload + size) > MAX_SCANS) goto end;
+
+    if (!box) box = whole;
+    double top = fmax(box[0], 0), left = fmax(box[1], 0);
+    double tall = fmin(box[0] + box[2], whole[2]) - top, wide = fmin(box[1] + box[3], whole[3]) - left;
+    if (!(tall > 0 && wide > 0)) goto end;
+    int is_whole = top == 0 && left == 0 && tall == whole[2] && wide == whole[3];
+    int cmyk = jpeg.num_components == 4, copies = is_whole && tall == height && wide == width && !cmyk;
+    double reduction = fmin(tall / height, wide / width);
+    jpeg.scale_num = jpeg.scale_denom = 1;
+    while (jpeg.scale_denom < 8 && reduction >= REDUCED_BEFORE_SCALING * jpeg.scale_denom) jpeg.scale_denom *= 2;
+    double scale = jpeg.scale_denom;
+    double area[4] = {top / scale, left / scale, tall / scale, wide / scale};
+
+    jpeg.out_color_space = cmyk ? JCS_CMYK : copies ? JCS_EXT_RGB : JCS_EXT_RGBX;
+    jpeg_start_decompress(&jpeg);
+    answer = copies ? copy_rows(&jpeg, out) : decode_rows(&jpeg, r, area, out, height, width);
+end:
+    jpeg_destroy_decompress(&jpeg);
+    return answer;
+}
+
+/* ---- Python ---------------------------------------------------------------------------------------------------- */
+
+static PyObject *wrong_size(const char *what) {
+    return PyErr_Format(PyExc_ValueError, "%s has the wrong number of bytes", what);
+}
+
+static int is_size(int height, int width) { return height > 0 && width > 0 && height < 65536 && width < 65536; }
+
+PyDoc_STRVAR(decode_doc,
+"decode(source, starts, sizes, boxes, out, height, width, status)\n\n"
+"Decode payload i = source[starts[i] : starts[i] + sizes[i]] into out[i], for all i, without the GIL.\n"
+"starts: (N,) uint64, sizes: (N,) uint32, boxes: (N, 4) float64 or None, out: (N, height, width, 3) uint8,\n"
+"status: (N,) uint8. Samples whose status is not 0 on entry are passed over; on return 0 says done, 1 left to others.");
+
+static PyObject *py_decode(PyObject *self, PyObject *args) {
+    Py_buffer source, starts, sizes, boxes, out, status;
+    int height, width;
+    PyObject *result = NULL;
+    if (!PyArg_ParseTuple(args, "y*y*y*z*w*iiw*", &source, &starts, &sizes, &boxes, &out, &height, &width, &status))
+        return NULL;
+    Py_ssize_t n = status.len;
+    const uint64_t *start = starts.buf;
+    const uint32_t *size = sizes.buf;
+    unsigned char *state = status.buf;
+    if (starts.len != n * 8) wrong_size("starts");
+    else if (sizes.len != n * 4) wrong_size("sizes");
+    else if (boxes.buf && boxes.len != n * 32) wrong_size("boxes");
+    else if (!is_size(height, width) || out.len != n * 3 * height * width) wrong_size("out");
+    else {
+        result = Py_None;
+        for (Py_ssize_t i = 0; i < n; i++)
+            if (start[i] > (uint64_t)source.len || size[i] > source.len - start[i]) result = NULL;
+        if (!result) wrong_size("source");
+    }
+    if (result) {
+        Py_BEGIN_ALLOW_THREADS
+        Resizer resizer = {0};
+        for (Py_ssize_t i = 0; i < n; i++)
+            if (!state[i])
+                state[i] = decode_jpeg((unsigned char *)source.buf + start[i], size[i],
+                                       boxes.buf ? (double *)boxes.buf + 4 * i : NULL, &resizer,
+                                       (unsigned char *)out.buf + (size_t)i * 3 * height * width, height, width);
+        release(&resizer);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&source);
+    PyBuffer_Release(&starts);
+    PyBuffer_Release(&sizes);
+    if (boxes.buf) PyBuffer_Release(&boxes);
+    PyBuffer_Release(&out);
+    PyBuffer_Release(&status);
+    return Py_XNewRef(result);
+}
+
+PyDoc_STRVAR(read_doc,
+"read(fds, offsets, sizes, into, starts, status)\n\n"
+"Read sizes[i] bytes at offsets[i] of file fds[i] to into[starts[i]:], for all i, without the GIL.\n"
+"fds: (N,) int32, offsets and starts: (N,) uint64, sizes: (N,) uint32, bytes. status: (N,) uint8: 0 read, 2 the file\n"
+"ends before, 3 the system refused.");
+
+static PyObject *py_read(PyObject *self, PyObject *args) {
+    Py_buffer fds, offsets, sizes, into, starts, status;
+    PyObject *result = Py_None;
+    if (!PyArg_ParseTuple(args, "y*y*y*w*y*w*", &fds, &offsets, &sizes, &into, &starts, &status)) return NULL;
+    Py_ssize_t n = status.len;
+    const int32_t *fd = fds.buf;
+    const uint64_t *offset = offsets.buf, *start = starts.buf;
+    const uint32_t *size = sizes.buf;
+    unsigned char *state = status.buf;
+    if (fds.len != n * 4 || offsets.len != n * 8 || sizes.len != n * 4 || starts.len != n * 8)
+        result = wrong_size("fds, offsets, sizes or starts");
+    for (Py_ssize_t i = 0; result && i < n; i++)
+        if (start[i] > (uint64_t)into.len || size[i] > into.len - start[i]) result = wrong_size("into");
+    if (result) {
+        Py_BEGIN_ALLOW_THREADS
+        for (Py_ssize_t i = 0; i < n; i++) {
+            size_t done = 0;
+            state[i] = offset[i] > INT64_MAX ? SHORT_READ : DONE;
+            while (!state[i] && done < size[i]) {
+                ssize_t got = pread(fd[i], (char *)into.buf + start[i] + done, size[i] - done, offset[i] + done);
+                if (got > 0) done += got;
+                else if (got == 0) state[i] = SHORT_READ;
+                else if (errno != EINTR) state[i] = READ_FAILED;
+            }
+        }
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&fds);
+    PyBuffer_Release(&offsets);
+    PyBuffer_Release(&sizes);
+    PyBuffer_Release(&into);
+    PyBuffer_Release(&starts);
+    PyBuffer_Release(&status);
+    return Py_XNewRef(result);
+}
+
+#ifdef HAVE_XXHASH
+PyDoc_STRVAR(checksum_doc,
+"checksum(source, starts, sizes, into)\n\n"
+"xxh3_64 of source[starts[i] : starts[i] + sizes[i]] to into[i], (N,) uint64, for all i, without the GIL.");
+
+static PyObject *py_checksum(PyObject *self, PyObject *args) {
+    Py_buffer source, starts, sizes, into;
+    PyObject *result = Py_None;
+    if (!PyArg_ParseTuple(args, "y*y*y*w*", &source, &starts, &sizes, &into)) return NULL;
+    Py_ssize_t n = into.len / 8;
+    const uint64_t *start = starts.buf;
+    const uint32_t *size = sizes.buf;
+    if (starts.len != n * 8 || sizes.len != n * 4) result = wrong_size("starts or sizes");
+    for (Py_ssize_t i = 0; result && i < n; i++)
+        if (start[i] > (uint64_t)source.len || size[i] > source.len - start[i]) result = wrong_size("source");
+    if (result) {
+        Py_BEGIN_ALLOW_THREADS
+        for (Py_ssize_t i = 0; i < n; i++) ((uint64_t *)into.buf)[i] = XXH3_64bits((char *)source.buf + start[i], size[i]);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&source);
+    PyBuffer_Release(&starts);
+    PyBuffer_Release(&sizes);
+    PyBuffer_Release(&into);
+    return Py_XNewRef(result);
+}
+#endif
+
+PyDoc_STRVAR(resize_doc,
+"resize(source, source_height, source_width, box, out, height, width)\n\n"
+"Resize the box (top, left, height, width) of a (source_height, source_width, 3) uint8 picture into out.");
+
+static PyObject *py_resize(PyObject *self, PyObject *args) {
+    Py_buffer source, out;
+    int from_height, from_width, height, width, fits = 0;
+    double box[4];
+    PyObject *result = NULL;
+    if (!PyArg_ParseTuple(args, "y*ii(dddd)w*ii", &source, &from_height, &from_width, box, box + 1, box + 2, box + 3, &out,
+                          &height, &width))
+        return NULL;
+    if (from_height < 1 || from_width < 1 || source.len != (Py_ssize_t)3 * from_height * from_width) wrong_size("source");
+    else if (!is_size(height, width) || out.len != (Py_ssize_t)3 * height * width) wrong_size("out");
+    else if (!(box[0] >= 0 && box[1] >= 0 && box[2] > 0 && box[3] > 0 && box[0] + box[2] <= from_height &&
+               box[1] + box[3] <= from_width))
+        PyErr_SetString(PyExc_ValueError, "box lies outside the picture");
+    else {
+        Py_BEGIN_ALLOW_THREADS
+        Resizer r = {0};
+        fits = plan(&r, from_height, from_width, box, height, width) &&
+               grow((void **)&r.rows, &r.rows_room, (size_t)from_width * 4 + PADDING);
+        for (int y = r.top; fits && y < r.bottom; y++) {
+            const unsigned char *pixel = (unsigned char *)source.buf + (size_t)y * from_width * 3;
+            for (int x = 0; x < from_width; x++) memcpy(r.rows + 4 * (size_t)x, pixel + 3 * (size_t)x, 3);
+            feed(&r, r.rows, 0, y - r.top, out.buf);
+        }
+        release(&r);
+        Py_END_ALLOW_THREADS
+        if (fits) result = Py_None;
+        else PyErr_NoMemory();
+    }
+    PyBuffer_Release(&source);
+    PyBuffer_Release(&out);
+    return Py_XNewRef(result);
+}
+
+static PyMethodDef methods[] = {
+    {"decode", py_decode, METH_VARARGS, decode_doc},
+    {"read", py_read, METH_VARARGS, read_doc},
+#ifdef HAVE_XXHASH
+    {"checksum", py_checksum, METH_VARARGS, checksum_doc},
+#endif
+    {"resize", py_resize, METH_VARARGS, resize_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+#define TEXT_OF(x) #x
+#define TEXT(x) TEXT_OF(x)
+
+static int fill(PyObject *module) {
+    return PyModule_AddStringConstant(module, "LIBJPEG_TURBO", TEXT(LIBJPEG_TURBO_VERSION)) ||
+           PyModule_AddStringConstant(module, "VECTORS", has_avx2() ? "AVX2" : "portable");
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, fill},
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "Partial JPEG decoding; see decode.py.", 0, methods, slots};
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModuleDef_Init(&definition); }

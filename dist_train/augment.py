@@ -1,0 +1,256 @@
+"""What is done to a batch of training pictures on the device, each picture with its own keyed draws.
+
+The order is fixed: geometry (crop, flip, rotation, resize as ONE resampling), brightness, contrast, saturation, hue,
+greyscale, normalising, erasing; then mixup or cutmix (`mix`, in mixing.py). What is done to a sample follows from its
+key alone, never from its neighbours. Whatever comes from outside a picture has the mean colour: 0 once normalised.
+No value is read back to the host and every shape is static, so all of it can be compiled or captured in a CUDA graph.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_train import colour
+from dist_train.boxes import fallback_box, side_tables
+from dist_train.config import AugmentConfig
+from dist_train.draws import between, chance, random_boxes, uniform
+from dist_train.errors import UserError
+from dist_train.mixing import mix
+
+__all__ = ["Augment", "evaluation_pixels", "mix", "normalize", "uniform"]
+
+# Draws of a key, by use. The decoder's box is draws 0 to 21, so the crop must start at 0.
+CROP, FLIP, ROTATE = 0, 32, 33
+BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE = 34, 35, 36, 37, 38
+ERASE, ERASE_BOX = 39, 40
+Channels = Sequence[float]  # one number a channel
+ERASE_SCALE, ERASE_RATIO = (0.02, 1 / 3), (0.3, 3.3)  # Zhong et al. 2017, as in torchvision
+MAX_SHRINK = 1.5  # reduced by more than this, bilinear sampling skips pixels and shows false patterns
+
+
+class Augment:
+    """Augment and normalise batches: `pixels = augment(images, keys)`. Holds the settings and their constants.
+
+    size: (height, width) of the output. mean, std: per channel, of pixels in 0..1. Where the decoder has already cut
+    the random box out, give a config with crop "none". Raises UserError naming every setting out of range.
+    """
+
+    def __init__(self, config: AugmentConfig, size: tuple[int, int], mean: Channels, std: Channels, device="cpu"):
+        check(config)
+        self.config, self.size = config, tuple(size)
+        self.mean, self.std = (_channels(tuple(values), torch.device(device)) for values in (mean, std))
+        self.crop_tables, self.erase_tables = (
+            torch.from_numpy(np.stack(side_tables(scale, ratio))).to(device)
+            for scale, ratio in ((config.scale, config.ratio), (ERASE_SCALE, ERASE_RATIO))
+        )
+
+    def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
+        """images: uint8 (N, C, H, W), any memory format, C 1 or 3; keys: (N,) int64 from `sample_keys`, same device.
+
+        Returns float32 (N, C, height, width) in channels-last memory, normalised.
+        """
+        images = self.transform_geometry(images, keys)
+        images = self.jitter(images, keys)
+        images = images.sub_(self.mean).div_(self.std)  # in place: on a CPU, fresh memory costs more than arithmetic
+        if self.config.erase:
+            images = erase(images, *self.draw_erasing(keys))
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def transform_geometry(self, images: Tensor, keys: Tensor) -> Tensor:
+        """Crop, flip, rotate and resize: uint8 (N, C, H, W) -> float32 (N, C, height, width) in 0..1.
+
+        The rotation is about the centre of the output. Flips and whole-pixel shifts copy pixels exactly; resizing the
+        whole picture is antialiased; all else is one bilinear sampling, after an antialiased reduction where the
+        pictures are more than MAX_SHRINK times larger than the output. A rotated crop shows in its corners what lies
+        around it in the picture.
+        """
+        config, pictures = self.config, to_float(images)
+        stored = tuple(images.shape[2:])
+        flipped = chance(keys, FLIP, config.flip) if config.flip else None
+        if config.crop != "random_resized" and not config.rotate_degrees:
+            if config.crop == "padded":
+                pictures = shift_crop(pictures, *self.draw_shift(keys), config.padding, self.mean)
+            if stored != self.size:
+                pictures = resize(pictures, self.size)
+            return pictures if flipped is None else flip(pictures, flipped)
+        angle = between(keys, ROTATE, -config.rotate_degrees, config.rotate_degrees) if config.rotate_degrees else None
+        boxes = self.draw_boxes(keys, stored)
+        spare = MAX_SHRINK if config.crop == "random_resized" else 1.0  # small boxes need pixels to enlarge
+        reduced = tuple(
+            math.ceil(spare * pixels) if side > MAX_SHRINK * pixels else side
+            for side, pixels in zip(stored, self.size, strict=True)
+        )
+        if reduced != stored:
+            pictures = resize(pictures, reduced)
+            zoom_y, zoom_x = reduced[0] / stored[0], reduced[1] / stored[1]
+            top, left, height, width = boxes.unbind(1)
+            boxes = torch.stack([top * zoom_y, left * zoom_x, height * zoom_y, width * zoom_x], 1)
+        return sample_boxes(pictures, boxes, self.size, flipped, angle, self.mean)
+
+    def jitter(self, images: Tensor, keys: Tensor) -> Tensor:
+        """Brightness, contrast, saturation, hue, then greyscale: float32 (N, C, H, W) in 0..1, and so returned."""
+        config = self.config
+        for strength, draw, adjust in (
+            (config.brightness, BRIGHTNESS, colour.adjust_brightness),
+            (config.contrast, CONTRAST, colour.adjust_contrast),
+            (config.saturation, SATURATION, colour.adjust_saturation),
+        ):
+            if strength:
+                images = adjust(images, between(keys, draw, max(0.0, 1 - strength), 1 + strength))
+        if config.hue:
+            images = colour.adjust_hue(images, between(keys, HUE, -config.hue, config.hue))
+        if config.grayscale:
+            images = colour.drop_colour(images, chance(keys, GRAYSCALE, config.grayscale))
+        return images
+
+    def draw_boxes(self, keys: Tensor, stored: tuple[int, int]) -> Tensor:
+        """The box each crop takes from pictures of stored (height, width): (N, 4) float32 top, left, height, width.
+
+        Random ones equal those of `boxes.random_resized_boxes`; padded ones reach over the edge.
+        """
+        if self.config.crop == "random_resized":
+            drawn, fits = random_boxes(keys, CROP, *stored, self.crop_tables)
+            fallback = fallback_box(*stored, self.config.ratio)
+            sides = [torch.where(fits, side, float(fallback[i])) for i, side in enumerate(drawn.unbind(1))]
+        else:
+            zero = torch.zeros_like(keys, dtype=torch.float32)
+            sides = [zero, zero, zero + stored[0], zero + stored[1]]
+            if self.config.crop == "padded":
+                sides[:2] = (place - float(self.config.padding) for place in self.draw_shift(keys))
+        return torch.stack(sides, 1)
+
+    def draw_shift(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Top and left of the window in the padded picture, 0 to twice the padding: (N,) int64 each."""
+        places = 2 * self.config.padding + 1
+        return (uniform(keys, CROP) * places).long(), (uniform(keys, CROP + 1) * places).long()
+
+    def draw_erasing(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """The box to erase, (N, 4) float32 top, left, height, width, and whether to erase it, (N,) bool."""
+        height, width = self.size
+        drawn, fits = random_boxes(keys, ERASE_BOX, height, width, self.erase_tables, below=(height - 1, width - 1))
+        return drawn, chance(keys, ERASE, self.config.erase) & fits
+
+
+def normalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
+    """uint8 (N, C, H, W) -> float32 (value / 255 - mean) / std, in channels-last memory."""
+    mean, std = (_channels(tuple(values), images.device) for values in (mean, std))
+    return to_float(images).sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+def evaluation_pixels(images: Tensor, size: tuple[int, int], mean: Channels, std: Channels) -> Tensor:
+    """Normalise pictures for evaluation, resized (antialiased) to (height, width) where they have another size.
+
+    images: uint8 (N, C, H, W). Returns float32 (N, C, height, width) in channels-last memory.
+    """
+    if tuple(images.shape[2:]) == tuple(size):
+        return normalize(images, mean, std)
+    mean, std = (_channels(tuple(values), images.device) for values in (mean, std))
+    pictures = resize(to_float(images), tuple(size))
+    return pictures.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 -> new float32 in 0..1, one plane a channel: sampling and colour run several times faster on planes."""
+    assert images.dtype == torch.uint8, images.dtype
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize the whole picture, bilinear and antialiased, as torchvision does."""
+    return F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def flip(images: Tensor, flipped: Tensor) -> Tensor:
+    """Mirror left to right the pictures marked in flipped (N,) bool."""
+    return torch.where(flipped[:, None, None, None], images.flip(3), images)
+
+
+def shift_crop(images: Tensor, top: Tensor, left: Tensor, padding: int, fill: Tensor) -> Tensor:
+    """Pad each side and cut a window of the old size out; pixels are copied, not interpolated.
+
+    images: float32 (N, C, H, W); top, left: (N,) int64, 0 to 2 * padding; fill: (1, C, 1, 1), the padding's colour.
+    """
+    num_images, channels, height, width = images.shape
+    padded = F.pad(images - fill, (padding,) * 4).flatten(2)
+    rows = top[:, None] + torch.arange(height, device=top.device)
+    columns = left[:, None] + torch.arange(width, device=top.device)
+    place = rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]
+    place = place.view(num_images, 1, -1).expand(-1, channels, -1)
+    return padded.gather(2, place).view(images.shape).add_(fill)
+
+
+def sample_boxes(
+    images: Tensor, boxes: Tensor, size: tuple[int, int], flipped: Tensor | None, angle: Tensor | None, fill: Tensor
+) -> Tensor:
+    """Cut boxes out, resize them to `size`, mirror them, turn them, in one bilinear sampling.
+
+    images: float32 (N, C, H, W); boxes: (N, 4) top, left, height, width, pixels; flipped: (N,) bool or None; angle:
+    (N,) degrees, counter-clockwise, or None; fill: (1, C, 1, 1), the colour outside the picture. Without rotation the
+    result is torchvision's resized_crop without antialias: a box ends at its own outermost pixels.
+    """
+    box_y, box_x, box_height, box_width = (side[:, None] for side in boxes.unbind(1))
+    height, width = size
+    y = torch.arange(height, device=images.device) + (0.5 - height / 2)  # output pixels from the output's centre
+    x = torch.arange(width, device=images.device) + (0.5 - width / 2)
+    zoom_x, zoom_y = box_width / width, box_height / height
+    if flipped is not None:
+        zoom_x = torch.where(flipped[:, None], -zoom_x, zoom_x)
+    centre_x, centre_y = box_x + box_width / 2, box_y + box_height / 2
+    if angle is None:
+        half = 0.5  # of a pixel: the middle of the box's outermost ones
+        columns_x = (x * zoom_x + centre_x).clamp(box_x + half, box_x + box_width - half)
+        rows_y = (y * zoom_y + centre_y).clamp(box_y + half, box_y + box_height - half)
+        columns_y, rows_x = torch.zeros_like(columns_x), torch.zeros_like(rows_y)
+    else:
+        turn = torch.deg2rad(angle)[:, None]
+        cos, sin = turn.cos(), turn.sin()
+        columns_x, columns_y = x * cos * zoom_x + centre_x, x * sin * zoom_y + centre_y
+        rows_x, rows_y = -y * sin * zoom_x, y * cos * zoom_y
+    # grid_sample counts a picture's width and height from -1 to 1. The grid is the sum of a row's and a column's part:
+    # one pass over it, where F.affine_grid costs more than the sampling itself on a CPU.
+    columns = torch.stack([columns_x * (2 / images.shape[3]) - 1, columns_y * (2 / images.shape[2])], -1)
+    rows = torch.stack([rows_x * (2 / images.shape[3]), rows_y * (2 / images.shape[2]) - 1], -1)
+    grid = columns[:, None] + rows[:, :, None]
+    if angle is None:
+        return F.grid_sample(images, grid, align_corners=False, padding_mode="border")
+    return F.grid_sample(images - fill, grid, align_corners=False, padding_mode="zeros").add_(fill)
+
+
+def erase(images: Tensor, boxes: Tensor, erased: Tensor) -> Tensor:
+    """Set a box to 0, the mean of normalised pictures, in those marked in erased (N,) bool. boxes: (N, 4) pixels."""
+    top, left, height, width = (side[:, None] for side in boxes.unbind(1))
+    y, x = torch.arange(images.shape[2], device=images.device), torch.arange(images.shape[3], device=images.device)
+    rows = (y >= top) & (y < top + height) & erased[:, None]
+    columns = (x >= left) & (x < left + width)
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+
+
+def check(config: AugmentConfig) -> None:
+    """Raise UserError naming every setting out of range, with what was expected."""
+    problems = []
+
+    def expect(name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            problems.append(f"augment.{name} is {getattr(config, name)!r}; expected {expected}.")
+
+    for name in ("flip", "grayscale", "erase"):
+        expect(name, 0 <= getattr(config, name) <= 1, "a probability, 0 to 1")
+    for name in ("brightness", "contrast", "saturation", "mixup", "cutmix"):
+        expect(name, 0 <= getattr(config, name) < math.inf, "0 (off) or more")
+    expect("hue", 0 <= config.hue <= 0.5, "0 to 0.5 turns")
+    expect("rotate_degrees", 0 <= config.rotate_degrees <= 180, "0 to 180 degrees")
+    expect("padding", config.padding >= 0, "0 pixels or more")
+    expect("scale", 0 < config.scale[0] <= config.scale[1] <= 1, "two shares of the area, rising, above 0 and up to 1")
+    expect("ratio", 0 < config.ratio[0] <= config.ratio[1] < math.inf, "two aspect ratios, rising, above 0")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+@functools.lru_cache(maxsize=16)
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)

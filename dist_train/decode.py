@@ -1,0 +1,376 @@
+"""Picture bytes -> uint8 RGB pixels: the crop's box cut out, resized and written straight into the batch.
+
+Two paths give the same pixels, bit for bit. The native core (_native.c, built where libjpeg-turbo's header is found)
+decodes only the rows and columns the box needs, a whole batch a call; the portable one (simplejpeg and Pillow, from
+wheels) decodes whole pictures. What the native core does not take (PNG, WebP, BMP, rotated or damaged JPEGs) goes down
+the portable path, which also words every refusal, so that a bad sample is named alike on both.
+"""
+
+import math
+import os
+import re
+import struct
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+import xxhash
+from PIL import BmpImagePlugin, Image, PngImagePlugin, WebPImagePlugin
+
+try:
+    from dist_train import _native as native
+except ImportError as error:
+    native, _native_missing = None, str(error)
+
+MAX_PIXELS = 200_000_000  # larger pictures are refused as decompression bombs; a 20,000 x 10,000 scan still passes
+MAX_PIXELS_PER_BYTE = 2048  # Huffman coding spends a bit on 64 pixels at the very least, so 512 is the true limit
+REDUCED_BEFORE_SCALING = 4  # the resize still halves a scaled picture at least, which keeps it above 45 dB
+MAX_SCANS = 200  # progressive pictures have about 10; thousands of empty ones keep a decoder busy for hours
+
+SHORT_READ = "the shard ends before the sample does: it is truncated"
+CHECKSUM_DIFFERS = "the sample's checksum differs from the index"
+READ_FAILED = "the shard cannot be read"
+SHARD_FAULTS = (SHORT_READ, CHECKSUM_DIFFERS, READ_FAILED)  # not the picture's fault: reasons that condemn the shard
+
+_FAULTS = [None, None, SHORT_READ, READ_FAILED, CHECKSUM_DIFFERS]  # by the native core's status; 0 is done
+_LEFT = 1
+
+Failures = list[tuple[int, str]]  # (place in the batch, reason)
+
+
+class DecodeError(ValueError):
+    """A picture that cannot be used; the message is the reason and names no file, for only the caller knows it."""
+
+
+class Header(NamedTuple):
+    """What a picture says of itself before any pixel is decoded. height and width are as stored, before rotation."""
+
+    format: str
+    height: int
+    width: int
+    orientation: int = 1  # EXIF: 1 upright, 2 to 8 mirrored or turned
+    channels: int = 3
+
+
+def decode_into(payload: bytes, out: np.ndarray, box: tuple | None = None) -> None:
+    """Decode a JPEG, PNG, WebP or BMP, cut out `box`, and resize it antialiased into `out`.
+
+    out: (h, w, 3) uint8, C-contiguous. box: (top, left, height, width) in pixels of the displayed picture, fractions
+    allowed; None takes the whole picture. The pixels are those of Pillow's `resize((w, h), BILINEAR, box)`; a JPEG's
+    box that is reduced REDUCED_BEFORE_SCALING times or more is decoded at a half, a quarter or an eighth first. Grey
+    is expanded, CMYK converted, 16 bits become 8, EXIF orientation is applied, transparency is dropped as Pillow's
+    `convert("RGB")` drops it. Raises DecodeError with the reason. Heavy parts run without the GIL.
+    """
+    failures = decode_batch([payload], out[None], None if box is None else np.asarray(box, np.float64)[None])
+    if failures:
+        raise DecodeError(failures[0][1])
+
+
+def decode_batch(payloads: list[bytes], out: np.ndarray, boxes: np.ndarray | None = None) -> Failures:
+    """Decode each payload into its row of `out` as `decode_into` does; return the failures, others are done.
+
+    out: (N, h, w, 3) uint8, C-contiguous; boxes: (N, 4) float64 or None.
+    """
+    sizes = np.fromiter(map(len, payloads), np.uint32, len(payloads))
+    status = np.zeros(len(payloads), np.uint8)
+    return _decode(b"".join(payloads), _starts(sizes), sizes, boxes, out, status)
+
+
+def decode_from_files(fds, offsets, sizes, checksums, boxes, out: np.ndarray) -> Failures:
+    """Read, check and decode a batch of samples that lie in open files; return the failures, others are done.
+
+    fds: (N,) int32 descriptors; offsets: (N,) uint64 and sizes: (N,) uint32, bytes; checksums: (N,) uint64 xxh3_64,
+    or None to trust the bytes; boxes, out: as in `decode_batch`. A reason found in SHARD_FAULTS is the shard's fault.
+    """
+    sizes = np.ascontiguousarray(sizes, np.uint32)
+    starts, status = _starts(sizes), np.zeros(len(sizes), np.uint8)
+    source = np.empty(int(sizes.sum(dtype=np.int64)), np.uint8)
+    files = np.ascontiguousarray(fds, np.int32), np.ascontiguousarray(offsets, np.uint64), sizes
+    (native.read if native else _read)(*files, source, starts, status)
+    if checksums is not None:
+        found = np.zeros(len(sizes), np.uint64)
+        (getattr(native, "checksum", None) or _checksum)(source, starts, sizes, found)
+        status[(found != checksums) & (status == 0)] = _FAULTS.index(CHECKSUM_DIFFERS)
+    return _decode(source, starts, sizes, boxes, out, status)
+
+
+def picture_size(payload: bytes) -> tuple[int, int]:
+    """(height, width) as displayed, without decoding. Raises DecodeError."""
+    header = read_header(payload)
+    return (header.width, header.height) if header.orientation >= 5 else (header.height, header.width)
+
+
+def decoders() -> dict[str, str]:
+    """Which decoder serves which format, and why the native core is missing where it is."""
+    portable = f"simplejpeg {simplejpeg.__version__} and Pillow {Image.__version__}"
+    return {
+        "jpeg": f"native core on libjpeg-turbo {native.LIBJPEG_TURBO}" if native else portable,
+        "png, webp, bmp": f"Pillow {Image.__version__}",
+        "native": "in use" if native else f"missing ({_native_missing})",
+    }
+
+
+def _decode(source, starts, sizes, boxes, out, status) -> Failures:
+    """Decode source[starts[i] :][: sizes[i]] into out[i] where status[i] is 0; others failed already, and say how."""
+    assert out.dtype == np.uint8 and out.ndim == 4 and out.shape[3] == 3 and out.flags.c_contiguous, (
+        out.dtype,
+        out.shape,
+    )
+    failures = [(int(i), _FAULTS[status[i]]) for i in np.flatnonzero(status)]
+    if boxes is not None:
+        boxes = np.ascontiguousarray(boxes, np.float64)
+    if native:
+        native.decode(source, starts, sizes, boxes, out, *out.shape[1:3], status)
+        rest = np.flatnonzero(status == _LEFT)
+    else:
+        rest = np.flatnonzero(status == 0)
+    for i in rest.tolist():
+        try:
+            start = int(starts[i])
+            payload = bytes(memoryview(source)[start : start + int(sizes[i])])
+            decode_portable(payload, out[i], None if boxes is None else boxes[i])
+        except DecodeError as error:
+            failures.append((i, str(error)))
+    return sorted(failures)
+
+
+def _starts(sizes: np.ndarray) -> np.ndarray:
+    return np.cumsum(sizes, dtype=np.uint64) - sizes
+
+
+def _read(fds, offsets, sizes, into, starts, status) -> None:
+    """The native core's `read`, from the standard library."""
+    for i, (fd, offset, size, start) in enumerate(
+        zip(fds.tolist(), offsets.tolist(), sizes.tolist(), starts.tolist(), strict=True)
+    ):
+        room, done = memoryview(into)[start : start + size], 0
+        try:
+            while done < size and (got := os.preadv(fd, [room[done:]], offset + done)):
+                done += got
+        except OSError:
+            status[i] = _FAULTS.index(READ_FAILED)
+        else:
+            status[i] = _FAULTS.index(SHORT_READ) if done < size else 0
+
+
+def _checksum(source, starts, sizes, into) -> None:
+    """The native core's `checksum`, from the xxhash package."""
+    bounds = zip(starts.tolist(), (starts + sizes).tolist(), strict=True)
+    into[:] = [xxhash.xxh3_64_intdigest(memoryview(source)[start:end]) for start, end in bounds]
+
+
+def decode_portable(payload: bytes, out: np.ndarray, box=None) -> None:
+    """`decode_into` from wheels alone."""
+    header = read_header(payload)
+    shown = (header.width, header.height) if header.orientation >= 5 else (header.height, header.width)
+    box = _clipped(box, shown)
+    scale = 1
+    if header.format == "jpeg":
+        while scale < 8 and min(box[2] / out.shape[0], box[3] / out.shape[1]) >= REDUCED_BEFORE_SCALING * scale:
+            scale *= 2
+    try:
+        picture = _jpeg(payload, header, scale) if header.format == "jpeg" else _PILLOW[header.format](payload)
+    except (MemoryError, DecodeError):
+        raise
+    except Exception as error:  # Pillow's parsers raise whatever damaged bytes lead them to
+        raise DecodeError(f"cannot be decoded as {header.format}: {error}") from None
+    expected = (-(-header.width // scale), -(-header.height // scale))
+    if picture.size != expected:
+        raise DecodeError(f"decoded to {picture.size} pixels but its header says {expected}")
+    if header.orientation > 1:
+        picture = picture.transpose(_UPRIGHT[header.orientation])
+    if picture.size == (out.shape[1], out.shape[0]) and tuple(box) == (0, 0, *shown):
+        out[:] = np.asarray(picture)[:, :, :3]
+    else:
+        _resize(picture, [side / scale for side in box], out)
+
+
+def _resize(picture: Image.Image, box: list[float], out: np.ndarray) -> None:
+    """Resize the box into out: across, then down. In two steps, for Pillow 13 began to choose the order by itself."""
+    top, left, height, width = box
+    reach = max(height / out.shape[0], 1.0)
+    first, last = max(int(top - reach), 0), min(math.ceil(top + height + reach), picture.height)
+    rows = np.asarray(picture)[first:last]
+    if rows.shape[2] == 4:  # mapped, not copied
+        strip = Image.frombuffer("RGBX", (picture.width, last - first), rows, "raw", "RGBX", 0, 1)
+    else:
+        strip = Image.fromarray(rows)
+    strip = strip.resize((out.shape[1], last - first), Image.Resampling.BILINEAR, (left, 0, left + width, last - first))
+    area = (0, top - first, out.shape[1], top - first + height)
+    result = strip.resize((out.shape[1], out.shape[0]), Image.Resampling.BILINEAR, area)
+    out[:] = np.frombuffer(result.tobytes("raw", "RGB"), np.uint8).reshape(out.shape)
+
+
+def _clipped(box, shown: tuple[int, int]) -> tuple[float, float, float, float]:
+    if box is None:
+        return 0.0, 0.0, float(shown[0]), float(shown[1])
+    top, left, height, width = (float(side) for side in box)
+    bottom, right = min(top + height, shown[0]), min(left + width, shown[1])
+    top, left = max(top, 0.0), max(left, 0.0)
+    if not (bottom > top and right > left):
+        raise DecodeError(f"box {tuple(map(float, box))} lies outside the picture of {shown[0]} x {shown[1]} pixels")
+    return top, left, bottom - top, right - left
+
+
+def read_header(payload: bytes) -> Header:
+    """Format, stored size and orientation. Raises DecodeError on what is no picture, or one too large to decode."""
+    try:
+        if payload[:2] == b"\xff\xd8":
+            header = _jpeg_header(payload)
+        elif payload[:8] == b"\x89PNG\r\n\x1a\n":
+            header = _png_header(payload)
+        elif payload[:4] == b"RIFF" and payload[8:12] == b"WEBP":
+            header = _webp_header(payload)
+        elif payload[:2] == b"BM":
+            header = _bmp_header(payload)
+        else:
+            raise DecodeError(f"not a JPEG, PNG, WebP or BMP: begins with {bytes(payload[:8]).hex(' ') or 'nothing'}")
+    except (struct.error, IndexError):
+        raise DecodeError("the header is cut off") from None
+    if header.height < 1 or header.width < 1:
+        raise DecodeError(f"the header says {header.height} x {header.width} pixels")
+    if header.height * header.width > MAX_PIXELS:
+        raise DecodeError(
+            f"the header says {header.height} x {header.width} pixels; more than {MAX_PIXELS:,} are refused"
+        )
+    return header
+
+
+def _jpeg_header(payload: bytes) -> Header:
+    orientation, at = 1, 2
+    while True:
+        if payload[at] != 0xFF:
+            raise DecodeError(f"no JPEG marker where one belongs, at byte {at}")
+        marker = payload[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+            continue
+        if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a length
+            at += 2
+            continue
+        (length,) = struct.unpack_from(">H", payload, at + 2)
+        if marker in (0xDA, 0xD9) or length < 2:
+            raise DecodeError("no frame header in the JPEG")
+        if marker == 0xE1 and orientation == 1 and payload[at + 4 : at + 10] == b"Exif\0\0":
+            orientation = _exif_orientation(payload[at + 10 : at + 2 + length])
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            break
+        at += 2 + length
+    height, width, channels = struct.unpack_from(">HHB", payload, at + 5)
+    is_huffman = marker < 0xC8  # arithmetic coding has no such limit
+    if is_huffman and height * width > MAX_PIXELS_PER_BYTE * len(payload):
+        raise DecodeError(f"the header says {height} x {width} pixels, too many for {len(payload)} bytes")
+    if marker & 3 == 2 and payload.count(b"\xff\xda") > MAX_SCANS:
+        raise DecodeError(f"a progressive JPEG of more than {MAX_SCANS} scans")
+    return Header("jpeg", height, width, orientation, channels)
+
+
+def _png_header(payload: bytes) -> Header:
+    width, height = struct.unpack_from(">II", payload, 16)
+    orientation = next((_exif_orientation(body) for name, body in _png_chunks(payload) if name == b"eXIf"), 1)
+    return Header("png", height, width, orientation)
+
+
+def _webp_header(payload: bytes) -> Header:
+    kind, (bits,) = payload[12:16], struct.unpack_from("<I", payload, 21)
+    if kind == b"VP8 ":
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", payload, 26))
+        return Header("webp", height, width)
+    if kind == b"VP8L":
+        return Header("webp", (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)
+    if kind != b"VP8X":
+        raise DecodeError("no WebP picture in the RIFF file")
+    width, height = (int.from_bytes(payload[at : at + 3], "little") + 1 for at in (24, 27))
+    orientation, at = 1, 12
+    while payload[20] & 8 and at + 8 <= len(payload):
+        name, size = payload[at : at + 4], int.from_bytes(payload[at + 4 : at + 8], "little")
+        if name == b"EXIF":
+            orientation = _exif_orientation(payload[at + 8 : at + 8 + size].removeprefix(b"Exif\0\0"))
+            break
+        at += 8 + size + size % 2
+    return Header("webp", height, width, orientation)
+
+
+def _bmp_header(payload: bytes) -> Header:
+    old = payload[14] == 12  # the 12-byte header of OS/2 has 16-bit sides
+    width, height = struct.unpack_from("<hh" if old else "<ii", payload, 18)
+    return Header("bmp", abs(height), width)
+
+
+def _exif_orientation(tiff: bytes) -> int:
+    """EXIF tag 0x0112 of the first directory, 1 where there is none or it makes no sense."""
+    order = {b"II": "<", b"MM": ">"}.get(bytes(tiff[:2]))
+    try:
+        (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (entries,) = struct.unpack_from(f"{order}H", tiff, directory)
+        for k in range(entries):
+            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, directory + 2 + 12 * k)
+            if tag == 0x0112 and kind == 3:
+                return value if 1 <= value <= 8 else 1
+    except struct.error:
+        pass
+    return 1
+
+
+_UPRIGHT = [None, None, *(Image.Transpose(k) for k in (0, 3, 1, 5, 4, 6, 2))]
+
+
+def _jpeg(payload: bytes, header: Header, scale: int) -> Image.Image:
+    """Decode at 1/scale. Returns RGB, or RGBX: four bytes a pixel are what Pillow maps without a copy."""
+    smallest = {"min_height": -(-header.height // scale), "min_width": -(-header.width // scale)} if scale > 1 else {}
+    colours = "CMYK" if header.channels == 4 else "RGBX"
+    try:
+        pixels = simplejpeg.decode_jpeg(payload, colours, **smallest)
+    except ValueError as error:
+        if not _HARMLESS.search(str(error)):
+            raise
+        pixels = simplejpeg.decode_jpeg(payload, colours, **smallest, strict=False)
+    if header.channels == 4:
+        return Image.fromarray(_cmyk_to_rgb(pixels))
+    return Image.frombuffer("RGBX", pixels.shape[1::-1], pixels, "raw", "RGBX", 0, 1)
+
+
+# The picture is complete all the same: what the well-known dogs and cats set has by the dozen.
+_HARMLESS = re.compile("extraneous bytes before marker 0xd9|unknown JFIF revision")
+
+
+def _cmyk_to_rgb(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, 4) uint8 of an inverted CMYK, as Adobe writes it and Pillow assumes -> (H, W, 3), Pillow's rounding."""
+    black = pixels[:, :, 3:].astype(np.uint32)
+    product = (255 - pixels[:, :, :3]) * black + 128
+    return (black - ((product >> 8) + product >> 8)).astype(np.uint8)
+
+
+def _png_chunks(payload: bytes):
+    at = 8
+    while at + 8 <= len(payload):
+        size, name = struct.unpack_from(">I4s", payload, at)
+        yield name, payload[at + 8 : at + 8 + size]
+        at += 12 + size
+
+
+def _png(payload: bytes) -> Image.Image:
+    """Decode without the chunks that are no pixels: Pillow warns of damage in text, profiles and animation."""
+    plain, at = [payload[:8]], 8
+    for name, body in _png_chunks(payload):
+        if name in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            plain.append(payload[at : at + 12 + len(body)])
+        at += 12 + len(body)
+    picture = PngImagePlugin.PngImageFile(BytesIO(b"".join(plain)))
+    picture.load()
+    if picture.mode.startswith("I"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    return (picture.convert("RGBA") if picture.mode == "P" else picture).convert("RGB")
+
+
+def _webp(payload: bytes) -> Image.Image:
+    return WebPImagePlugin.WebPImageFile(BytesIO(payload)).convert("RGB")
+
+
+def _bmp(payload: bytes) -> Image.Image:
+    return BmpImagePlugin.BmpImageFile(BytesIO(payload)).convert("RGB")
+
+
+# The classes themselves, not Image.open: it warns of pictures of 90 MP, and would try forty other formats.
+_PILLOW = {"png": _png, "webp": _webp, "bmp": _bmp}

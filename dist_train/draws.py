@@ -1,0 +1,101 @@
+"""Random numbers on the device that are pure functions of a sample's key: uniform, sign, box, Beta.
+
+The generator is splitmix64 in int64 arithmetic, whose overflow wraps; `order.uniform` is the same in numpy. Nothing is
+read back to the host and no shape depends on a value, so all of it can be compiled and captured in a CUDA graph.
+"""
+
+import functools
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_train import boxes
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's constants as signed numbers
+_MULTIPLY_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MULTIPLY_2 = 0x94D049BB133111EB - 2**64
+_KNOTS = 1024  # of the Beta table; its error stays below 1e-5 for alpha from 0.05 to 10
+
+
+def uniform(keys: Tensor, draw: int) -> Tensor:
+    """Draw number `draw` of each key: (N,) float32 in [0, 1), 24 random bits, equal to `order.uniform` bit for bit.
+
+    keys: (N,) int64 from `sample_keys`.
+    """
+    return uniforms(keys, draw, 1)[:, 0]
+
+
+def uniforms(keys: Tensor, first_draw: int, num_draws: int) -> Tensor:
+    """Draws first_draw, first_draw + 1, ... of each key at once: (N, num_draws) float32 in [0, 1)."""
+    numbers = torch.arange(first_draw + 1, first_draw + 1 + num_draws, device=keys.device)
+    x = keys[:, None] + numbers * _GOLDEN
+    x = (x ^ _shifted(x, 30)) * _MULTIPLY_1
+    x = (x ^ _shifted(x, 27)) * _MULTIPLY_2
+    return _shifted(x ^ _shifted(x, 31), 40).to(torch.float32) * 2.0**-24
+
+
+def between(keys: Tensor, draw: int, low: float, high: float) -> Tensor:
+    """Draw evenly between two numbers: (N,) float32."""
+    return uniform(keys, draw) * (high - low) + low
+
+
+def chance(keys: Tensor, draw: int, p: float) -> Tensor:
+    """True with probability p: (N,) bool."""
+    return uniform(keys, draw) < p
+
+
+def random_boxes(
+    keys: Tensor, first_draw: int, height: int, width: int, tables: Tensor, below: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draw a box for each key as `boxes.random_resized_boxes` does: (N, 4) float32 top, left, height, width, pixels.
+
+    It takes boxes.CROP_DRAWS draws. height, width: of all pictures, pixels. tables: (3, TABLE) float32, the three of
+    `boxes.side_tables`. below: greatest height and width; the picture's own if None. Also returns (N,) bool, whether
+    one of the tries fitted; where none did, the box is of no use (see `boxes.fallback_box`).
+    """
+    draws = uniforms(keys, first_draw, boxes.CROP_DRAWS)
+    picks = (draws[:, : 2 * boxes.TRIES] * boxes.TABLE).long()
+    side = tables[0][picks[:, 0::2]] * math.sqrt(height * width)
+    widths, heights = ((side * tables[row][picks[:, 1::2]]).round() for row in (1, 2))
+    most_height, most_width = below or (height, width)
+    fits = (heights > 0) & (heights <= most_height) & (widths > 0) & (widths <= most_width)
+    first = fits.int().argmax(1, keepdim=True)
+    box_height, box_width = heights.gather(1, first)[:, 0], widths.gather(1, first)[:, 0]
+    top = (draws[:, -2] * (height - box_height + 1)).floor()
+    left = (draws[:, -1] * (width - box_width + 1)).floor()
+    return torch.stack([top, left, box_height, box_width], 1), fits.any(1)
+
+
+def beta(keys: Tensor, draw: int, alpha: float) -> Tensor:
+    """Draw from Beta(alpha, alpha) by inverting its distribution function: (N,) float32 in 0..1, one draw each.
+
+    The table holds quantile^alpha over the lower half of the probabilities, where it is smooth even when the density
+    is not; the upper half mirrors it.
+    """
+    table = beta_table(alpha, keys.device)
+    u = uniform(keys, draw)
+    place = torch.minimum(u, 1 - u) * (2 * _KNOTS)
+    knot = place.long().clamp(max=_KNOTS - 1)
+    lower = torch.lerp(table[knot], table[knot + 1], place - knot) ** (1 / alpha)
+    return torch.where(u < 0.5, lower, 1 - lower)
+
+
+@functools.lru_cache(maxsize=16)
+def beta_table(alpha: float, device: torch.device) -> Tensor:
+    """quantile(u)^alpha of Beta(alpha, alpha) at u = 0 to 1/2 in even steps: (_KNOTS + 1,) float32.
+
+    With v = x^alpha the density integral from 0 to x becomes that of (1 - v^(1/alpha))^(alpha - 1), bounded for x up
+    to 1/2, where by symmetry half of the whole is reached; so no gamma function is needed.
+    """
+    v = np.linspace(0, 0.5**alpha, 64 * _KNOTS + 1)
+    integrand = (1 - v ** (1 / alpha)) ** (alpha - 1)
+    cumulated = np.concatenate([[0], np.cumsum(integrand[1:] + integrand[:-1])])
+    knots = np.interp(np.linspace(0, cumulated[-1], _KNOTS + 1), cumulated, v)
+    return torch.tensor(knots, dtype=torch.float32, device=device)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Shift right and fill with zeros; int64's own shift would repeat the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

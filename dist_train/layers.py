@@ -1,0 +1,210 @@
+"""Layers whose result does not depend on the number of ranks: keyed dropout, BatchNorm over the global batch."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_STREAM = 0x5DEECE66D1CE4E5B  # tells dropout's random bits from those that augmentation draws from the same keys
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+
+
+def use_keyed_dropout(model: nn.Module) -> nn.Module:
+    """Replace every dropout module below model by KeyedDropout, numbered in order.
+
+    Changes model and returns it. Taken are nn.Dropout, Dropout1d, 2d, 3d and row-wise StochasticDepth. Names, weights
+    and rates stay. Dropout inside nn.MultiheadAttention and AlphaDropout stay as they are: they draw from torch's own
+    generator.
+    """
+    layer = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if (units := _units(child)) is not None:
+                setattr(parent, name, KeyedDropout(child.p, layer, units).train(child.training))
+                layer += 1
+    return model
+
+
+def set_dropout_keys(model: nn.Module, keys: Tensor) -> None:
+    """Tell every KeyedDropout below model which samples come next.
+
+    keys: (N,) int64 from `order.sample_keys`, on the device of the activations. Call it before each forward pass in
+    training, once a micro-batch.
+    """
+    for module in model.modules():
+        if isinstance(module, KeyedDropout):
+            module.keys = keys
+
+
+class KeyedDropout(nn.Module):
+    """Dropout whose mask is a function of (sample key, layer number, unit) and of nothing else.
+
+    So a sample loses the same units on 1 rank and on 64, in any micro-batch, and after a resume. Rates are exact to
+    2^-16, and the survivors' factor belongs to the rate that is used, so the mean is unbiased.
+
+    units: "all" draws for each value of a sample; "channels" once a channel (nn.Dropout2d); "samples" once a sample
+    (stochastic depth). first_unit: number of the first unit held here, even; not 0 where a layer is split over ranks.
+    """
+
+    def __init__(self, p: float = 0.5, layer: int = 0, units: str = "all", first_unit: int = 0):
+        super().__init__()
+        if not 0 <= p <= 1 or first_unit % 2 or units not in ("all", "channels", "samples"):
+            raise ValueError(f"dropout with p={p}, units={units!r}, first_unit={first_unit}: expected 0 <= p <= 1, "
+                             "units all, channels or samples, and an even first unit")  # fmt: skip
+        self.p, self.layer, self.units, self.first_unit = p, layer, units, first_unit
+        self.keys: Tensor | None = None  # no buffer: DistributedDataParallel would overwrite it with rank zero's
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, ...) of any float dtype. Returns the same shape and dtype; x itself in evaluation."""
+        dropped = round(self.p * 65536)
+        if not self.training or dropped == 0:
+            return x
+        if dropped == 65536:
+            return x * 0
+        if self.keys is None or len(self.keys) != len(x):
+            found = "none" if self.keys is None else len(self.keys)
+            raise RuntimeError(
+                f"dropout keys: {found} for {len(x)} samples; call set_dropout_keys(model, keys) before the pass"
+            )
+        shape = {"all": x.shape, "channels": x.shape[:2], "samples": x.shape[:1]}[self.units]
+        bits = random_bits(self.keys, self.layer, shape[1:].numel(), self.first_unit)
+        keep = (bits >= dropped - 32768).view(*shape, *(1 for _ in x.shape[len(shape) :]))
+        return x * keep * (65536 / (65536 - dropped))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, layer={self.layer}, units={self.units!r}"
+
+
+def random_bits(keys: Tensor, layer: int, num_units: int, first_unit: int = 0) -> Tensor:
+    """16 random bits for each sample and unit: (N, num_units) int16, evenly spread over its range. keys: (N,) int64.
+
+    A 64-bit hash of (key, layer) and a 32-bit hash of the unit are joined by xor and an odd multiplier, then mixed
+    once more; one 32-bit word serves two neighbouring units. Nothing but int32 arithmetic touches the (N, num_units /
+    2) array: that is what makes it several times faster than a generator on the CPU, and one fused kernel when
+    compiled.
+    """
+    words = _mix64((keys ^ _STREAM) + (layer + 1) * _GOLDEN)
+    offset, odd = words.to(torch.int32)[:, None], (words >> 32).to(torch.int32)[:, None] | 1
+    pair = torch.arange(first_unit // 2, (first_unit + num_units + 1) // 2, dtype=torch.int32, device=keys.device)
+    # lowbias32 (Wellons, "Prospecting for hash functions", 2018); the masks make int32's shift a logical one
+    pair = (pair ^ (pair >> 16 & 0xFFFF)) * 0x7FEB352D
+    pair = (pair ^ (pair >> 15 & 0x1FFFF)) * (0x846CA68B - 2**32)
+    pair = pair ^ (pair >> 16 & 0xFFFF)
+    word = (pair ^ offset) * odd
+    word = (word ^ (word >> 15)) * (0x9E3779B1 - 2**32)
+    return word.view(torch.int16)[:, :num_units]
+
+
+def use_sync_batchnorm(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
+    """Replace every BatchNorm below model by one over all ranks of group (None: all ranks of the job).
+
+    Changes model and returns it (a new module if model is itself a BatchNorm). Parameters and buffers are taken over,
+    not copied, and keep their names. Every rank must call the model equally often.
+    """
+    if type(model) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        new = GlobalBatchNorm(model.num_features, model.eps, model.momentum, model.affine, model.track_running_stats)
+        new._parameters, new._buffers, new.group = model._parameters, model._buffers, group
+        return new.train(model.training)
+    for name, child in model.named_children():
+        setattr(model, name, use_sync_batchnorm(child, group))
+    return model
+
+
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm with the mean and variance of all ranks' samples together.
+
+    Alone, and in evaluation, it is nn.BatchNorm. Works on gloo and on NCCL, and ranks may hold different numbers of
+    samples. Its gradients are those of the sum of all ranks' losses, which DistributedDataParallel's mean turns into
+    those of one process on the whole batch.
+    """
+
+    group: dist.ProcessGroup | None = None
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"BatchNorm expects (N, C, ...), got {tuple(x.shape)}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, C, ...). Returns the same shape and dtype."""
+        if not self.training or not dist.is_initialized() or dist.get_world_size(self.group) == 1:
+            return super().forward(x)
+        self._check_input_dim(x)
+        weight = self.weight if self.affine else x.new_ones(x.shape[1], dtype=torch.float32)
+        bias = self.bias if self.affine else torch.zeros_like(weight)
+        y, mean, var, count = _Normalise.apply(x, weight, bias, self.eps, self.group)
+        if self.track_running_stats:
+            self._keep(mean, var * (count / (count - 1).clamp(min=1)))
+        return y
+
+    @torch.no_grad()
+    def _keep(self, mean: Tensor, unbiased_var: Tensor) -> None:
+        self.num_batches_tracked.add_(1)
+        share = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(torch.float32)
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(unbiased_var, share)
+
+
+class _Normalise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, group):
+        mean, var, count = _local_moments(x)
+        # One message a layer, in float64: there E[x^2] - E[x]^2 loses nothing that float32 could show.
+        sums = torch.cat([mean * count, (var + mean * mean) * count, count])
+        dist.all_reduce(sums, group=group)
+        count = sums[-1]
+        mean, square = (sums[:-1] / count).chunk(2)
+        var = (square - mean * mean).clamp_(min=0).to(weight.dtype)
+        mean, count = mean.to(weight.dtype), count.to(weight.dtype)
+        ctx.save_for_backward(x, weight, mean, var, count)
+        ctx.eps, ctx.group = eps, group
+        ctx.mark_non_differentiable(mean, var, count)
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), mean, var, count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, *_):
+        x, weight, mean, var, count = ctx.saved_tensors
+        # As if the statistics were constants; then what flows through them, from every rank's samples, is taken off.
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+        )
+        sums = torch.cat([dweight, dbias])
+        dist.all_reduce(sums, group=ctx.group)
+        by_scale, by_shift = (sums / count).chunk(2)
+        invstd = torch.rsqrt(var + ctx.eps)
+        slope = weight * invstd * invstd * by_scale
+        level = weight * invstd * by_shift - slope * mean
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        dx = (dx - torch.addcmul(level.view(shape), x.to(slope.dtype), slope.view(shape))).to(x.dtype)
+        return dx, dweight, dbias, None, None
+
+
+def _local_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (C,), biased variance (C,) and count (1,) of this rank's samples, all float64."""
+    num_channels = x.shape[1]
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # 10x faster than var_mean over channels-last
+        zeros = torch.zeros(num_channels), torch.ones(num_channels)
+        mean, var = torch.batch_norm_update_stats(x, *zeros, 0.0)
+    else:
+        var, mean = torch.var_mean(x.float(), [d for d in range(x.dim()) if d != 1], correction=0)
+    count = torch.full((1,), x.numel() // num_channels, dtype=torch.float64, device=x.device)
+    return mean.double(), var.double(), count
+
+
+def _units(module: nn.Module) -> str | None:
+    if type(module) is nn.Dropout:
+        return "all"
+    if type(module) in (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d):
+        return "channels"
+    if (
+        type(module).__name__ == "StochasticDepth" and getattr(module, "mode", "") == "row"
+    ):  # torchvision's, not imported
+        return "samples"
+    return None
+
+
+def _mix64(x: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64, equal to `order.mix` bit for bit."""
+    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * (0x94D049BB133111EB - 2**64)
+    return x ^ (x >> 31 & 0x1FFFFFFFF)

@@ -1,0 +1,160 @@
+"""Figures: sums on the device in whole numbers, so exact on any number of ranks; clocks; operation counts."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_LOSS_UNIT = 2**-20  # losses are summed as whole multiples of this: 10^9 samples with a loss of 1,000 fit into 63 bits
+_LARGEST_LOSS = 1e4
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Figures of one pass over some samples."""
+
+    samples: int
+    loss: float
+    """mean over the samples, nats; nan where one of them has a loss that is no number"""
+    top1: float
+    """share of samples whose largest logit is the label's"""
+    top5: float | None
+    """share of samples whose label is among the five largest logits; None for five classes or fewer"""
+    confusion: Tensor | None = None
+    """(K, K) int64 on the CPU, rows are labels, columns predictions"""
+
+    def figures(self) -> dict:
+        """The numbers alone, for JSON: samples, loss, top1, and top5 where there is one."""
+        figures = {"samples": self.samples, "loss": self.loss, "top1": self.top1}
+        return figures if self.top5 is None else {**figures, "top5": self.top5}
+
+
+class Sums:
+    """Running counts of hits and of the loss, on the device: nothing is read back before `result`.
+
+    confusion: keep the (K, K) table too.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu", confusion: bool = False):
+        self.num_classes = num_classes
+        # samples, top-1 hits, top-5 hits, loss in _LOSS_UNITs, losses that are no number; then the table row by row
+        self._all = torch.zeros(5 + confusion * num_classes**2, dtype=torch.int64, device=device)
+        self._keeps_confusion = confusion
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, labels: Tensor, losses: Tensor | None = None) -> None:
+        """Add samples. logits: (N, K) float; labels: (N,) int64; losses: (N,) float, cross-entropy where not given.
+
+        Of equal logits the lower class number counts as the larger, so a network that always says the same is not right
+        by chance, and logits that are no numbers are never right.
+        """
+        logits = logits.float()
+        if losses is None:
+            losses = F.cross_entropy(logits, labels, reduction="none")
+        own = logits.gather(1, labels[:, None])
+        earlier = torch.arange(self.num_classes, device=labels.device) < labels[:, None]
+        rank = (~(logits <= own) | ((logits == own) & earlier)).sum(1)
+        broken = ~torch.isfinite(losses)
+        units = (losses.double().clamp(0, _LARGEST_LOSS) / _LOSS_UNIT).round()
+        units = torch.where(broken, 0, units).to(torch.int64)
+        size = torch.full_like(rank[:1], len(rank)).squeeze(0)
+        self._all[:5] += torch.stack([size, (rank < 1).sum(), (rank < 5).sum(), units.sum(), broken.sum()])
+        if self._keeps_confusion:
+            cells = labels * self.num_classes + logits.argmax(1)
+            self._all[5:].index_add_(0, cells, torch.ones_like(cells))  # bincount would wait for the GPU
+
+    def reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Add up over the ranks, in one message; every rank then holds the whole. Call it once, before `result`."""
+        dist.all_reduce(self._all, group=group)
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        self._all.zero_()
+
+    def result(self) -> EvalResult:
+        """Read the figures: waits for the device. Without samples the shares are nan."""
+        samples, top1, top5, units, broken = self._all[:5].tolist()
+        table = self._all[5:].view(self.num_classes, -1).cpu() if self._keeps_confusion else None
+        mean = lambda total: total / samples if samples else float("nan")  # noqa: E731
+        return EvalResult(
+            samples=samples,
+            loss=float("nan") if broken else mean(units * _LOSS_UNIT),
+            top1=mean(top1),
+            top5=mean(top5) if self.num_classes > 5 else None,
+            confusion=table,
+        )
+
+
+def class_table(confusion: Tensor, classes: list[str]) -> list[dict]:
+    """Precision, recall, f1 (0 where undefined) and samples of each class. confusion: (K, K), rows are labels."""
+    hits, labelled, predicted = (t.tolist() for t in (confusion.diagonal(), confusion.sum(1), confusion.sum(0)))
+    ratio = lambda part, whole: part / whole if whole else 0.0  # noqa: E731
+    return [
+        {
+            "class": name,
+            "samples": labelled[k],
+            "precision": ratio(hits[k], predicted[k]),
+            "recall": ratio(hits[k], labelled[k]),
+            "f1": ratio(2 * hits[k], labelled[k] + predicted[k]),
+        }
+        for k, name in enumerate(classes)
+    ]
+
+
+class Throughput:
+    """Samples a second and the share of time spent waiting for data, since the last reading.
+
+    Wall clock, without waiting for the device. On a GPU a reading is true where the host has just read a figure from
+    the device, as a log line does.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter):
+        self._now = now
+        self._start, self._samples, self._waited = now(), 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """The block waits for data."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._waited += self._now() - start
+
+    def add(self, samples: int) -> None:
+        """Count samples that went through a step."""
+        self._samples += samples
+
+    def read(self) -> tuple[float, float]:
+        """(samples a second, share of time waiting) of the window that ends here; the next one begins."""
+        now = self._now()
+        seconds = max(now - self._start, 1e-9)
+        figures = self._samples / seconds, self._waited / seconds
+        self._start, self._samples, self._waited = now, 0, 0.0
+        return figures
+
+
+def flops_per_sample(model: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """Floating-point operations of one sample's forward pass; a multiply-add is two.
+
+    Training takes three times as many. input_shape: without the batch dimension. Counted by torch's FlopCounterMode
+    on the meta device: no arithmetic is done and no memory taken. Convolutions and matrix products are counted, the
+    rest is not.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    state = {name: t.to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            torch.func.functional_call(model, state, (torch.empty(1, *input_shape, device="meta"),))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return counter.get_total_flops()

@@ -1,0 +1,148 @@
+"""A network by its name: AlexNet, VGG and the MLP from here, any other classifier from torchvision."""
+
+import difflib
+
+import torch
+from torch import nn
+
+from dist_train import networks
+from dist_train.config import ModelConfig
+from dist_train.errors import UserError
+
+OWN = ("alexnet", "alexnet_bn", *(name + bn for name in networks.VGG_CONVS for bn in ("", "_bn")), "mlp")
+
+
+def build_model(
+    config: ModelConfig, num_classes: int, image_size: tuple[int, int] | None, num_features: int | None, seed: int
+) -> nn.Module:
+    """Build the network, with weights drawn from seed or loaded.
+
+    image_size: (height, width) of what enters, None where it varies; num_features: columns of a table, None for
+    pictures. The network takes (N, 3, H, W) or (N, num_features) float and returns logits (N, num_classes). torch's
+    generator is left as it was. Raises UserError for an unknown name, a picture that is too small, and weights that
+    do not fit.
+    """
+    if (config.name == "mlp") != (num_features is not None):
+        kind = "pictures" if num_features is None else "a table"
+        raise UserError(
+            f"model.name is {config.name}, but the set holds {kind}; mlp is for tables, all others for pictures."
+        )
+    if num_features is None:
+        _check_size(config, image_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would change the GPUs' generators for good
+        if config.name in OWN:
+            model = _own(config, num_classes, image_size, num_features)
+        else:
+            model = _torchvision(config, num_classes, image_size)
+    if config.pretrained:
+        from dist_train.pretrained import load_pretrained
+
+        load_pretrained(model, config, head_name(model, num_classes))
+    return model
+
+
+def uses_small_stem(config: ModelConfig, image_size: tuple[int, int] | None) -> bool:
+    """Whether the network keeps the resolution of small pictures: model.stem, or by size where that says auto."""
+    if config.stem != "auto":
+        return config.stem == "small"
+    return image_size is not None and min(image_size) < (128 if config.name == "alexnet_bn" else 64)
+
+
+def head_name(model: nn.Module, num_classes: int) -> str:
+    """Name of the last layer, the one with an output for each class."""
+    names = [
+        name
+        for name, m in model.named_modules()
+        if num_classes == (getattr(m, "out_features", None) or getattr(m, "out_channels", None))
+    ]
+    return names[-1]
+
+
+def _check_size(config: ModelConfig, image_size: tuple[int, int] | None) -> None:
+    small = uses_small_stem(config, image_size)
+    if small and image_size is None:
+        raise UserError("model.stem is small, but the pictures differ in size; set data.image_size.")
+    family = config.name.removesuffix("_bn").rstrip("0123456789")
+    least = networks.SMALLEST["small" if small else "imagenet"].get(family)
+    if image_size and least and config.name in OWN and min(image_size) < least:
+        stem = "small" if small else "imagenet"
+        advice = "Set a larger data.image_size" + ("." if small else ", or model.stem: small.")
+        raise UserError(
+            f"model.name is {config.name} with stem {stem}: pictures of {image_size[0]} x {image_size[1]} px are too "
+            f"small for it; it needs {least} px.\n  {advice}"
+        )
+
+
+def _own(config: ModelConfig, num_classes: int, image_size, num_features) -> nn.Module:
+    stem = "small" if uses_small_stem(config, image_size) else "imagenet"
+    name, batchnorm = config.name.removesuffix("_bn"), config.name.endswith("_bn")
+    with torch.device("meta"):  # the layers' own first draw would be thrown away: a second for AlexNet
+        if name == "mlp":
+            model = networks.mlp(
+                num_classes, num_features, config.hidden, config.activation, config.batchnorm, config.dropout
+            )
+        elif name == "alexnet":
+            model = networks.alexnet(num_classes, stem, image_size, batchnorm, config.width, config.dropout)
+        else:
+            convs = networks.VGG_CONVS[name]
+            model = networks.vgg(num_classes, convs, stem, image_size, batchnorm, config.width, config.dropout)
+    _take_memory(model)
+    networks.initialize(model, config.activation if name == "mlp" else "relu")
+    return model
+
+
+def _take_memory(model: nn.Module) -> None:
+    # Module.to_empty does the same, but imports torch._dynamo: seconds
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, device="cpu"))
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+
+
+def _torchvision(config: ModelConfig, num_classes: int, image_size) -> nn.Module:
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if config.name not in known:
+        near = difflib.get_close_matches(config.name.lower(), [*OWN, *known], n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join([*OWN, *known])}."
+        raise UserError(f"model.name is {config.name!r}, which is no network known here or in torchvision. {hint}")
+    options = {}
+    if config.name in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": True}
+    elif image_size and config.name.startswith("vit_"):
+        options = {"image_size": image_size[0]}
+    elif image_size and config.name.startswith("maxvit"):
+        options = {"input_size": image_size}
+    residual = config.name.startswith(("resnet", "resnext", "wide_resnet"))
+    if config.stem == "small" and not residual:
+        raise UserError(
+            f"model.stem is small, which is not defined for {config.name}; it is for alexnet, vgg and resnets."
+        )
+    try:
+        model = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **options)
+        if residual and uses_small_stem(config, image_size):
+            channels = model.conv1.out_channels
+            model.conv1, model.maxpool = nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.Identity()
+            nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # torchvision's own way
+        if image_size:
+            _pass_once(model, image_size)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        size = f"pictures of {image_size[0]} x {image_size[1]} px" if image_size else "pictures of any size"
+        raise UserError(
+            f"model.name is {config.name}: it does not take {size}: {str(error).splitlines()[0]}\n"
+            "  Set another data.image_size, usually 224."
+        ) from None
+    return model
+
+
+def _pass_once(model: nn.Module, image_size: tuple[int, int]) -> None:
+    """Take one picture through without arithmetic, so that a size that does not fit is found before the run starts."""
+    state = {name: t.to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    model.eval()
+    with torch.no_grad():
+        torch.func.functional_call(model, state, (torch.empty(1, 3, *image_size, device="meta"),))
+    model.train()

@@ -1,0 +1,183 @@
+"""How the weights change: optimizers and their parameter groups, every step's learning rate, the weight average."""
+
+import contextlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer over model's trainable parameters, at the peak rate.
+
+    Two groups: "decay" (matrices and kernels) and "no_decay" (biases and norms: all with fewer than two dimensions).
+    Each carries "lr_scale", 1.0, which `set_lr` multiplies by. Fused kernels are used where the class has them for
+    the device.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    split = {"decay": [p for _, p in named if p.dim() >= 2], "no_decay": [p for _, p in named if p.dim() < 2]}
+    groups = [
+        {
+            "params": params,
+            "name": name,
+            "lr_scale": 1.0,
+            "weight_decay": config.weight_decay if name == "decay" else 0.0,
+        }
+        for name, params in split.items()
+        if params
+    ]
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for _, p in named)
+    betas = (config.momentum, config.beta2)
+    if config.name == "sgd":
+        nesterov = config.nesterov and config.momentum > 0
+        optimizer = torch.optim.SGD(groups, config.lr, momentum=config.momentum, nesterov=nesterov, fused=fused)
+    elif config.name == "adamax":  # torch has no fused one
+        optimizer = torch.optim.Adamax(groups, config.lr, betas=betas)
+    else:
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
+        optimizer = kind(groups, config.lr, betas=betas, fused=fused)
+    optimizer.register_step_pre_hook(_match_layouts)
+    return optimizer
+
+
+def lr_at(step: int, config: OptimConfig, steps_per_epoch: float, num_steps: int) -> float:
+    """Learning rate of update `step` (0, 1, ...) of a run of num_steps. plateau's drops are not in it: see `Plateau`.
+
+    cosine: half a cosine from the peak at the end of the warm-up to final_lr at num_steps (Loshchilov and Hutter 2017).
+    one_cycle: straight up from 1/25 of the peak, straight down to final_lr at the last step (Smith and Topin 2018); the
+    rise takes 30% of the run where no warm-up is given. step: a drop every step_epochs, counted from the run's start.
+    """
+    step = min(step, num_steps)
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), num_steps)
+    if config.schedule == "one_cycle":
+        rise = max(1, warmup or round(0.3 * num_steps)) - 1  # the step of the peak
+        fall = max(1, num_steps - 1 - rise)
+        if step < rise:
+            share = 1 / 25 + (1 - 1 / 25) * step / rise
+        else:
+            share = 1 + (config.final_lr - 1) * min(1.0, (step - rise) / fall)
+        return config.lr * share
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "cosine":
+        done = (step - warmup) / max(1, num_steps - warmup)
+        return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * done)) / 2)
+    if config.schedule == "step":
+        return config.lr * config.step_factor ** math.floor(step / (config.step_epochs * steps_per_epoch) + 1e-9)
+    return config.lr
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group lr times its own lr_scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+class Plateau:
+    """The factor on the learning rate that falls when a validation figure has not improved for `patience` evaluations.
+
+    higher_is_better: True for accuracy, False for a loss. As torch's ReduceLROnPlateau with threshold 0.
+    """
+
+    def __init__(self, patience: int, drop: float, higher_is_better: bool):
+        self.patience, self.drop, self.higher_is_better = patience, drop, higher_is_better
+        self.factor = 1.0
+        self.best: float | None = None
+        self.bad_evaluations = 0
+
+    def update(self, figure: float) -> None:
+        """Take the figure of one evaluation into account; not-a-number counts as no improvement."""
+        sign = 1 if self.higher_is_better else -1
+        if not math.isnan(figure) and (self.best is None or sign * figure > sign * self.best):
+            self.best, self.bad_evaluations = figure, 0
+            return
+        self.bad_evaluations += 1
+        if self.bad_evaluations > self.patience:
+            self.factor, self.bad_evaluations = self.factor * self.drop, 0
+
+    def state_dict(self) -> dict:
+        return {"factor": self.factor, "best": self.best, "bad_evaluations": self.bad_evaluations}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.factor, self.best, self.bad_evaluations = state["factor"], state["best"], state["bad_evaluations"]
+
+
+class WeightAverage:
+    """Exponential moving average of a model's weights, in float32; a function of the sequence of weights alone.
+
+    decay: share of the old average that an update keeps; early updates keep less, (1 + t) / (10 + t), so that the
+    first weights are forgotten. BatchNorm's running statistics are averaged like the weights they belong to; whole
+    numbers are taken over.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.num_updates = 0
+        self.weights = {
+            name: t.detach().to(torch.float32 if t.is_floating_point() else t.dtype, copy=True)
+            for name, t in _weights(model).items()
+        }
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards model's weights; to be called after each step of the optimizer."""
+        keep = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        self.num_updates += 1
+        new = _weights(model)
+        floats = [name for name, t in self.weights.items() if t.is_floating_point()]
+        torch._foreach_lerp_([self.weights[n] for n in floats], [new[n].float() for n in floats], 1 - keep)
+        for name in self.weights.keys() - floats:
+            self.weights[name].copy_(new[name])
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Overwrite model's weights with the average."""
+        for name, t in _weights(model).items():
+            t.copy_(self.weights[name])
+
+    @contextlib.contextmanager
+    def swapped(self, model: nn.Module):
+        """Let model hold the average within the block; afterwards its own weights are back, bit for bit."""
+        own = {name: t.detach().clone() for name, t in _weights(model).items()}
+        self.copy_to(model)
+        try:
+            yield model
+        finally:
+            with torch.no_grad():
+                for name, t in _weights(model).items():
+                    t.copy_(own[name])
+
+    def state_dict(self) -> dict:
+        return {"num_updates": self.num_updates, "weights": self.weights}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from a state_dict of the same model."""
+        self.num_updates = state["num_updates"]
+        for name, t in self.weights.items():
+            t.copy_(state["weights"][name])
+
+
+def _match_layouts(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+    """Bring gradients and state into their parameter's memory layout.
+
+    The fused CPU kernels walk all three as flat memory and give wrong weights, without a word, where one is
+    channels-last and another is not: after a state was restored from a file that knows no strides, say (torch 2.15).
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None and _layout(p.grad) != _layout(p):
+                p.grad = torch.empty_like(p).copy_(p.grad)
+            for name, t in optimizer.state.get(p, {}).items():
+                if isinstance(t, Tensor) and t.shape == p.shape and _layout(t) != _layout(p):
+                    optimizer.state[p][name] = torch.empty_like(p).copy_(t)
+
+
+def _layout(t: Tensor) -> list[int]:
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

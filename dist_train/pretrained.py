@@ -1,0 +1,91 @@
+"""Weights trained before: torchvision's by name, or a .pth or .safetensors file."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.config import ModelConfig
+from dist_train.errors import UserError
+
+
+def load_pretrained(model: nn.Module, config: ModelConfig, head: str) -> None:
+    """Load config.pretrained into model. head: name of the last layer, which stays as drawn if its class count differs.
+
+    Raises UserError if the weights cannot be had or fit the network nowhere but there.
+    """
+    if config.pretrained.endswith((".pth", ".pt", ".safetensors")):
+        weights, where = _read(config.pretrained), config.pretrained
+    else:
+        weights, where = _published(config), f"model.pretrained: {config.pretrained}"
+    weights = {name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in weights.items()}
+    own = model.state_dict()
+    weights = {
+        name: t
+        for name, t in weights.items()
+        if name in own or not name.lower().startswith(("aux1.", "aux2.", "auxlogits."))
+    }
+    other = {name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape}
+    other_classes = {
+        name for name in other if name.rpartition(".")[0] == head and own[name].shape[1:] == weights[name].shape[1:]
+    }
+    faults = [
+        f"{n} is {tuple(weights[n].shape)}, expected {tuple(own[n].shape)}" for n in sorted(other - other_classes)
+    ]
+    faults += [f"{n} is missing" for n in sorted(own.keys() - weights.keys()) if not n.endswith("num_batches_tracked")]
+    faults += [f"{n} has no place" for n in sorted(weights.keys() - own.keys())]
+    if faults:
+        more = f"\n  and {len(faults) - 6} more" if len(faults) > 6 else ""
+        raise UserError(
+            f"{where}: these are not the weights of this {config.name}:\n  " + "\n  ".join(faults[:6]) + more
+            + "\n  Set model.name, model.width and model.stem as they were in training (torchvision's: stem imagenet)."
+        )  # fmt: skip
+    model.load_state_dict({**own, **{name: t for name, t in weights.items() if name not in other_classes}})
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"model.pretrained: there is no file {path}.") from None
+    except Exception as error:  # each format fails in its own way, and the file is the user's
+        raise UserError(f"{path}: cannot be read as weights: {str(error).splitlines()[0]}") from None
+    for key in ("state_dict", "model"):  # how training scripts commonly wrap them
+        if isinstance(weights.get(key), dict):
+            weights = weights[key]
+    strangers = [name for name, t in weights.items() if not isinstance(t, Tensor)]
+    if strangers:
+        raise UserError(f"{path}: expected names and tensors, found {', '.join(map(str, strangers[:6]))} beside them.")
+    return weights
+
+
+def _published(config: ModelConfig) -> dict[str, Tensor]:
+    from torchvision.models import get_model_weights, list_models
+
+    if config.name not in list_models():
+        raise UserError(
+            f"model.pretrained is {config.pretrained}, but nobody has published weights of {config.name}.\n"
+            "  Give a .pth or .safetensors file, or leave it empty."
+        )
+    versions = get_model_weights(config.name)
+    if config.pretrained not in versions.__members__:
+        raise UserError(
+            f"model.pretrained is {config.pretrained!r}; for {config.name} there are "
+            f"{', '.join(versions.__members__)}, or a .pth or .safetensors file."
+        )
+    url = versions[config.pretrained].url
+    path = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    try:
+        return torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
+        raise UserError(
+            f"model.pretrained: {url} cannot be had: {error}\n  Bring the file to {path}, or name it there."
+        ) from None

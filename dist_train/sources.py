@@ -1,0 +1,278 @@
+"""Where raw samples come from: one contract, `Source`, and the commonest of them, a folder of class folders.
+
+`tables.py` makes sources of CSV files and scikit-learn's sets, `torchsets.py` of torchvision's.
+"""
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from dist_train.config import ShardConfig
+from dist_train.errors import UserError
+
+SPLITS = ("train", "val", "test")
+_SPLIT_FOLDERS = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Raw samples in an order that follows from their names alone, not from the file system's.
+
+    labels: (N,) int32, class numbers. sizes: (N,) int64, bytes of the raw sample, an estimate where it is not at hand.
+    preset: (N,) int8, number in SPLITS of the split that the source itself assigns, or None. store holds the bytes:
+    `read(i)` gives sample i's as they are to be stored, `take(rows)` a picklable store of a few, `stamps()` N short
+    texts that change when the samples' bytes do. features: names of a table's columns, None for pictures.
+    """
+
+    classes: list[str]
+    names: list[str]
+    labels: np.ndarray
+    sizes: np.ndarray
+    store: object
+    preset: np.ndarray | None = None
+    features: list[str] | None = None
+    left_out: list[dict] = field(default_factory=list)  # {"name", "why"}: samples that a rule of the source drops
+    notes: list[str] = field(default_factory=list)  # lines for the user
+
+    def read(self, i: int) -> tuple[bytes, str]:
+        """Bytes of sample i and their extension: "npy" of (F,) float32 for tables, else an encoded picture's format.
+
+        Raises OSError where the raw file cannot be read.
+        """
+        return self.store.read(i)
+
+    def take(self, rows: np.ndarray) -> "Source":
+        """The same source with these samples only, small enough to be sent to a worker process."""
+        return replace(
+            self, names=[self.names[i] for i in rows], labels=self.labels[rows], sizes=self.sizes[rows],
+            preset=None if self.preset is None else self.preset[rows], store=self.store.take(rows),
+            left_out=[], notes=[],
+        )  # fmt: skip
+
+
+def open_source(config: ShardConfig) -> Source:
+    """Find the raw samples that a conversion asks for; reads names and sizes, not pictures.
+
+    Raises UserError where they are missing, empty, mixed up, or of fewer than two classes.
+    """
+    if config.source == "folder":
+        source = folder_source(config)
+    elif config.source == "torchvision":
+        from dist_train.torchsets import torchvision_source
+
+        source = torchvision_source(config)
+    elif config.source == "csv":
+        from dist_train.tables import csv_source
+
+        source = csv_source(config)
+    else:
+        from dist_train.tables import sklearn_source
+
+        source = sklearn_source(config)
+    if len(source.classes) < 2:
+        raise UserError(f"{_where(config)}: one class only, {source.classes[0]!r}; a classifier needs at least two.")
+    return source
+
+
+def folder_source(config: ShardConfig) -> Source:
+    """Pictures in DIR/<class>/**, or in DIR/train/<class>/** with val (valid, validation) and test beside it.
+
+    config.classes picks class folders and their order. Links to folders are followed, but not in circles. Hidden
+    files and files that are no pictures by their name are left aside and counted in the notes.
+    """
+    if not config.path:
+        raise UserError("source: folder needs `path`, the folder with one folder per class.")
+    root = Path(config.path)
+    if not root.is_dir():
+        found = "is a file" if root.exists() else "does not exist"
+        raise UserError(f"{root}: {found}; expected a folder with one folder per class.\n  Set `path` to it.")
+    folders, pictures, aside = _list_folder(root)
+    split_folders = _split_folders(root, folders, config.classes)
+    parts = split_folders or {"": -1}
+    if pictures:
+        holds = "split folders" if split_folders else "class folders"
+        if not folders:
+            raise UserError(
+                f"{root}: {len(pictures)} pictures and no class folder.\n"
+                f"  Expected one folder per class, named after it, with its pictures inside."
+            )
+        raise UserError(
+            f"{root}: {len(pictures)} pictures ({pictures[0]}, ...) lie beside {len(folders)} {holds}.\n"
+            f"  Expected folders only: move the pictures into the folder of their class, or out of here."
+        )
+    classes, found, problems = list(config.classes), [], []
+    for part, split in parts.items():
+        base = root / part
+        present, loose, skipped = _list_folder(base)
+        aside += skipped if part else 0
+        problems += [f"{base}: {len(loose)} pictures outside any class folder ({loose[0]}, ...)."] if loose else []
+        wanted = [name for name in present if name in config.classes] if config.classes else present
+        if not config.classes and split <= 0:
+            classes = wanted
+        if split <= 0:
+            absent = [name for name in config.classes if name not in present]
+            problems += [f"{base}: there is no class folder {name!r}." for name in absent]
+        for name in wanted:
+            if name not in classes:
+                problems.append(f"{base / name}: the class is not in the training split; expected it there too.")
+                continue
+            files, skipped = _pictures_below(base / name)
+            aside += skipped
+            if not files:
+                problems.append(f"{base / name}: no picture in this class folder; expected {', '.join(_PICTURES)}.")
+            below = f"{part}/{name}" if part else name
+            found += [(classes.index(name), split, f"{below}/{file}", *state) for file, *state in files]
+    if not problems and not found:
+        problems = [f"{root}: no class folders; expected one folder per class with its pictures inside."]
+    if problems:
+        raise UserError("\n".join(problems) + "\n  Put it right, or name the folders to take with --classes.")
+    found.sort(key=lambda row: row[:3])
+    paths = [row[2] for row in found]
+    return Source(
+        classes=[printable(name) for name in classes],
+        names=[printable(path) for path in paths],
+        labels=np.array([row[0] for row in found], np.int32),
+        sizes=np.array([row[3] for row in found], np.int64),
+        preset=np.array([row[1] for row in found], np.int8) if split_folders else None,
+        store=Files(str(root), paths, [row[4] for row in found]),
+        notes=[f"{aside:,} files that are no pictures were left aside"] if aside else [],
+    )
+
+
+@dataclass(frozen=True)
+class Files:
+    """A store of one file per sample. modified_ns: time of change, so that a changed file is converted again."""
+
+    root: str
+    paths: list[str]
+    modified_ns: list[int]
+
+    def read(self, i: int) -> tuple[bytes, str]:
+        with open(os.path.join(self.root, self.paths[i]), "rb", buffering=0) as file:
+            return file.read(), os.path.splitext(self.paths[i])[1][1:].lower()
+
+    def take(self, rows: np.ndarray) -> "Files":
+        return Files(self.root, [self.paths[i] for i in rows], [self.modified_ns[i] for i in rows])
+
+    def stamps(self) -> list[str]:
+        return [f"{path}:{changed}" for path, changed in zip(self.paths, self.modified_ns, strict=True)]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A store of decoded pictures of one size, written as PNG. pixels: (N, H, W) or (N, H, W, 3) uint8."""
+
+    pixels: np.ndarray
+
+    def read(self, i: int) -> tuple[bytes, str]:
+        from dist_train.pictures import encode_png
+
+        return encode_png(self.pixels[i]), "png"
+
+    def take(self, rows: np.ndarray) -> "Pixels":
+        return Pixels(np.ascontiguousarray(self.pixels[rows]))
+
+    def stamps(self) -> list[str]:
+        return _hashes(self.pixels)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """A store of table rows, written as .npy. rows: (N, F) float32."""
+
+    rows: np.ndarray
+
+    def read(self, i: int) -> tuple[bytes, str]:
+        import io
+
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, np.ascontiguousarray(self.rows[i], "<f4"), (1, 0), allow_pickle=False)
+        return buffer.getvalue(), "npy"
+
+    def take(self, rows: np.ndarray) -> "Vectors":
+        return Vectors(self.rows[rows])
+
+    def stamps(self) -> list[str]:
+        return _hashes(self.rows)
+
+
+def printable(name: str) -> str:
+    """The name on one line of UTF-8: control characters and bytes that are no text are escaped."""
+    return name if name.isprintable() else name.encode("unicode_escape").decode("ascii")
+
+
+def _hashes(array: np.ndarray) -> list[str]:
+    import xxhash
+
+    return [xxhash.xxh3_64_hexdigest(np.ascontiguousarray(row)) for row in array]
+
+
+def _split_folders(root: Path, folders: list[str], classes: tuple[str, ...]) -> dict[str, int]:
+    """{folder name: number in SPLITS} if the folders are splits, else {}."""
+    named = {name: _SPLIT_FOLDERS[name.lower()] for name in folders if name.lower() in _SPLIT_FOLDERS}
+    if 0 not in named.values() or (classes and set(classes) <= set(folders)):
+        return {}
+    train = next(name for name, split in named.items() if split == 0)
+    if not _list_folder(root / train)[0]:
+        return {}  # no folders in it: "train" is a class of railways
+    if len(named) < len(folders):
+        others = sorted(set(folders) - set(named))
+        raise UserError(
+            f"{root}: {train} looks like a split, but {', '.join(others[:5])} beside it does not.\n"
+            f"  Expected train, val and test alone, or class folders alone; name the classes with --classes otherwise."
+        )
+    if len(set(named.values())) < len(named):
+        raise UserError(f"{root}: {', '.join(sorted(named))}: two folders for one split.\n  Keep one of them.")
+    return dict(sorted(named.items(), key=lambda item: item[1]))
+
+
+def _list_folder(folder: Path) -> tuple[list[str], list[str], int]:
+    """Names of the folders and of the pictures right inside, sorted, and the number of other files. Hidden ones are
+    neither."""
+    folders, pictures, others = [], [], 0
+    for entry in _scan(folder):
+        if entry.name.startswith("."):
+            others += not entry.is_dir()
+        elif entry.is_dir():
+            folders.append(entry.name)
+        elif entry.name.lower().endswith(_PICTURES):
+            pictures.append(entry.name)
+        else:
+            others += 1
+    return sorted(folders), sorted(pictures), others
+
+
+def _pictures_below(folder: Path) -> tuple[list[tuple[str, int, int]], int]:
+    """(path below the folder, bytes, time of change in ns) of every picture, and the number of other files."""
+    found, others = [], 0
+    root = os.stat(folder)
+    todo = [("", frozenset([(root.st_dev, root.st_ino)]))]
+    while todo:
+        below, above = todo.pop()
+        for entry in _scan(folder / below):
+            path = f"{below}/{entry.name}" if below else entry.name
+            if entry.is_dir():
+                state = entry.stat()
+                if not entry.name.startswith(".") and (state.st_dev, state.st_ino) not in above:
+                    todo.append((path, above | {(state.st_dev, state.st_ino)}))
+            elif entry.name.startswith(".") or not entry.name.lower().endswith(_PICTURES) or not entry.is_file():
+                others += 1
+            else:
+                state = entry.stat()
+                found.append((path, state.st_size, state.st_mtime_ns))
+    return found, others
+
+
+def _scan(folder: Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed: {error.strerror}.") from None
+
+
+def _where(config: ShardConfig) -> str:
+    return config.path or config.dataset

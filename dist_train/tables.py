@@ -1,0 +1,173 @@
+"""Sources of vectors and of pictures that come as arrays: CSV files, and the sets inside scikit-learn."""
+
+import csv
+import difflib
+from pathlib import Path
+
+import numpy as np
+
+from dist_train.config import ShardConfig
+from dist_train.errors import UserError
+from dist_train.sources import Pixels, Source, Vectors, printable
+
+SKLEARN = ("digits", "breast_cancer", "iris", "wine")
+_MISSING = ("", "na", "n/a", "nan", "null", "none", "?", "-")
+_LEFT_OUT_KEPT = 1000  # rows named in the index; more are counted only
+
+
+def csv_source(config: ShardConfig) -> Source:
+    """Rows of a CSV file with a header line: config.target is the class, every other column a float32 feature.
+
+    The delimiter (comma, semicolon, tab or bar) is the one the header line has most of. Classes are sorted, as numbers
+    if all are whole numbers. A row with a cell that is empty, no number or not finite is, by config.missing, left out,
+    or given the column's mean over the whole file, or refused; a row without a class is left out or refused. Dropped
+    and named: columns in config.drop, columns without a single number, columns that never change.
+    """
+    path = Path(config.path)
+    header, rows, lines = _read_csv(path)
+    target = _target_column(path, config.target, header)
+    unknown = [name for name in config.drop if name not in header]
+    if unknown:
+        raise UserError(f"{path}: drop names {', '.join(unknown)}; the columns are {', '.join(header)}.")
+    features = [c for c, name in enumerate(header) if c != target and name not in config.drop]
+    values = np.array([[_number(row[c]) for c in features] for row in rows], np.float32).reshape(len(rows), -1)
+    texts = [k for k in range(len(features)) if np.isnan(values[:, k]).all()]
+    notes = _note("columns without a single number, dropped", [header[features[k]] for k in texts])
+    values, features = np.delete(values, texts, axis=1), [f for k, f in enumerate(features) if k not in texts]
+
+    labels = [row[target].strip() for row in rows]
+    unlabelled = np.array([label.lower() in _MISSING for label in labels])
+    holes = np.isnan(values)
+    reasons = {}
+    for r in np.flatnonzero(unlabelled | holes.any(axis=1)):
+        column = header[target if unlabelled[r] else features[int(holes[r].argmax())]]
+        cell = rows[r][header.index(column)]
+        reasons[int(r)] = f"column {column} is {cell!r}" if cell.strip() else f"column {column} is empty"
+    if reasons and config.missing == "error":
+        few = "".join(f"\n  line {lines[r]}: {why}" for r, why in list(reasons.items())[:5])
+        raise UserError(
+            f"{path}: {len(reasons)} of {len(rows)} rows have missing or non-numeric values:{few}\n"
+            f"  Mend them, or choose --missing drop or --missing mean."
+        )
+    if config.missing == "mean" and holes.any():
+        values = np.where(holes, np.nanmean(values.astype(np.float64), axis=0).astype(np.float32), values)
+        notes.append(f"{int(holes.sum()):,} missing values were given their column's mean")
+        reasons = {r: why for r, why in reasons.items() if unlabelled[r]}
+    keep = np.array([r for r in range(len(rows)) if r not in reasons], np.int64)
+    if not len(keep):
+        raise UserError(f"{path}: none of the {len(rows)} rows is complete.\n  Drop the emptiest columns with --drop.")
+    notes += [f"{len(reasons):,} of {len(rows):,} rows were left out for missing values"] if reasons else []
+    left_out = [{"name": f"line {lines[r]}", "why": why} for r, why in list(reasons.items())[:_LEFT_OUT_KEPT]]
+    if len(reasons) > len(left_out):
+        left_out.append({"name": f"{len(reasons) - len(left_out)} more lines", "why": "missing values"})
+
+    values, constant = _without_constants(values[keep])
+    notes += _note("columns that never change, dropped", [header[features[k]] for k in constant])
+    features = [f for k, f in enumerate(features) if k not in constant]
+    if not features:
+        raise UserError(f"{path}: no numeric column besides {config.target!r} is left to learn from.")
+    classes, numbers = _classes(path, config.target, [labels[r] for r in keep])
+    return _table(classes, numbers, values, [header[f] for f in features], [f"line {lines[r]}" for r in keep],
+                  left_out=left_out, notes=notes)  # fmt: skip
+
+
+def sklearn_source(config: ShardConfig) -> Source:
+    """One of the sets that lie inside the scikit-learn package: digits as 8 x 8 pictures, the others as vectors.
+
+    digits come as 0 to 16; pixel = round(value * 255 / 16), so that 0 stays black and 16 becomes 255.
+    """
+    if config.dataset not in SKLEARN:
+        near = difflib.get_close_matches(config.dataset, SKLEARN, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(SKLEARN)}."
+        raise UserError(f"dataset: {config.dataset!r} is not a set of scikit-learn's that can be converted. {hint}")
+    from sklearn import datasets
+
+    raw = getattr(datasets, f"load_{config.dataset}")()
+    names = [f"{config.dataset}/{i:06d}" for i in range(len(raw.target))]
+    classes = [str(name) for name in raw.target_names]
+    labels = raw.target.astype(np.int32)
+    if config.dataset == "digits":
+        pixels = np.rint(raw.images * (255 / 16)).astype(np.uint8)
+        return Source(classes, names, labels, np.full(len(labels), 128, np.int64), Pixels(pixels))
+    values, constant = _without_constants(raw.data.astype(np.float32))
+    features = [str(name) for k, name in enumerate(raw.feature_names) if k not in constant]
+    return _table(classes, labels, values, features, names, left_out=[], notes=[])
+
+
+def _table(classes, labels, values, features, names, left_out, notes) -> Source:
+    sizes = np.full(len(labels), 128 + 4 * values.shape[1], np.int64)
+    return Source(
+        classes, names, labels, sizes, Vectors(values), features=features, left_out=left_out, notes=notes,
+    )  # fmt: skip
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
+    """Header, rows, and the line each row ends on. Raises UserError on anything that is no table."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            delimiter = max(",;\t|", key=first.count)
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            header = [name.strip() for name in next(reader, [])]
+            rows, lines = [], []
+            for row in reader:
+                if len(row) == len(header):
+                    rows.append(row)
+                    lines.append(reader.line_num)
+                elif any(cell.strip() for cell in row):
+                    raise UserError(
+                        f"{path}, line {reader.line_num}: {len(row)} cells; "
+                        f"expected {len(header)}, as the header line has."
+                    )
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}.\n  Set `path` to the CSV file.") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a CSV file in UTF-8: {error}.") from None
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise UserError(f"{path}: columns named twice: {', '.join(map(repr, twice))}.\n  Give each its own name.")
+    if not rows:
+        raise UserError(f"{path}: no rows; expected a line of column names and a line for each sample.")
+    return header, rows, lines
+
+
+def _target_column(path: Path, target: str, header: list[str]) -> int:
+    if target in header:
+        return header.index(target)
+    near = difflib.get_close_matches(target, header, n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"The columns are {', '.join(header)}."
+    found = f"there is no column {target!r}" if target else "`target` is not set"
+    raise UserError(f"{path}: {found}; expected the name of the column that holds the class. {hint}")
+
+
+def _number(cell: str) -> float:
+    """The cell as a number; NaN for everything that is none, or that float32 cannot hold."""
+    try:
+        value = float(cell)
+    except ValueError:
+        return np.nan
+    return value if abs(value) <= 3.4028234e38 else np.nan
+
+
+def _classes(path: Path, target: str, labels: list[str]) -> tuple[list[str], np.ndarray]:
+    """Class names in order, and (N,) int32 class numbers."""
+    distinct = set(labels)
+    if len(distinct) > max(20, len(labels) // 2):
+        raise UserError(
+            f"{path}: column {target!r} has {len(distinct)} different values in {len(labels)} rows; expected a class."
+        )
+    whole = all(label.lstrip("+-").isdigit() for label in distinct)
+    classes = sorted(distinct, key=int) if whole else sorted(distinct)
+    number = {name: k for k, name in enumerate(classes)}
+    return [printable(name) for name in classes], np.array([number[label] for label in labels], np.int32)
+
+
+def _without_constants(values: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """The columns that change, and the numbers of those that do not."""
+    constant = np.flatnonzero((values == values[0]).all(axis=0)).tolist()
+    return np.delete(values, constant, axis=1), constant
+
+
+def _note(what: str, names: list[str]) -> list[str]:
+    return [f"{len(names)} {what}: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"] if names else []

@@ -1,0 +1,113 @@
+"""Write a tar whose bytes depend on its members alone: plain ustar, no times, no owners.
+
+The blocks are laid out here rather than by `tarfile`, which takes 6 times as long a member.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from dist_train.errors import UserError
+
+BLOCK = 512
+_FLUSH_BYTES = 8 << 20
+
+
+class TarWriter:
+    """Members appended in order; the file appears under its name when `close` has synced it, and not before.
+
+    Raises UserError, naming the file, when the disk does not take the data.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.size = 0
+        self._partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        self._digest = xxhash.xxh3_128()
+        self._buffer = bytearray()
+        self._file = None
+        with _named(self.path):
+            self._file = open(self._partial, "wb", buffering=0)
+
+    def add(self, name: str, payload: bytes) -> int:
+        """Append a member; return the position of its first payload byte in the file."""
+        self._buffer += header(name, len(payload))
+        offset = self.size + BLOCK
+        self._buffer += payload
+        padding = -len(payload) % BLOCK
+        self._buffer += bytes(padding)
+        self.size = offset + len(payload) + padding
+        if len(self._buffer) >= _FLUSH_BYTES:
+            self._flush()
+        return offset
+
+    def close(self) -> str:
+        """Finish, sync and rename; return the xxh3_128 of the file, hex."""
+        self._buffer += bytes(2 * BLOCK)
+        self.size += 2 * BLOCK
+        self._flush()
+        with _named(self.path):
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._partial, self.path)
+        return self._digest.hexdigest()
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        if self._file:
+            self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+    def _flush(self) -> None:
+        self._digest.update(self._buffer)
+        with _named(self.path), memoryview(self._buffer) as rest:
+            written = 0
+            while written < len(rest):
+                written += self._file.write(rest[written:])
+        self._buffer = bytearray()
+
+
+class _named:
+    """Turns an OSError of writing into a UserError that names the file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{self.path}: cannot be written: {error.strerror or error}.\n"
+                f"  Nothing finished was touched. Make room or pick another --out, then run the same command again: "
+                f"it goes on where it stopped."
+            ) from error
+
+
+def header(name: str, size: int) -> bytes:
+    """The 512-byte ustar header of a regular file (POSIX.1-1988): mode 0644, owner 0, time 0."""
+    name_field, size_field = name.encode("ascii"), b"%011o" % size
+    if len(name_field) > 100 or len(size_field) > 11:
+        raise ValueError(f"{name}, {size} bytes: does not fit a ustar header")
+    checksum = _FIXED_SUM + sum(name_field) + sum(size_field)
+    return b"%b%b%b%b%b%06o%b" % (
+        name_field, bytes(100 - len(name_field)), _BEFORE_SIZE, size_field, _BEFORE_SUM, checksum, _AFTER_SUM
+    )  # fmt: skip
+
+
+def is_header(block: bytes) -> bool:
+    """Whether a block is a tar header whose own checksum holds."""
+    try:
+        stated = int(bytes(block[148:156]).strip(b" \0") or b"-", 8)
+    except ValueError:
+        return False
+    return len(block) == BLOCK and int(np.frombuffer(block, np.uint8).sum()) - sum(block[148:156]) + 8 * 32 == stated
+
+
+_BEFORE_SIZE = b"0000644\0" + b"0000000\0" * 2
+_BEFORE_SUM = b"\0" + b"00000000000\0"
+_AFTER_SUM = b"\0 " + b"0" + bytes(100) + b"ustar\00000" + bytes(64) + bytes(16) + bytes(167)
+_FIXED_SUM = sum(_BEFORE_SIZE) + sum(_BEFORE_SUM) + sum(_AFTER_SUM) - 32 + 8 * 32  # its own field counts as spaces

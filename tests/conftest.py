@@ -1,0 +1,64 @@
+"""Shards made once per session, and real processes for the tests that need them."""
+
+import contextlib
+import io
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("WANDB_MODE", "disabled")  # tests that mean Weights & Biases say so themselves
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> str:
+    """scikit-learn's digits as shards: 1,797 grey 8x8 pictures, train/val/test."""
+    from dist_train import shard
+
+    out = tmp_path_factory.mktemp("shards") / "digits"
+    with contextlib.redirect_stdout(io.StringIO()):
+        shard.main(["--source", "sklearn", "--dataset", "digits", "--out", str(out), "--workers", "1"])
+    return str(out)
+
+
+def tiny_run(shards: str, run: Path, *argv: str) -> list[str]:
+    """Settings of a run that takes a second: a narrow AlexNet with BatchNorm and dropout on the digits."""
+    return [
+        "--data.shards", shards, "--run", str(run), "--data.image_size", "16", "--data.global_batch_size", "96",
+        "--data.threads", "1", "--model.name", "alexnet_bn", "--model.width", "0.0625", "--optim.lr", "0.02",
+        "--optim.ema_decay", "0.9", "--augment.crop", "padded", "--augment.padding", "1", "--augment.rotate_degrees", "10",
+        "--train.epochs", "2", "--train.log_every_steps", "1", "--track.wandb", "off", "--runtime.threads", "1", *argv,
+    ]  # fmt: skip
+
+
+def start_ranks(world_size: int, argv: list[str], log_folder: Path, module: str = "dist_train.train", **env: str) -> list:
+    """Start world_size CPU processes that form one job, as a launcher would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(world_size):
+        job = {"WORLD_SIZE": str(world_size), "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+               "LOCAL_WORLD_SIZE": str(world_size), "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+               "PYTHONUNBUFFERED": "1"} | env  # fmt: skip
+        with open(log_folder / f"rank{rank}.log", "w") as log:
+            command = [sys.executable, "-m", module, *argv]
+            ranks.append(subprocess.Popen(command, env=os.environ | job, stdout=log, stderr=log, cwd=ROOT))
+    return ranks
+
+
+def finish_ranks(ranks: list, log_folder: Path, timeout_s: float = 180) -> list[int]:
+    """Wait for all; return their exit codes. On a time-out all are killed and their logs shown."""
+    try:
+        return [rank.wait(timeout_s) for rank in ranks]
+    except subprocess.TimeoutExpired:
+        logs = "\n".join(path.read_text()[-2000:] for path in sorted(log_folder.glob("rank*.log")))
+        raise AssertionError(f"ranks still run after {timeout_s} s:\n{logs}") from None
+    finally:
+        for rank in ranks:
+            rank.kill()

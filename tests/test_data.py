@@ -1,0 +1,182 @@
+"""The stream: the same batches on any number of ranks and threads, from any step; the pixels as well."""
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from dist_train import open_stream
+from dist_train.augment import Augment
+from dist_train.config import AugmentConfig
+from dist_train.data import open_evaluation, to_device
+from dist_train.errors import UserError
+from dist_train.index import load_index
+from dist_train.store import Store
+
+
+def take(stream, count):
+    with_end = itertools.islice(stream, count)
+    return list(with_end)
+
+
+def test_an_epoch_holds_every_sample_once_with_its_label(digits):
+    split = load_index(digits).split("train")
+    steps = -(-split.num_samples // 64)
+    batches = take(open_stream(digits, batch_size=64, threads=2), steps)
+    first_epoch = [(s, label) for b in batches for s, label, e in zip(
+        b.samples.tolist(), b.labels.tolist(), b.epochs.tolist(), strict=True) if e == 0]  # fmt: skip
+    assert sorted(s for s, _ in first_epoch) == list(range(split.num_samples))
+    assert all(split.table()["label"][s] == label for s, label in first_epoch)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_threads_and_the_start_do_not_change_the_stream(digits, threads):
+    reference = take(open_stream(digits, batch_size=32, threads=1, seed=5), 12)
+    for start in (0, 7):
+        for batch, expected in zip(open_stream(digits, batch_size=32, threads=threads, seed=5, start_step=start, stop_step=12),
+                                   reference[start:], strict=True):  # fmt: skip
+            assert batch.step == expected.step and batch.keys == expected.keys
+            assert torch.equal(batch.images, expected.images) and torch.equal(batch.random_keys, expected.random_keys)
+
+
+def test_augmented_pixels_are_the_same_on_one_rank_and_on_two(digits):
+    index = load_index(digits)
+    augment = Augment(AugmentConfig(crop="random_resized", flip=0.5, rotate_degrees=15, brightness=0.2, erase=0.5), (16, 16),
+                      index.mean, index.std, torch.device("cpu"))  # fmt: skip
+    whole = take(open_stream(digits, batch_size=32), 3)
+    halves = [take(open_stream(digits, batch_size=32, world=(rank, 2)), 3) for rank in range(2)]
+    resumed = next(open_stream(digits, batch_size=32, start_step=2))
+    for step, batch in enumerate(whole):
+        pixels = augment(batch.images, batch.random_keys)
+        parts = [augment(half[step].images, half[step].random_keys) for half in halves]
+        assert torch.equal(torch.cat(parts), pixels)
+    assert torch.equal(augment(resumed.images, resumed.random_keys), pixels)
+
+
+def test_the_decoders_random_crop_is_keyed_too(digits):
+    whole = next(open_stream(digits, batch_size=16, image_size=12, crop="random_resized"))
+    halves = [next(open_stream(digits, batch_size=16, image_size=12, crop="random_resized", world=(r, 2))) for r in range(2)]
+    assert whole.images.shape == (16, 3, 12, 12) and whole.images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(whole.images, torch.cat([half.images for half in halves]))
+    plain = next(open_stream(digits, batch_size=16, image_size=12, crop="resize"))
+    assert not torch.equal(plain.images, whole.images)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_evaluation_reads_every_sample_once(digits, world_size):
+    index = load_index(digits)
+    samples = [s for rank in range(world_size) for batch in open_evaluation(index, "test", 50, 8, world=(rank, world_size))
+               for s in batch.samples.tolist()]  # fmt: skip
+    assert samples == list(range(index.split("test").num_samples))
+
+
+def test_the_threads_end_with_the_stream(digits):
+    import threading
+
+    stream = open_stream(digits, batch_size=32, threads=3)
+    next(stream)
+    stream.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("decode"):
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+def test_batches_ahead_are_bounded_by_memory(digits):
+    opened = open_stream(digits, batch_size=1024, image_size=64, threads=2, prefetch_mb=25)  # 12 MB a batch
+    next(opened)
+    assert len(opened.gi_frame.f_locals["pending"]) <= 2
+    opened.close()
+
+
+def test_to_device_keeps_the_order(digits):
+    batches = list(to_device(open_stream(digits, batch_size=64, stop_step=5), torch.device("cpu")))
+    assert [b.step for b in batches] == list(range(5))
+
+
+@pytest.fixture
+def copied(digits, tmp_path):
+    import shutil
+
+    return shutil.copytree(digits, tmp_path / "digits")
+
+
+def test_a_flipped_bit_stops_the_stream_with_the_sample_named(copied):
+    split = load_index(copied).split("train")
+    row = split.table()[3]
+    path = copied / split.files[0]
+    damaged = bytearray(path.read_bytes())
+    damaged[int(row["offset"]) + 20] ^= 4
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="checksum differs from the index.*train/00000003 at byte"):
+        take(open_stream(copied, batch_size=64), 30)
+    with pytest.raises(UserError, match="checksum differs"):
+        Store(split).payload(3)
+
+
+def test_a_shard_of_another_size_or_none_is_named(copied):
+    split = load_index(copied).split("train")
+    path = copied / split.files[0]
+    with open(path, "ab") as file:
+        file.write(b"\0")
+    with pytest.raises(UserError, match=f"{path}: the shard has .* bytes, the index says"):
+        take(open_stream(copied, batch_size=64), 30)
+    path.unlink()
+    with pytest.raises(UserError, match=f"{path}: cannot open the shard: No such file"):
+        take(open_stream(copied, batch_size=64), 30)
+
+
+def test_a_shard_truncated_under_a_running_stream_is_an_error_not_a_crash(copied):
+    stream = open_stream(copied, batch_size=16, threads=1, prefetch_mb=0)
+    next(stream)
+    for name in load_index(copied).split("train").files:
+        os.truncate(copied / name, 600)
+    with pytest.raises(UserError, match="truncated"):
+        take(stream, 200)
+
+
+@pytest.mark.parametrize("options, complaint", [
+    ({"split": "dev"}, "there is no split 'dev'"),
+    ({"batch_size": 9, "world": (0, 2)}, "cannot take an equal part"),
+    ({"crop": "middle"}, "expected random_resized or resize"),
+    ({"shards": "nowhere"}, "no such folder"),
+])  # fmt: skip
+def test_what_cannot_be_streamed_is_refused(digits, options, complaint):
+    with pytest.raises(UserError, match=complaint):
+        next(open_stream(**{"shards": digits} | options))
+
+
+def test_more_open_shards_than_the_limit_are_closed_and_opened_again(digits, monkeypatch):
+    from dist_train import store
+
+    reference = next(open_stream(digits, batch_size=64)).images
+    monkeypatch.setattr(store, "MAX_OPEN", 1)
+    before = len(os.listdir("/proc/self/fd"))
+    stream = open_stream(digits, batch_size=64, threads=1)
+    assert torch.equal(next(stream).images, reference)
+    stream.close()
+    assert len(os.listdir("/proc/self/fd")) <= before + 4
+
+
+def test_importing_the_package_is_light():
+    import subprocess
+    import sys
+
+    code = "import sys, dist_train; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_table_rows_come_as_stored(tmp_path):
+    from dist_train import shard
+
+    out = str(tmp_path / "cancer")
+    shard.main(["--source", "sklearn", "--dataset", "breast_cancer", "--out", out, "--workers", "1"])
+    index = load_index(out)
+    batch = next(open_stream(index, batch_size=32))
+    assert batch.images.dtype == torch.float32 and batch.images.shape == (32, len(index.features))
+    import sklearn.datasets
+
+    rows = {tuple(np.float32(row)) for row in sklearn.datasets.load_breast_cancer().data}
+    assert all(tuple(row) in rows for row in batch.images.numpy())

@@ -1,0 +1,135 @@
+"""The house: imports run one way, every recipe loads, every setting is read, the map is true, scripts parse."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dist_train.cli import COMMANDS
+from dist_train.config import RunConfig, ShardConfig, read_config, setting_names
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = sorted(p.stem for p in (ROOT / "dist_train").glob("*.py"))
+
+# A module imports only from rows above its own, and never from its own row unless the row says so.
+LAYERS = [
+    ["errors"],
+    ["config", "index", "order"],
+    ["boxes", "store", "decode", "draws", "tars", "tables", "pictures", "wandb_log"],
+    ["sources", "torchsets", "workers", "colour", "layers", "plan"],
+    ["shard", "augment", "models", "optim", "metrics", "track", "runtime"],
+    ["foreign", "verify", "data", "checkpoint", "plots"],
+    ["evaluate", "report"],
+    ["train", "predict"],
+    ["cli"],
+    ["__init__", "__main__"],
+]
+LIGHT = ("config", "index", "order", "cli", "plan", "shard", "sources", "verify", "foreign", "report", "boxes")
+
+
+def imports_of(module: str, top_level_only: bool = False) -> set[str]:
+    """Modules of this package that a module imports, anywhere in it or at its top level only."""
+    tree = ast.parse((ROOT / "dist_train" / f"{module}.py").read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dist_train":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    return found & set(MODULES)
+
+
+def layer_of(module: str) -> int:
+    return next(i for i, row in enumerate(LAYERS) if module in row)
+
+
+def test_every_module_has_its_layer():
+    assert sorted(name for row in LAYERS for name in row) == MODULES
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m not in ("__init__", "__main__", "cli")])
+def test_imports_run_one_way(module):
+    reached = {other for other in imports_of(module, top_level_only=True) if layer_of(other) >= layer_of(module)}
+    assert not reached, f"{module} (layer {layer_of(module)}) imports {reached}"
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_do_not_load_torch(module):
+    code = f"import sys, dist_train.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_stay_below_400_lines(module):
+    assert len((ROOT / "dist_train" / f"{module}.py").read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_loads_and_says_what_it_reaches(path):
+    text = path.read_text()
+    if "study:" not in text:
+        config = read_config(RunConfig, ["--config", str(path)], "train")
+        assert (ROOT / "datasets" / f"{Path(config.data.shards).name}.yaml").exists()
+    header = text.split("\n\n")[0]
+    assert header.startswith("#") and re.search(r"top-?1|accuracy|not measured", header), "no figure in the header"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("datasets/*.yaml")), ids=lambda p: p.stem)
+def test_every_dataset_file_loads(path):
+    read_config(ShardConfig, [], "shard", [str(path)])
+
+
+def test_every_setting_is_read_somewhere():
+    code = "\n".join(p.read_text() for p in (ROOT / "dist_train").glob("*.py") if p.stem != "config")
+    words = set(re.findall(r"\.(\w+)", code))
+    names = [*setting_names(RunConfig), *setting_names(ShardConfig)]
+    assert [name for name in names if name.rpartition(".")[2] not in words] == []
+
+
+def test_every_setting_is_described():
+    tree = ast.parse((ROOT / "dist_train" / "config.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            for field, following in zip(node.body, node.body[1:] + [None], strict=True):
+                if isinstance(field, ast.AnnAssign) and not isinstance(field.value, ast.Call):
+                    assert isinstance(following, ast.Expr), f"{node.name}.{field.target.id} has no description"
+
+
+def test_every_command_exists_and_is_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for name, (target, _) in COMMANDS.items():
+        module, function = target.split(":")
+        tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text())
+        assert function in [n.name for n in tree.body if isinstance(n, ast.FunctionDef)], target
+        assert f"dist-train {name}" in readme, f"README does not show dist-train {name}"
+
+
+def test_the_readme_map_is_the_tree():
+    readme = (ROOT / "README.md").read_text()
+    shown = set(re.findall(r"^\s{2}(\w+)\.py\s", readme, flags=re.M))
+    assert shown == {m for m in MODULES if not m.startswith("__")}
+
+
+def test_the_loop_is_the_first_function_of_train():
+    tree = ast.parse((ROOT / "dist_train" / "train.py").read_text())
+    assert next(n.name for n in tree.body if isinstance(n, ast.FunctionDef)) == "train"
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), *ROOT.glob("tests/cluster/*.sh"),
+                                         ROOT / ".ci/run"]), ids=lambda p: p.name)  # fmt: skip
+def test_shell_scripts_parse(path):
+    assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
+
+
+def test_no_device_is_named_in_the_code():
+    for path in (ROOT / "dist_train").glob("*.py"):
+        assert ".cuda()" not in path.read_text(), path
+
+
+def test_accelerates_file_sets_the_machine_only():
+    settings = yaml.safe_load((ROOT / "accelerate_config.yaml").read_text())
+    assert settings.get("mixed_precision", "no") in ("no", False)

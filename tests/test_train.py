@@ -1,0 +1,210 @@
+"""Training as a user starts it: figures, exact resume, the same curve on one rank and on two, faults that are named."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import finish_ranks, start_ranks, tiny_run
+from safetensors.torch import load_file
+
+from dist_train import runtime
+from dist_train.config import RunConfig, read_config
+from dist_train.errors import UserError
+from dist_train.predict import eval_main, load_run
+from dist_train.predict import main as predict_main
+from dist_train.train import its_time, micro_batch_size, parse, run_training
+
+
+def figures(run: Path) -> list[dict]:
+    """What metrics.jsonl says, less what a clock measured."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    keep = ("kind", "split", "step", "epoch", "loss", "lr", "top1", "top5")
+    return [{k: line[k] for k in keep if k in line} for line in lines if line["kind"] != "restart"]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in figures(run) if line["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def calm(digits, tmp_path_factory) -> Path:
+    """A run that nothing interrupts."""
+    run = tmp_path_factory.mktemp("runs") / "calm"
+    assert run_training(tiny_run(digits, run)) == 0
+    return run
+
+
+def test_a_run_learns_and_leaves_all_that_is_needed(calm):
+    assert {p.name for p in calm.iterdir()} >= {
+        "config.yaml", "environment.json", "metrics.jsonl", "weights.safetensors", "inference.json", "result.json",
+        "evaluation-val.json", "evaluation-test.json", "checkpoints"}  # fmt: skip
+    curve = losses(calm)
+    assert sum(curve[-5:]) / 5 < 0.8 * sum(curve[:5]) / 5
+    result = json.loads((calm / "result.json").read_text())
+    assert result["test"]["top1"] > 0.2 and result["test"]["samples"] > 100
+
+
+def test_resuming_after_a_kill_gives_the_same_bits(calm, digits, tmp_path):
+    run = tmp_path / "killed"
+    argv = tiny_run(digits, run, "--train.checkpoint_every_steps", "4", "--resume")
+    for steps_before_kill in (6, 21):
+        (rank,) = start_ranks(1, argv, tmp_path)
+        while not (run / "metrics.jsonl").exists() or len(losses(run)) < steps_before_kill:
+            time.sleep(0.02)
+            assert rank.poll() is None, (tmp_path / "rank0.log").read_text()
+        rank.send_signal(signal.SIGKILL)
+        rank.wait()
+    assert run_training(argv) == 0
+    first, second = load_file(calm / "weights.safetensors"), load_file(run / "weights.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert figures(run) == figures(calm)
+
+
+@pytest.mark.two_process
+def test_two_processes_give_the_curve_of_one(digits, tmp_path):
+    # BatchNorm, dropout and augmentation included: statistics are global, masks and pixels are keyed
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = ["--train.epochs", "4", "--train.max_steps", "50", "--train.eval_every_epochs", "1"]
+    ranks = start_ranks(2, tiny_run(digits, two, *more), tmp_path)
+    assert finish_ranks(ranks, tmp_path) == [0, 0], (tmp_path / "rank0.log").read_text()
+    assert run_training(tiny_run(digits, one, *more)) == 0
+    assert len(losses(one)) == 50
+    assert max(abs(a - b) for a, b in zip(losses(one), losses(two), strict=True)) < 1e-3
+    evals = [[line for line in figures(run) if line["kind"] == "eval"] for run in (one, two)]
+    assert [e["step"] for e in evals[0]] == [e["step"] for e in evals[1]] != []
+    for a, b in zip(*evals, strict=True):
+        assert abs(a["top1"] - b["top1"]) < 0.02 and abs(a["loss"] - b["loss"]) < 1e-2
+
+    # the same weights count the same on any number of ranks
+    argv = [str(finished(two, tiny_run(digits, two, "--train.epochs", "4", "--resume"))), "--split", "test", "--json"]
+    ranks = start_ranks(2, ["eval", *argv], tmp_path, module="dist_train")
+    assert finish_ranks(ranks, tmp_path) == [0, 0], (tmp_path / "rank0.log").read_text()
+    on_two = json.loads((tmp_path / "rank0.log").read_text().splitlines()[-1])
+    result = json.loads((two / "result.json").read_text())["test"]
+    assert (on_two["samples"], on_two["top1"]) == (result["samples"], result["top1"])
+    assert on_two["loss"] == pytest.approx(result["loss"], abs=1e-6)
+    assert (tmp_path / "rank1.log").read_text().strip() == ""  # rank zero speaks
+
+
+def finished(run: Path, argv: list[str]) -> Path:
+    assert run_training(argv) == 0
+    return run
+
+
+def test_micro_batches_give_the_same_curve(digits, tmp_path):
+    # without BatchNorm, whose statistics are those of what goes through at once
+    argv = ["--model.name", "alexnet", "--train.max_steps", "6", "--optim.lr", "0.01"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_training(tiny_run(digits, whole, *argv)) == run_training(
+        tiny_run(digits, parts, *argv, "--train.micro_batch_size", "32")) == 0  # fmt: skip
+    assert losses(whole) == pytest.approx(losses(parts), abs=1e-4)
+
+
+def test_a_stop_file_saves_and_the_run_goes_on_from_there(calm, digits, tmp_path):
+    run = tmp_path / "stopped"
+    argv = tiny_run(digits, run)
+    ranks = start_ranks(1, argv, tmp_path)
+    while not (run / "metrics.jsonl").exists() or len(losses(run)) < 3:
+        time.sleep(0.02)
+        assert ranks[0].poll() is None, (tmp_path / "rank0.log").read_text()
+    (run / "stop").touch()
+    assert finish_ranks(ranks, tmp_path) == [runtime.EXIT_STOPPED], (tmp_path / "rank0.log").read_text()
+    assert not (run / "result.json").exists()
+    assert run_training([*argv, "--resume"]) == 0
+    assert figures(run) == figures(calm)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_spoiled(digits, tmp_path):
+    run = tmp_path / "wild"
+    with pytest.raises(UserError, match=r"step \d+: the loss is not finite .* the weights were not changed"):
+        run_training(tiny_run(digits, run, "--optim.lr", "1e25", "--train.checkpoint_every_steps", "1"))
+    for path in (run / "checkpoints").glob("step-*/model.safetensors"):
+        assert not any(torch.isnan(t).any() for t in load_file(path).values())
+
+
+def test_patience_ends_a_run_early(digits, tmp_path):
+    run = tmp_path / "patient"
+    argv = ["--train.epochs", "50", "--train.patience", "1", "--train.eval_every_epochs", "0.2", "--optim.lr", "1e-9"]
+    assert run_training(tiny_run(digits, run, *argv)) == 0
+    assert json.loads((run / "result.json").read_text())["epoch"] < 5
+
+
+def test_a_folder_of_another_run_is_refused_and_left_alone(calm, digits):
+    before = (calm / "config.yaml").read_text()
+    with pytest.raises(UserError, match=r"optim.lr: 0.02 in the run, 0.5 now"):
+        run_training(tiny_run(digits, calm, "--optim.lr", "0.5", "--resume"))
+    with pytest.raises(UserError, match="already holds this run. Go on with --resume"):
+        run_training(tiny_run(digits, calm))
+    assert (calm / "config.yaml").read_text() == before
+
+
+def test_resuming_a_finished_run_changes_nothing(calm, digits):
+    before = load_file(calm / "weights.safetensors")
+    assert run_training(tiny_run(digits, calm, "--resume")) == 0
+    after = load_file(calm / "weights.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_faults_of_the_set_up_are_named_together(digits, tmp_path):
+    with pytest.raises(UserError) as error:
+        run_training(tiny_run(digits, tmp_path / "x", "--optim.lr", "-1", "--train.epochs", "0", "--model.name", "mlp"))
+    assert "optim.lr is -1.0" in str(error.value)
+    assert "train.epochs is 0.0" in str(error.value)
+    assert "model.name mlp is for tables" in str(error.value)
+
+
+def test_the_command_line_names_the_run_folder():
+    config, folder, resume = parse(["--config", "recipes/digits-alexnet.yaml", "--resume", "--seed", "3"])
+    assert (folder, resume, config.seed) == (Path("runs/digits-alexnet"), True, 3)
+    assert parse(["--data.shards", "shards/x"])[1] == Path("runs/x")
+    assert parse(["--data.shards", "x", "--run=elsewhere"])[1] == Path("elsewhere")
+    with pytest.raises(UserError, match="data.shards is not set"):
+        parse([])
+
+
+@pytest.mark.parametrize("batch, world_size, limit, expected", [
+    (96, 1, 0, 96), (96, 2, 0, 48), (96, 1, 50, 48), (96, 2, 20, 16), (7, 1, 3, 1), (96, 4, 24, 24),
+])  # fmt: skip
+def test_micro_batches_are_equal_parts(batch, world_size, limit, expected):
+    argv = ["--data.global_batch_size", str(batch), "--train.micro_batch_size", str(limit)]
+    assert micro_batch_size(read_config(RunConfig, argv, ""), world_size) == expected
+
+
+def test_its_time():
+    assert [step for step in range(1, 10) if its_time(step, 3)] == [3, 6, 9]
+    assert not its_time(5, 0)
+
+
+def test_eval_and_predict_agree_with_the_run(calm, digits, tmp_path, capsys):
+    eval_main([str(calm), "--split", "test", "--json"])
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result = json.loads((calm / "result.json").read_text())["test"]
+    assert line == {"split": "test", **result}
+
+    from dist_train.index import load_index
+    from dist_train.store import Store
+
+    store = Store(load_index(digits).split("test"))
+    for sample in range(20):
+        (tmp_path / f"{sample:02d}.png").write_bytes(store.payload(sample))
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
+    assert predict_main([str(calm), str(tmp_path), "--json"]) == 2  # one could not be read
+    rows = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    assert sum("error" in row for row in rows) == 1
+    good = [row for row in rows if "class" in row]
+    assert [Path(row["path"]).name for row in good] == [f"{i:02d}.png" for i in range(20)]
+    assert all(len(row["top"]) == 5 and row["top"][0]["probability"] >= row["top"][1]["probability"] for row in good)
+    mistakes = {m["sample"] for m in json.loads((calm / "evaluation-test.json").read_text())["mistakes"]}
+    labels = store.table["label"][:20]
+    classes = load_index(digits).classes
+    if len(mistakes) < 64:  # else the list is cut, and absence says nothing
+        for i, row in enumerate(good):
+            assert (row["class"] != classes[labels[i]]) == (i in mistakes)
+
+
+def test_an_unfinished_run_is_no_model(tmp_path):
+    with pytest.raises(UserError, match="not a finished run: there is no such folder"):
+        load_run(tmp_path / "none")
