@@ -37,18 +37,20 @@ enum { DONE = 0, LEFT = 1, SHORT_READ = 2, READ_FAILED = 3 };
 #define MAX_PIXELS_PER_BYTE 2048.0
 #define MAX_SCANS 200
 #define REDUCED_BEFORE_SCALING 4.0
+#define SCALED_FROM 512
 
 #define WEIGHT_BITS 22 /* Pillow's, so that results are equal */
 #define LOW_BITS 11    /* a weight is kept as two int16 halves: 16-bit multiply-add is the fast one, and sums stay exact */
-#define PADDING 64     /* bytes a vector may read past the end of a row */
+#define HALVES(i) ((i) / 4 * 8 + (i) % 4) /* where the high half of weight i stands; the low half comes 4 later */
+#define PADDING 16     /* bytes written past the end of a row */
 #define ROWS_AT_ONCE 8 /* rows asked of libjpeg in one call; a few stay in the first cache */
 
 /* ---- Resampling ------------------------------------------------------------------------------------------------ */
 
 typedef struct {
-    int outputs, stride;  /* stride: weights kept per output, a multiple of 4 */
+    int outputs, groups;  /* groups of four weights kept per output: as many as the widest needs */
     int *first, *count;   /* (outputs,) first source pixel and number of them */
-    int16_t *high, *low;  /* (outputs, stride) weight = high * 2^LOW_BITS + low, zero past count */
+    int16_t *weights;     /* (outputs, groups, 2, 4): four high halves, their low halves; zero past count */
     void *memory;
     size_t room;
 } Taps;
@@ -57,10 +59,12 @@ typedef struct {
     Taps across, down;
     unsigned char *ring;  /* (slots, pitch) source rows already resampled across, the one numbered y in slot y % slots */
     const unsigned char **window;
-    unsigned char *rows;  /* (ROWS_AT_ONCE, ...) decoded, 4 bytes a pixel */
-    size_t ring_room, window_room, rows_room, pitch;
+    unsigned char *rows;  /* (ROWS_AT_ONCE, ...) decoded, 4 bytes a pixel and `padding` more */
+    size_t ring_room, window_room, rows_room, pitch, padding;
     int slots, next;      /* next: output row to be finished */
     int top, bottom;      /* source rows under the filter */
+    void (*across_rows)(const Taps *, const unsigned char *const[2], int, unsigned char *const[2]);
+    void (*down_rows)(const unsigned char **, int, const int16_t *, size_t, unsigned char *);
 } Resizer;
 
 /* Memory kept between the pictures of a batch and only ever grown. */
@@ -75,41 +79,49 @@ static int grow(void **memory, size_t *room, size_t size) {
 }
 
 static int weigh(Taps *taps, int inputs, float begin, float end, int outputs) {
-    double scale = (double)(end - begin) / outputs, widening = scale < 1 ? 1 : scale;
-    int most = (int)ceil(widening) * 2 + 1;
-    if (most > inputs) most = inputs;
-    int stride = (most + 3) / 4 * 4;
-    size_t weights = (size_t)outputs * stride;
-    if (!grow(&taps->memory, &taps->room, 2 * outputs * sizeof(int) + 2 * weights * sizeof(int16_t) + stride * sizeof(double)))
+    double scale = (double)(end - begin) / outputs, reach = scale < 1 ? 1 : scale;
+    int most = 2 * reach + 2; /* more than any output takes */
+    size_t room = (size_t)outputs * ((most + 3) / 4) * 8;
+    if (!grow(&taps->memory, &taps->room, most * sizeof(double) + 2 * outputs * sizeof(int) + room * sizeof(int16_t)))
         return 0;
     double *share = taps->memory;
-    taps->first = (int *)(share + stride);
+    taps->first = (int *)(share + most);
     taps->count = taps->first + outputs;
-    taps->high = (int16_t *)(taps->count + outputs);
-    taps->low = taps->high + weights;
+    taps->weights = (int16_t *)(taps->count + outputs);
     taps->outputs = outputs;
-    taps->stride = stride;
-    memset(taps->high, 0, 2 * weights * sizeof(int16_t));
+    int widest = 1;
     for (int o = 0; o < outputs; o++) {
-        double centre = begin + (o + 0.5) * scale, nearness = 1.0 / widening, sum = 0;
-        int first = (int)(centre - widening + 0.5), last = (int)(centre + widening + 0.5);
+        double centre = begin + (o + 0.5) * scale;
+        int first = (int)(centre - reach + 0.5), last = (int)(centre + reach + 0.5);
         if (first < 0) first = 0;
         if (first > inputs - 1) first = inputs - 1;
         if (last > inputs) last = inputs;
-        if (last > first + stride) last = first + stride;
-        for (int i = 0; i < last - first; i++) {
-            double far = fabs((i + first - centre + 0.5) * nearness);
-            sum += share[i] = far < 1 ? 1 - far : 0;
-        }
-        for (int i = 0; i < last - first; i++) {
-            int weight = (int)(0.5 + (sum != 0 ? share[i] / sum : 0) * (1 << WEIGHT_BITS));
-            taps->high[(size_t)o * stride + i] = (int16_t)(weight >> LOW_BITS);
-            taps->low[(size_t)o * stride + i] = (int16_t)(weight & ((1 << LOW_BITS) - 1));
-        }
+        if (last < first + 1) last = first + 1;
+        if (last > first + most) last = first + most;
         taps->first[o] = first;
-        taps->count[o] = last > first ? last - first : 1;
+        taps->count[o] = last - first;
+        if (last - first > widest) widest = last - first;
+    }
+    taps->groups = (widest + 3) / 4;
+    memset(taps->weights, 0, (size_t)outputs * taps->groups * 8 * sizeof(int16_t));
+    for (int o = 0; o < outputs; o++) {
+        double centre = begin + (o + 0.5) * scale, nearness = 1.0 / reach, sum = 0;
+        for (int i = 0; i < taps->count[o]; i++) {
+            double away = fabs((i + taps->first[o] - centre + 0.5) * nearness);
+            sum += share[i] = away < 1 ? 1 - away : 0;
+        }
+        int16_t *weights = taps->weights + (size_t)o * taps->groups * 8;
+        for (int i = 0; i < taps->count[o]; i++) {
+            int weight = (int)(0.5 + (sum != 0 ? share[i] / sum : 0) * (1 << WEIGHT_BITS));
+            weights[HALVES(i)] = (int16_t)(weight >> LOW_BITS);
+            weights[HALVES(i) + 4] = (int16_t)(weight & ((1 << LOW_BITS) - 1));
+        }
     }
     return 1;
+}
+
+static uint32_t weight_of(const int16_t *weights, int i) {
+    return ((uint32_t)weights[HALVES(i)] << LOW_BITS) + weights[HALVES(i) + 4];
 }
 
 static unsigned char rounded(uint32_t sum) {
@@ -117,32 +129,32 @@ static unsigned char rounded(uint32_t sum) {
     return value > 255 ? 255 : value < 0 ? 0 : value;
 }
 
-/* One row, 4 bytes a pixel beginning with pixel `left` -> (outputs, 3). Writes one byte past the end. */
-static void across_portable(const Taps *taps, const unsigned char *row, int left, unsigned char *to) {
-    for (int o = 0; o < taps->outputs; o++, to += 3) {
-        const unsigned char *pixel = row + 4 * (size_t)(taps->first[o] - left);
-        const int16_t *high = taps->high + (size_t)o * taps->stride, *low = taps->low + (size_t)o * taps->stride;
-        uint32_t red = 0, green = 0, blue = 0;
-        for (int i = 0; i < taps->count[o]; i++, pixel += 4) {
-            uint32_t weight = ((uint32_t)high[i] << LOW_BITS) + low[i];
-            red += weight * pixel[0];
-            green += weight * pixel[1];
-            blue += weight * pixel[2];
+/* Two rows, 4 bytes a pixel beginning with pixel `left` -> twice (outputs, 3). Writes one byte past each end. */
+static void across_portable(const Taps *taps, const unsigned char *const rows[2], int left, unsigned char *const to[2]) {
+    for (int k = 0; k < 2; k++)
+        for (int o = 0; o < taps->outputs; o++) {
+            const unsigned char *pixel = rows[k] + 4 * (size_t)(taps->first[o] - left);
+            const int16_t *weights = taps->weights + (size_t)o * taps->groups * 8;
+            uint32_t red = 0, green = 0, blue = 0;
+            for (int i = 0; i < taps->count[o]; i++, pixel += 4) {
+                uint32_t weight = weight_of(weights, i);
+                red += weight * pixel[0];
+                green += weight * pixel[1];
+                blue += weight * pixel[2];
+            }
+            to[k][3 * o] = rounded(red);
+            to[k][3 * o + 1] = rounded(green);
+            to[k][3 * o + 2] = rounded(blue);
         }
-        to[0] = rounded(red);
-        to[1] = rounded(green);
-        to[2] = rounded(blue);
-    }
 }
 
 /* `count` rows of `bytes` bytes -> their weighted sum. */
-static void down_portable(const unsigned char **rows, int count, const int16_t *high, const int16_t *low, size_t bytes,
-                          unsigned char *to) {
+static void down_portable(const unsigned char **rows, int count, const int16_t *weights, size_t bytes, unsigned char *to) {
     for (size_t at = 0; at < bytes; at += 64) {
         uint32_t sums[64] = {0};
         size_t n = bytes - at < 64 ? bytes - at : 64;
         for (int i = 0; i < count; i++) {
-            uint32_t weight = ((uint32_t)high[i] << LOW_BITS) + low[i];
+            uint32_t weight = weight_of(weights, i);
             for (size_t k = 0; k < n; k++) sums[k] += weight * rows[i][at + k];
         }
         for (size_t k = 0; k < n; k++) to[at + k] = rounded(sums[k]);
@@ -155,37 +167,48 @@ __attribute__((target("avx2"))) static __m256i settled(__m256i high, __m256i low
     return _mm256_srai_epi32(_mm256_add_epi32(sum, _mm256_set1_epi32(1 << (WEIGHT_BITS - 1))), WEIGHT_BITS);
 }
 
-__attribute__((target("avx2"))) static void across_avx2(const Taps *taps, const unsigned char *row, int left,
-                                                        unsigned char *to) {
-    /* 4 pixels a turn: the low lane takes two, paired by channel for the multiply-add, the high lane the next two */
-    const __m256i pairs = _mm256_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1,
-                                           8, -1, 12, -1, 9, -1, 13, -1, 10, -1, 14, -1, 11, -1, 15, -1);
-    const __m256i lanes = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-    for (int o = 0; o < taps->outputs; o++, to += 3) {
-        const unsigned char *pixel = row + 4 * (size_t)(taps->first[o] - left);
-        const int16_t *high = taps->high + (size_t)o * taps->stride, *low = taps->low + (size_t)o * taps->stride;
+__attribute__((target("avx2"))) static __m256i pair_of(const int16_t *weights) {
+    int32_t pair;
+    memcpy(&pair, weights, 4);
+    return _mm256_set1_epi32(pair);
+}
+
+__attribute__((target("avx2"))) static void across_avx2(const Taps *taps, const unsigned char *const rows[2], int left,
+                                                        unsigned char *const to[2]) {
+    /* one row in each lane, 4 pixels a turn: two and two, paired by channel for the multiply-add */
+    const __m256i front = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1));
+    const __m256i back = _mm256_add_epi8(front, _mm256_set1_epi16(8));
+    const unsigned char *upper = rows[0] - 4 * (ptrdiff_t)left, *lower = rows[1] - 4 * (ptrdiff_t)left;
+    unsigned char *up = to[0], *low = to[1];
+    const int *first = taps->first;
+    const int16_t *weights = taps->weights;
+    int groups = taps->groups; /* the same for all outputs: a loop whose length changed would be mispredicted */
+    for (int o = taps->outputs; o--; up += 3, low += 3) {
+        size_t at = 4 * (size_t)*first++;
         __m256i high_sum = _mm256_setzero_si256(), low_sum = _mm256_setzero_si256();
-        for (int i = 0; i < taps->count[o]; i += 4, pixel += 16) {
-            __m256i four = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)pixel));
-            __m256i values = _mm256_shuffle_epi8(four, pairs);
-            __m256i h = _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(_mm_loadl_epi64((const __m128i *)(high + i))), lanes);
-            __m256i l = _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(_mm_loadl_epi64((const __m128i *)(low + i))), lanes);
-            high_sum = _mm256_add_epi32(high_sum, _mm256_madd_epi16(values, h));
-            low_sum = _mm256_add_epi32(low_sum, _mm256_madd_epi16(values, l));
+        for (int g = groups; g--; at += 16, weights += 8) {
+            __m256i four = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(upper + at))),
+                                                   _mm_loadu_si128((const __m128i *)(lower + at)), 1);
+            __m256i values = _mm256_shuffle_epi8(four, front);
+            high_sum = _mm256_add_epi32(high_sum, _mm256_madd_epi16(values, pair_of(weights)));
+            low_sum = _mm256_add_epi32(low_sum, _mm256_madd_epi16(values, pair_of(weights + 4)));
+            values = _mm256_shuffle_epi8(four, back);
+            high_sum = _mm256_add_epi32(high_sum, _mm256_madd_epi16(values, pair_of(weights + 2)));
+            low_sum = _mm256_add_epi32(low_sum, _mm256_madd_epi16(values, pair_of(weights + 6)));
         }
-        __m256i both = _mm256_add_epi32(_mm256_slli_epi32(high_sum, LOW_BITS), low_sum);
-        __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
-        sum = _mm_srai_epi32(_mm_add_epi32(sum, _mm_set1_epi32(1 << (WEIGHT_BITS - 1))), WEIGHT_BITS);
-        sum = _mm_packus_epi16(_mm_packs_epi32(sum, sum), sum);
-        int32_t colour = _mm_cvtsi128_si32(sum);
-        memcpy(to, &colour, 4);
+        __m256i colours = settled(high_sum, low_sum);
+        colours = _mm256_packus_epi16(_mm256_packs_epi32(colours, colours), colours);
+        int32_t colour = _mm256_extract_epi32(colours, 0);
+        memcpy(up, &colour, 4);
+        colour = _mm256_extract_epi32(colours, 4);
+        memcpy(low, &colour, 4);
     }
 }
 
-__attribute__((target("avx2"))) static void down_avx2(const unsigned char **rows, int count, const int16_t *high,
-                                                      const int16_t *low, size_t bytes, unsigned char *to) {
+__attribute__((target("avx2"))) static void down_avx2(const unsigned char **rows, int count, const int16_t *weights,
+                                                      size_t bytes, unsigned char *to) {
     if (bytes < 16) {
-        down_portable(rows, count, high, low, bytes, to);
+        down_portable(rows, count, weights, bytes, to);
         return;
     }
     for (size_t at = 0; at < bytes; at += 16) {
@@ -197,13 +220,10 @@ __attribute__((target("avx2"))) static void down_avx2(const unsigned char **rows
             __m128i lower = _mm_loadu_si128((const __m128i *)(rows[i + 1 < count ? i + 1 : i] + at));
             __m256i v0 = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(upper, lower));
             __m256i v1 = _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(upper, lower));
-            int32_t pair;
-            memcpy(&pair, high + i, 4);
-            __m256i weight = _mm256_set1_epi32(pair);
+            __m256i weight = pair_of(weights + HALVES(i));
             h0 = _mm256_add_epi32(h0, _mm256_madd_epi16(v0, weight));
             h1 = _mm256_add_epi32(h1, _mm256_madd_epi16(v1, weight));
-            memcpy(&pair, low + i, 4);
-            weight = _mm256_set1_epi32(pair);
+            weight = pair_of(weights + HALVES(i) + 4);
             l0 = _mm256_add_epi32(l0, _mm256_madd_epi16(v0, weight));
             l1 = _mm256_add_epi32(l1, _mm256_madd_epi16(v1, weight));
         }
@@ -231,33 +251,34 @@ static int plan(Resizer *r, int height, int width, const double *box, int out_he
     if (!weigh(&r->across, width, box[1], box[1] + box[3], out_width) ||
         !weigh(&r->down, r->bottom - r->top, begin, end, out_height))
         return 0;
-    r->slots = r->down.stride;
+    r->slots = 4 * r->down.groups + 2; /* two rows come before the oldest is let go */
+    r->across_rows = across_portable;
+    r->down_rows = down_portable;
+#ifdef HAVE_AVX2_PATH
+    if (has_avx2()) {
+        r->across_rows = across_avx2;
+        r->down_rows = down_avx2;
+    }
+#endif
     r->pitch = (size_t)out_width * 3 + PADDING;
+    r->padding = 16 * (size_t)r->across.groups;
     r->next = 0;
     return grow((void **)&r->ring, &r->ring_room, r->pitch * r->slots) &&
            grow((void **)&r->window, &r->window_room, sizeof(*r->window) * r->slots);
 }
 
-/* Take row y of those from `top` on, whose first pixel given is number `left`, and finish every output row that waited for it. */
-static void feed(Resizer *r, const unsigned char *row, int left, int y, unsigned char *out) {
-    unsigned char *slot = r->ring + r->pitch * (y % r->slots);
+/* Take rows y and y + 1 of those from `top` on (the first one alone if `count` is 1), whose first pixel given is number
+ * `left`, and finish every output row that waited for them. */
+static void feed(Resizer *r, const unsigned char *const rows[2], int count, int left, int y, unsigned char *out) {
+    const unsigned char *const pair[2] = {rows[0], count > 1 ? rows[1] : rows[0]};
+    unsigned char *const slots[2] = {r->ring + r->pitch * (y % r->slots), r->ring + r->pitch * ((y + 1) % r->slots)};
     size_t bytes = (size_t)r->across.outputs * 3;
-#ifdef HAVE_AVX2_PATH
-    int wide = has_avx2();
-    if (wide) across_avx2(&r->across, row, left, slot);
-    else
-#endif
-        across_portable(&r->across, row, left, slot);
-    for (; r->next < r->down.outputs && r->down.first[r->next] + r->down.count[r->next] <= y + 1; r->next++) {
-        int first = r->down.first[r->next], count = r->down.count[r->next];
-        const int16_t *high = r->down.high + (size_t)r->next * r->down.stride;
-        const int16_t *low = r->down.low + (size_t)r->next * r->down.stride;
-        for (int i = 0; i < count; i++) r->window[i] = r->ring + r->pitch * ((first + i) % r->slots);
-#ifdef HAVE_AVX2_PATH
-        if (wide) down_avx2(r->window, count, high, low, bytes, out + r->next * bytes);
-        else
-#endif
-            down_portable(r->window, count, high, low, bytes, out + r->next * bytes);
+    r->across_rows(&r->across, pair, left, slots);
+    for (; r->next < r->down.outputs && r->down.first[r->next] + r->down.count[r->next] <= y + count; r->next++) {
+        int first = r->down.first[r->next], window = r->down.count[r->next];
+        const int16_t *weights = r->down.weights + (size_t)r->next * r->down.groups * 8;
+        for (int i = 0; i < window; i++) r->window[i] = r->ring + r->pitch * ((first + i) % r->slots);
+        r->down_rows(r->window, window, weights, bytes, out + r->next * bytes);
     }
 }
 
@@ -352,19 +373,20 @@ static int decode_rows(struct jpeg_decompress_struct *jpeg, Resizer *r, const do
     if (right > full_width) right = full_width;
     JDIMENSION begin = left, columns = right - left;
     if (columns < (JDIMENSION)full_width) jpeg_crop_scanline(jpeg, &begin, &columns);
-    size_t pitch = (size_t)columns * 4 + PADDING;
-    if (!grow((void **)&r->rows, &r->rows_room, pitch * ROWS_AT_ONCE)) return LEFT;
+    size_t pitch = ((size_t)columns * 4 + r->padding + 31) / 32 * 32;
+    if (!grow((void **)&r->rows, &r->rows_room, pitch * ROWS_AT_ONCE + 64)) return LEFT;
     JSAMPROW rows[ROWS_AT_ONCE];
-    for (int k = 0; k < ROWS_AT_ONCE; k++) rows[k] = r->rows + pitch * k;
+    /* rows on a 32-byte boundary would be stored past the cache by libjpeg-turbo's colour conversion, and we read them next */
+    rows[0] = r->rows + 40 - (uintptr_t)r->rows % 32;
+    for (int k = 1; k < ROWS_AT_ONCE; k++) rows[k] = rows[k - 1] + pitch;
     if (top > 0) jpeg_skip_scanlines(jpeg, top);
     while ((int)jpeg->output_scanline < bottom) {
         int y = jpeg->output_scanline, wanted = bottom - y < ROWS_AT_ONCE ? bottom - y : ROWS_AT_ONCE;
         int got = jpeg_read_scanlines(jpeg, rows, wanted);
         if (got < 1) return LEFT;
-        for (int k = 0; k < got; k++) {
-            if (jpeg->out_color_space == JCS_CMYK) cmyk_to_rgb(rows[k], columns);
-            feed(r, rows[k], begin, y + k - r->top, out);
-        }
+        for (int k = 0; k < got && jpeg->out_color_space == JCS_CMYK; k++) cmyk_to_rgb(rows[k], columns);
+        for (int k = 0; k < got; k += 2)
+            feed(r, (const unsigned char *const *)rows + k, got - k > 1 ? 2 : 1, begin, y + k - r->top, out);
     }
     return DONE;
 }
@@ -404,14 +426,16 @@ static int decode_jpeg(const unsigned char *payload, size_t size, const double *
     if (jpeg.progressive_mode && count_scans(payload, payload + size) > MAX_SCANS) goto end;
 
     if (!box) box = whole;
+    if (!(isfinite(box[0]) && isfinite(box[1]) && isfinite(box[2]) && isfinite(box[3]))) goto end;
     double top = fmax(box[0], 0), left = fmax(box[1], 0);
     double tall = fmin(box[0] + box[2], whole[2]) - top, wide = fmin(box[1] + box[3], whole[3]) - left;
     if (!(tall > 0 && wide > 0)) goto end;
     int is_whole = top == 0 && left == 0 && tall == whole[2] && wide == whole[3];
     int cmyk = jpeg.num_components == 4, copies = is_whole && tall == height && wide == width && !cmyk;
     double reduction = fmin(tall / height, wide / width);
+    int is_large = whole[2] >= SCALED_FROM || whole[3] >= SCALED_FROM;
     jpeg.scale_num = jpeg.scale_denom = 1;
-    while (jpeg.scale_denom < 8 && reduction >= REDUCED_BEFORE_SCALING * jpeg.scale_denom) jpeg.scale_denom *= 2;
+    while (is_large && jpeg.scale_denom < 8 && reduction >= REDUCED_BEFORE_SCALING * jpeg.scale_denom) jpeg.scale_denom *= 2;
     double scale = jpeg.scale_denom;
     double area[4] = {top / scale, left / scale, tall / scale, wide / scale};
 
@@ -568,11 +592,15 @@ static PyObject *py_resize(PyObject *self, PyObject *args) {
         Py_BEGIN_ALLOW_THREADS
         Resizer r = {0};
         fits = plan(&r, from_height, from_width, box, height, width) &&
-               grow((void **)&r.rows, &r.rows_room, (size_t)from_width * 4 + PADDING);
-        for (int y = r.top; fits && y < r.bottom; y++) {
-            const unsigned char *pixel = (unsigned char *)source.buf + (size_t)y * from_width * 3;
-            for (int x = 0; x < from_width; x++) memcpy(r.rows + 4 * (size_t)x, pixel + 3 * (size_t)x, 3);
-            feed(&r, r.rows, 0, y - r.top, out.buf);
+               grow((void **)&r.rows, &r.rows_room, 2 * ((size_t)from_width * 4 + r.padding));
+        const unsigned char *const rows[2] = {r.rows, r.rows + (size_t)from_width * 4 + r.padding};
+        for (int y = r.top; fits && y < r.bottom; y += 2) {
+            int count = r.bottom - y < 2 ? 1 : 2;
+            for (int k = 0; k < count; k++) {
+                const unsigned char *pixel = (unsigned char *)source.buf + (size_t)(y + k) * from_width * 3;
+                for (int x = 0; x < from_width; x++) memcpy((char *)rows[k] + 4 * (size_t)x, pixel + 3 * (size_t)x, 3);
+            }
+            feed(&r, rows, count, 0, y - r.top, out.buf);
         }
         release(&r);
         Py_END_ALLOW_THREADS

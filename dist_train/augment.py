@@ -136,22 +136,21 @@ class Augment:
         return drawn, chance(keys, ERASE, self.config.erase) & fits
 
 
-def normalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
-    """uint8 (N, C, H, W) -> float32 (value / 255 - mean) / std, in channels-last memory."""
-    mean, std = (_channels(tuple(values), images.device) for values in (mean, std))
-    return to_float(images).sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
-
-
 def evaluation_pixels(images: Tensor, size: tuple[int, int], mean: Channels, std: Channels) -> Tensor:
     """Normalise pictures for evaluation, resized (antialiased) to (height, width) where they have another size.
 
     images: uint8 (N, C, H, W). Returns float32 (N, C, height, width) in channels-last memory.
     """
-    if tuple(images.shape[2:]) == tuple(size):
-        return normalize(images, mean, std)
+    pictures = to_float(images)
+    if tuple(images.shape[2:]) != tuple(size):
+        pictures = resize(pictures, tuple(size))
     mean, std = (_channels(tuple(values), images.device) for values in (mean, std))
-    pictures = resize(to_float(images), tuple(size))
     return pictures.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+def normalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
+    """uint8 (N, C, H, W) -> float32 (value / 255 - mean) / std, in channels-last memory."""
+    return evaluation_pixels(images, images.shape[2:], mean, std)
 
 
 def to_float(images: Tensor) -> Tensor:

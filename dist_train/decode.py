@@ -26,6 +26,7 @@ except ImportError as error:
 MAX_PIXELS = 200_000_000  # larger pictures are refused as decompression bombs; a 20,000 x 10,000 scan still passes
 MAX_PIXELS_PER_BYTE = 2048  # Huffman coding spends a bit on 64 pixels at the very least, so 512 is the true limit
 REDUCED_BEFORE_SCALING = 4  # the resize still halves a scaled picture at least, which keeps it above 45 dB
+SCALED_FROM = 512  # pixels of the longer side; smaller pictures gain nothing from it
 MAX_SCANS = 200  # progressive pictures have about 10; thousands of empty ones keep a decoder busy for hours
 
 SHORT_READ = "the shard ends before the sample does: it is truncated"
@@ -57,9 +58,9 @@ def decode_into(payload: bytes, out: np.ndarray, box: tuple | None = None) -> No
     """Decode a JPEG, PNG, WebP or BMP, cut out `box`, and resize it antialiased into `out`.
 
     out: (h, w, 3) uint8, C-contiguous. box: (top, left, height, width) in pixels of the displayed picture, fractions
-    allowed; None takes the whole picture. The pixels are those of Pillow's `resize((w, h), BILINEAR, box)`; a JPEG's
-    box that is reduced REDUCED_BEFORE_SCALING times or more is decoded at a half, a quarter or an eighth first. Grey
-    is expanded, CMYK converted, 16 bits become 8, EXIF orientation is applied, transparency is dropped as Pillow's
+    allowed; None takes the whole picture. The pixels are those of Pillow's `resize((w, h), BILINEAR, box)`, but that a
+    large JPEG's box is decoded at a half, a quarter or an eighth first where REDUCED_BEFORE_SCALING says so. Grey is
+    expanded, CMYK converted, 16 bits become 8, EXIF orientation is applied, transparency is dropped as Pillow's
     `convert("RGB")` drops it. Raises DecodeError with the reason. Heavy parts run without the GIL.
     """
     failures = decode_batch([payload], out[None], None if box is None else np.asarray(box, np.float64)[None])
@@ -91,7 +92,7 @@ def decode_from_files(fds, offsets, sizes, checksums, boxes, out: np.ndarray) ->
     if checksums is not None:
         found = np.zeros(len(sizes), np.uint64)
         (getattr(native, "checksum", None) or _checksum)(source, starts, sizes, found)
-        status[(found != checksums) & (status == 0)] = _FAULTS.index(CHECKSUM_DIFFERS)
+        status[(found != np.asarray(checksums, np.uint64)) & (status == 0)] = _FAULTS.index(CHECKSUM_DIFFERS)
     return _decode(source, starts, sizes, boxes, out, status)
 
 
@@ -113,10 +114,7 @@ def decoders() -> dict[str, str]:
 
 def _decode(source, starts, sizes, boxes, out, status) -> Failures:
     """Decode source[starts[i] :][: sizes[i]] into out[i] where status[i] is 0; others failed already, and say how."""
-    assert out.dtype == np.uint8 and out.ndim == 4 and out.shape[3] == 3 and out.flags.c_contiguous, (
-        out.dtype,
-        out.shape,
-    )
+    assert out.dtype == np.uint8 and out.shape[1:] == (*out.shape[1:3], 3) and out.flags.c_contiguous, out.shape
     failures = [(int(i), _FAULTS[status[i]]) for i in np.flatnonzero(status)]
     if boxes is not None:
         boxes = np.ascontiguousarray(boxes, np.float64)
@@ -141,9 +139,8 @@ def _starts(sizes: np.ndarray) -> np.ndarray:
 
 def _read(fds, offsets, sizes, into, starts, status) -> None:
     """The native core's `read`, from the standard library."""
-    for i, (fd, offset, size, start) in enumerate(
-        zip(fds.tolist(), offsets.tolist(), sizes.tolist(), starts.tolist(), strict=True)
-    ):
+    rows = zip(fds.tolist(), offsets.tolist(), sizes.tolist(), starts.tolist(), strict=True)
+    for i, (fd, offset, size, start) in enumerate(rows):
         room, done = memoryview(into)[start : start + size], 0
         try:
             while done < size and (got := os.preadv(fd, [room[done:]], offset + done)):
@@ -160,46 +157,66 @@ def _checksum(source, starts, sizes, into) -> None:
     into[:] = [xxhash.xxh3_64_intdigest(memoryview(source)[start:end]) for start, end in bounds]
 
 
+def resize_into(pixels: np.ndarray, out: np.ndarray, box: tuple | None = None) -> None:
+    """Resize a box of decoded pixels into `out`, antialiased, as `decode_into` does.
+
+    pixels: (H, W, 3) uint8, or (H, W, 4) whose last channel is left out; out: (h, w, 3) uint8; box as in `decode_into`.
+    """
+    _resize(pixels, _clipped(box, pixels.shape[:2]), out)
+
+
 def decode_portable(payload: bytes, out: np.ndarray, box=None) -> None:
     """`decode_into` from wheels alone."""
     header = read_header(payload)
     shown = (header.width, header.height) if header.orientation >= 5 else (header.height, header.width)
     box = _clipped(box, shown)
     scale = 1
-    if header.format == "jpeg":
+    if header.format == "jpeg" and max(shown) >= SCALED_FROM:
         while scale < 8 and min(box[2] / out.shape[0], box[3] / out.shape[1]) >= REDUCED_BEFORE_SCALING * scale:
             scale *= 2
     try:
-        picture = _jpeg(payload, header, scale) if header.format == "jpeg" else _PILLOW[header.format](payload)
+        pixels = _jpeg(payload, header, scale) if header.format == "jpeg" else _PILLOW[header.format](payload)
     except (MemoryError, DecodeError):
         raise
     except Exception as error:  # Pillow's parsers raise whatever damaged bytes lead them to
         raise DecodeError(f"cannot be decoded as {header.format}: {error}") from None
-    expected = (-(-header.width // scale), -(-header.height // scale))
-    if picture.size != expected:
-        raise DecodeError(f"decoded to {picture.size} pixels but its header says {expected}")
-    if header.orientation > 1:
-        picture = picture.transpose(_UPRIGHT[header.orientation])
-    if picture.size == (out.shape[1], out.shape[0]) and tuple(box) == (0, 0, *shown):
-        out[:] = np.asarray(picture)[:, :, :3]
+    expected = (-(-header.height // scale), -(-header.width // scale))
+    if pixels.shape[:2] != expected:
+        raise DecodeError(f"decoded to {pixels.shape[:2]} pixels but its header says {expected}")
+    pixels = _upright(pixels, header.orientation)
+    if out.shape[:2] == shown and box == (0, 0, *shown):
+        out[:] = pixels[:, :, :3]
     else:
-        _resize(picture, [side / scale for side in box], out)
+        _resize(pixels, tuple(side / scale for side in box), out)
 
 
-def _resize(picture: Image.Image, box: list[float], out: np.ndarray) -> None:
-    """Resize the box into out: across, then down. In two steps, for Pillow 13 began to choose the order by itself."""
+def _resize(pixels: np.ndarray, box: tuple[float, float, float, float], out: np.ndarray) -> None:
+    """Across, then down. In two steps, because Pillow 13 began to choose the order by the picture's shape."""
+    pixels = np.ascontiguousarray(pixels)
+    if native and pixels.shape[2] == 3:
+        native.resize(pixels, *pixels.shape[:2], box, out, *out.shape[:2])
+        return
     top, left, height, width = box
     reach = max(height / out.shape[0], 1.0)
-    first, last = max(int(top - reach), 0), min(math.ceil(top + height + reach), picture.height)
-    rows = np.asarray(picture)[first:last]
-    if rows.shape[2] == 4:  # mapped, not copied
-        strip = Image.frombuffer("RGBX", (picture.width, last - first), rows, "raw", "RGBX", 0, 1)
+    first, last = max(int(top - reach), 0), min(math.ceil(top + height + reach), len(pixels))
+    rows = pixels[first:last]
+    if pixels.shape[2] == 4:
+        strip = Image.frombuffer("RGBX", rows.shape[1::-1], rows, "raw", "RGBX", 0, 1)  # mapped, not copied
     else:
         strip = Image.fromarray(rows)
     strip = strip.resize((out.shape[1], last - first), Image.Resampling.BILINEAR, (left, 0, left + width, last - first))
     area = (0, top - first, out.shape[1], top - first + height)
     result = strip.resize((out.shape[1], out.shape[0]), Image.Resampling.BILINEAR, area)
     out[:] = np.frombuffer(result.tobytes("raw", "RGB"), np.uint8).reshape(out.shape)
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo EXIF orientations 2 to 8: 5 to 8 stand on their side, the others are mirrored or upside down. A view."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
 
 
 def _clipped(box, shown: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -313,10 +330,7 @@ def _exif_orientation(tiff: bytes) -> int:
     return 1
 
 
-_UPRIGHT = [None, None, *(Image.Transpose(k) for k in (0, 3, 1, 5, 4, 6, 2))]
-
-
-def _jpeg(payload: bytes, header: Header, scale: int) -> Image.Image:
+def _jpeg(payload: bytes, header: Header, scale: int) -> np.ndarray:
     """Decode at 1/scale. Returns RGB, or RGBX: four bytes a pixel are what Pillow maps without a copy."""
     smallest = {"min_height": -(-header.height // scale), "min_width": -(-header.width // scale)} if scale > 1 else {}
     colours = "CMYK" if header.channels == 4 else "RGBX"
@@ -326,9 +340,7 @@ def _jpeg(payload: bytes, header: Header, scale: int) -> Image.Image:
         if not _HARMLESS.search(str(error)):
             raise
         pixels = simplejpeg.decode_jpeg(payload, colours, **smallest, strict=False)
-    if header.channels == 4:
-        return Image.fromarray(_cmyk_to_rgb(pixels))
-    return Image.frombuffer("RGBX", pixels.shape[1::-1], pixels, "raw", "RGBX", 0, 1)
+    return _cmyk_to_rgb(pixels) if header.channels == 4 else pixels
 
 
 # The picture is complete all the same: what the well-known dogs and cats set has by the dozen.
@@ -350,7 +362,7 @@ def _png_chunks(payload: bytes):
         at += 12 + size
 
 
-def _png(payload: bytes) -> Image.Image:
+def _png(payload: bytes) -> np.ndarray:
     """Decode without the chunks that are no pixels: Pillow warns of damage in text, profiles and animation."""
     plain, at = [payload[:8]], 8
     for name, body in _png_chunks(payload):
@@ -359,17 +371,18 @@ def _png(payload: bytes) -> Image.Image:
         at += 12 + len(body)
     picture = PngImagePlugin.PngImageFile(BytesIO(b"".join(plain)))
     picture.load()
-    if picture.mode.startswith("I"):
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
-    return (picture.convert("RGBA") if picture.mode == "P" else picture).convert("RGB")
+    if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+        return np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+    # a palette with transparency warns unless it goes by way of RGBA
+    return np.asarray((picture.convert("RGBA") if picture.mode == "P" else picture).convert("RGB"))
 
 
-def _webp(payload: bytes) -> Image.Image:
-    return WebPImagePlugin.WebPImageFile(BytesIO(payload)).convert("RGB")
+def _webp(payload: bytes) -> np.ndarray:
+    return np.asarray(WebPImagePlugin.WebPImageFile(BytesIO(payload)).convert("RGB"))
 
 
-def _bmp(payload: bytes) -> Image.Image:
-    return BmpImagePlugin.BmpImageFile(BytesIO(payload)).convert("RGB")
+def _bmp(payload: bytes) -> np.ndarray:
+    return np.asarray(BmpImagePlugin.BmpImageFile(BytesIO(payload)).convert("RGB"))
 
 
 # The classes themselves, not Image.open: it warns of pictures of 90 MP, and would try forty other formats.

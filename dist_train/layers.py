@@ -83,7 +83,7 @@ def random_bits(keys: Tensor, layer: int, num_units: int, first_unit: int = 0) -
     2) array: that is what makes it several times faster than a generator on the CPU, and one fused kernel when
     compiled.
     """
-    words = _mix64((keys ^ _STREAM) + (layer + 1) * _GOLDEN)
+    words = _mix64((keys ^ _STREAM) + ((layer + 1) * _GOLDEN + 2**63) % 2**64 - 2**63)
     offset, odd = words.to(torch.int32)[:, None], (words >> 32).to(torch.int32)[:, None] | 1
     pair = torch.arange(first_unit // 2, (first_unit + num_units + 1) // 2, dtype=torch.int32, device=keys.device)
     # lowbias32 (Wellons, "Prospecting for hash functions", 2018); the masks make int32's shift a logical one
@@ -129,7 +129,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training or not dist.is_initialized() or dist.get_world_size(self.group) == 1:
             return super().forward(x)
         self._check_input_dim(x)
-        weight = self.weight if self.affine else x.new_ones(x.shape[1], dtype=torch.float32)
+        weight = self.weight if self.affine else x.new_ones(x.shape[1], dtype=_statistics_dtype(x))
         bias = self.bias if self.affine else torch.zeros_like(weight)
         y, mean, var, count = _Normalise.apply(x, weight, bias, self.eps, self.group)
         if self.track_running_stats:
@@ -181,14 +181,18 @@ class _Normalise(torch.autograd.Function):
 
 def _local_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (C,), biased variance (C,) and count (1,) of this rank's samples, all float64."""
-    num_channels = x.shape[1]
+    num_channels, dtype = x.shape[1], _statistics_dtype(x)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # 10x faster than var_mean over channels-last
-        zeros = torch.zeros(num_channels), torch.ones(num_channels)
-        mean, var = torch.batch_norm_update_stats(x, *zeros, 0.0)
+        running = torch.zeros(num_channels, dtype=dtype), torch.ones(num_channels, dtype=dtype)
+        mean, var = torch.batch_norm_update_stats(x, *running, 0.0)
     else:
-        var, mean = torch.var_mean(x.float(), [d for d in range(x.dim()) if d != 1], correction=0)
+        var, mean = torch.var_mean(x.to(dtype), [d for d in range(x.dim()) if d != 1], correction=0)
     count = torch.full((1,), x.numel() // num_channels, dtype=torch.float64, device=x.device)
     return mean.double(), var.double(), count
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _units(module: nn.Module) -> str | None:

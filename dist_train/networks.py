@@ -132,7 +132,7 @@ def initialize(model: nn.Module, activation: str = "relu") -> None:
     weighted = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     for module in weighted:
         if module is weighted[-1]:
-            nn.init.normal_(module.weight, 0, 0.01)
+            nn.init.normal_(module.weight, 0, 0.1 / module.weight[0].numel() ** 0.5)
         else:  # uniform of the same variance: normal_ costs 4x as long, a second for AlexNet's classifier
             bound = gain * (3 / module.weight[0].numel()) ** 0.5
             nn.init.uniform_(module.weight, -bound, bound)

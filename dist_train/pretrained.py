@@ -21,27 +21,26 @@ def load_pretrained(model: nn.Module, config: ModelConfig, head: str) -> None:
         weights, where = _published(config), f"model.pretrained: {config.pretrained}"
     weights = {name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in weights.items()}
     own = model.state_dict()
-    weights = {
-        name: t
-        for name, t in weights.items()
-        if name in own or not name.lower().startswith(("aux1.", "aux2.", "auxlogits."))
-    }
-    other = {name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape}
-    other_classes = {
-        name for name in other if name.rpartition(".")[0] == head and own[name].shape[1:] == weights[name].shape[1:]
-    }
-    faults = [
-        f"{n} is {tuple(weights[n].shape)}, expected {tuple(own[n].shape)}" for n in sorted(other - other_classes)
-    ]
-    faults += [f"{n} is missing" for n in sorted(own.keys() - weights.keys()) if not n.endswith("num_batches_tracked")]
-    faults += [f"{n} has no place" for n in sorted(weights.keys() - own.keys())]
+    aside = ("aux1.", "aux2.", "AuxLogits.")  # GoogLeNet's and Inception's side heads, which are not built
+    weights = {name: t for name, t in weights.items() if name in own or not name.startswith(aside)}
+    fresh, faults = set(), []
+    for name, t in own.items():
+        if name not in weights:
+            if not name.endswith("num_batches_tracked"):
+                faults.append(f"{name} is missing")
+        elif t.shape != weights[name].shape:
+            if name.rpartition(".")[0] == head and t.shape[1:] == weights[name].shape[1:]:
+                fresh.add(name)
+            else:
+                faults.append(f"{name} is {tuple(weights[name].shape)}, expected {tuple(t.shape)}")
+    faults += [f"{name} has no place" for name in weights.keys() - own.keys()]
     if faults:
         more = f"\n  and {len(faults) - 6} more" if len(faults) > 6 else ""
         raise UserError(
             f"{where}: these are not the weights of this {config.name}:\n  " + "\n  ".join(faults[:6]) + more
             + "\n  Set model.name, model.width and model.stem as they were in training (torchvision's: stem imagenet)."
         )  # fmt: skip
-    model.load_state_dict({**own, **{name: t for name, t in weights.items() if name not in other_classes}})
+    model.load_state_dict({**own, **{name: t for name, t in weights.items() if name not in fresh}})
 
 
 def _read(path: str) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import inspect
 import os
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -284,13 +285,19 @@ def _wanted(kind: type, root: str) -> str:
 
 
 def _urls(kind: type) -> list[str]:
+    """Addresses in the class's attributes and in the code of its download, and archives named without an address."""
     values = [value for base in kind.__mro__[:-1] for name, value in vars(base).items() if not name.startswith("__")]
-    urls = [text for text in _strings(values) if text.startswith(("http://", "https://")) and not text.endswith("/")]
-    return list(dict.fromkeys(urls))
+    strings = _strings(values) + _strings(getattr(getattr(kind, "download", None), "__code__", None))
+    strings += _strings(getattr(getattr(kind, "_download", None), "__code__", None))
+    urls = [text for text in strings if text.startswith(("http://", "https://"))]
+    archives = [text for text in strings if text.endswith((".tgz", ".zip", ".tar", ".gz", ".mat")) and "/" not in text]
+    return list(dict.fromkeys(urls + [name for name in archives if not any(url.endswith(name) for url in urls)]))
 
 
 def _strings(value) -> list[str]:
     if isinstance(value, str):
         return [value]
+    if isinstance(value, types.CodeType):
+        return _strings(value.co_consts)
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return [text for item in items for text in _strings(item)]

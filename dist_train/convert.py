@@ -1,0 +1,251 @@
+"""A dataset into train, val and test tar shards with an index: planned, written in parallel, whole or not at all.
+
+Everything is written into shards/NAME.partial, which takes its name only when the index in it is complete. A conversion
+that is cut short goes on where it stopped; its bytes depend neither on that nor on the number of workers.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from dist_train.config import ShardConfig, to_dict
+from dist_train.errors import UserError
+from dist_train.index import ShardIndex, SplitIndex, load_index, save_index, save_table
+from dist_train.partition import TRAIN, assign_splits, cut_into_shards, name_draws
+from dist_train.shard import check_settings
+from dist_train.sources import SPLITS, Source, open_source
+from dist_train.workers import num_cores, run_tasks
+from dist_train.write_shard import ShardResult, ShardTask, write_shard
+
+_OURS = re.compile(r"(train|val|test)(-\d{6}\.tar|\.samples\.npy|\.names\.txt)|index\.json|inspect\.png")
+_SMALL_BYTES = 16_000_000  # below this, starting worker processes takes longer than the work
+
+
+def convert(config: ShardConfig) -> ShardIndex:
+    """Convert a dataset; returns the index of the finished set in config.out.
+
+    Raises UserError, leaving what was finished before untouched, where settings or raw data are at fault, more than
+    config.max_bad samples cannot be read, or the disk does not take the data.
+    """
+    check_settings(config)
+    out = Path(config.out)
+    with _staging_folder(out, config) as staging:
+        source = open_source(config)
+        for note in source.notes:
+            print(f"{config.path or config.dataset}: {note}")
+        plan = _plan(config, source)
+        tasks = [(split, number, rows) for split, shards in plan.items() for number, rows in enumerate(shards)]
+        _remove_strangers(staging, {_file(split, number) for split, number, _ in tasks})
+        results = _write(config, source, staging, tasks)
+        index = _gather(config, source, staging, tasks, results)
+        save_index(index)
+        for notes in staging.glob("*.done"):
+            notes.unlink()
+        _put_in_place(staging, out)
+    return load_index(out)
+
+
+def _plan(config: ShardConfig, source: Source) -> dict[int, list[np.ndarray]]:
+    """{split: the samples of each of its shards}; splits without samples are left out."""
+    draws = name_draws(source.names, config.seed)
+    splits = assign_splits(source.labels, source.preset, draws, config.split.val, config.split.test)
+    sizes = source.sizes
+    if config.resize:  # a JPEG of quality 90 takes about 0.4 bytes a pixel
+        sizes = np.minimum(sizes, int(0.6 * config.resize**2) + 512)
+    return {
+        split: shards
+        for split in range(len(SPLITS))
+        if (shards := cut_into_shards(np.flatnonzero(splits == split), draws, sizes, config.shard_mb * 1e6,
+                                      config.min_shards if split == TRAIN else 1))
+    }  # fmt: skip
+
+
+def _write(config: ShardConfig, source: Source, staging: Path, tasks: list) -> list[ShardResult]:
+    """Write all shards; results in the order of the tasks."""
+    num_samples = len(source.labels)
+    workers = config.workers or (1 if int(source.sizes.sum()) < _SMALL_BYTES else num_cores())
+
+    def described():
+        first_key = {split: 0 for split, _, _ in tasks}
+        for split, number, rows in tasks:
+            path = staging / _file(split, number)
+            yield ShardTask(path, first_key[split], source.take(rows), config.resize, config.quality)
+            first_key[split] += len(rows)
+
+    results, bad = [None] * len(tasks), []
+    with (
+        _progress(num_samples, config.out) as advance,
+        contextlib.closing(run_tasks(write_shard, described(), min(workers, len(tasks)), advance)) as finished,
+    ):
+        for number, result in finished:
+            results[number] = result
+            rows = tasks[number][2]
+            bad += [(source.names[rows[place]], why) for place, why in result.bad]
+            if len(bad) > config.max_bad:
+                few = "".join(f"\n  {name}: {why}" for name, why in sorted(bad)[:5])
+                raise UserError(
+                    f"{config.path or config.dataset}: {len(bad)} samples so far cannot be read; "
+                    f"max_bad allows {config.max_bad}.{few}\n"
+                    f"  Mend or remove them, or leave them out with --max-bad {max(10, 2 * len(bad))}. "
+                    f"What is finished is kept for the next start."
+                )
+    return results
+
+
+def _gather(config: ShardConfig, source: Source, staging: Path, tasks: list, results: list[ShardResult]) -> ShardIndex:
+    """Tables of samples written, and the index that is to be saved."""
+    splits, left_out, sizes, train_rows = {}, list(source.left_out), set(), np.zeros(0, np.int64)
+    for split in dict.fromkeys(split for split, _, _ in tasks):
+        mine = [(number, rows, result) for (s, number, rows), result in zip(tasks, results, strict=True) if s == split]
+        kept = np.concatenate([rows[result.kept] for _, rows, result in mine])
+        table = np.concatenate([result.rows for _, _, result in mine])
+        if not len(kept):
+            raise UserError(f"{config.path or config.dataset}: no sample of the {SPLITS[split]} split can be read.")
+        left_out += [{"name": source.names[rows[p]], "why": why} for _, rows, result in mine for p, why in result.bad]
+        sizes |= set(map(tuple, np.unique(table[["height", "width"]]).tolist()))
+        train_rows = kept if split == TRAIN else train_rows
+        name = SPLITS[split]
+        splits[name] = SplitIndex(
+            name=name,
+            folder=str(staging),
+            files=[_file(split, number) for number, _, _ in mine],
+            shard_samples=np.array([len(result.rows) for _, _, result in mine], np.int64),
+            shard_bytes=np.array([result.size for _, _, result in mine], np.int64),
+            shard_checksums=[result.checksum for _, _, result in mine],
+            class_counts=np.bincount(table["label"], minlength=len(source.classes)),
+            table_checksum=save_table(staging, name, table, [source.names[i] for i in kept]),
+        )
+    if source.features is None:
+        from dist_train.pictures import mean_and_std
+
+        of_train = [r.totals for (split, _, _), r in zip(tasks, results, strict=True) if split == TRAIN]
+        mean, std = mean_and_std([sum(column) for column in zip(*of_train, strict=True)])
+    else:
+        values = source.store.rows[train_rows].astype(np.float64)
+        mean, std = values.mean(axis=0).tolist(), values.std(axis=0)
+        std = np.where(std > 0, std, 1.0).tolist()  # a column that never changes in training does no harm so
+    settings = to_dict(config)
+    for free in ("out", "workers", "max_bad", "overwrite", "download"):  # no byte of the set depends on them
+        settings.pop(free)
+    return ShardIndex(
+        folder=str(staging), name=Path(config.out).name, classes=source.classes, splits=splits, mean=mean, std=std,
+        image_size=sizes.pop() if len(sizes) == 1 and source.features is None else None, features=source.features,
+        left_out=left_out, source=settings,
+    )  # fmt: skip
+
+
+def _file(split: int, number: int) -> str:
+    return f"{SPLITS[split]}-{number:06d}.tar"
+
+
+@contextlib.contextmanager
+def _staging_folder(out: Path, config: ShardConfig):
+    """shards/NAME.partial, held by this process alone. Raises UserError if shards/NAME is not to be written."""
+    staging, replaced = (out.with_name(f"{out.name}.{word}") for word in ("partial", "replaced"))
+    if config.path and config.source == "folder":
+        here, there = out.resolve(), Path(config.path).resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise UserError(f"{out}: the shards cannot be written into the folder of the raw data, {config.path}.")
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        lock = os.open(staging, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{staging}: cannot be made: {error.strerror}.\n  Pick another --out.") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{staging}: another process is writing this set.\n  Wait for it, or end it.") from None
+        if replaced.exists():  # a swap was cut short: before its second step the old set is still the set
+            shutil.rmtree(replaced) if out.exists() else os.rename(replaced, out)
+        _check_target(out, config.overwrite)
+        yield staging
+    finally:
+        os.close(lock)
+        with contextlib.suppress(OSError):
+            staging.rmdir()  # only if nothing was written
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    held = sorted(os.listdir(out)) if out.is_dir() else ["a file of that name"]
+    if "index.json" not in held:
+        if held:
+            raise UserError(f"{out}: holds {', '.join(held[:3])} but no index.json: it is no set of shards.\n"
+                            f"  Pick another --out, or move it away.")  # fmt: skip
+        return
+    if not overwrite:
+        raise UserError(f"{out}: a finished set is there.\n  Replace it with --overwrite true, or pick another --out.")
+    foreign = False
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: to be replaced
+        foreign = json.loads((out / "index.json").read_text())["source"].get("foreign")
+    if foreign:
+        raise UserError(f"{out}: these tars were made elsewhere; they are not replaced.\n  Pick another --out.")
+    strangers = [name for name in held if not _OURS.fullmatch(name)]
+    if strangers:
+        raise UserError(f"{out}: holds {', '.join(strangers[:3])}, which dist-train did not write and would delete.\n"
+                        f"  Move it away, or pick another --out.")  # fmt: skip
+
+
+def _remove_strangers(staging: Path, files: set[str]) -> None:
+    """Delete what an earlier attempt left and this one cannot use."""
+    for path in staging.iterdir():
+        if path.name.removesuffix(".done") not in files:
+            path.unlink()
+
+
+def _put_in_place(staging: Path, out: Path) -> None:
+    replaced = out.with_name(f"{out.name}.replaced")
+    _sync(staging)
+    if out.exists():
+        os.rename(out, replaced)
+    os.rename(staging, out)
+    _sync(out.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _progress(total: int, what: str):
+    """Yields a function that takes the number of samples finished since its last call: a bar, or a line every 10 s."""
+    if sys.stderr.isatty():
+        from rich import progress
+        from rich.console import Console
+
+        columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
+                   progress.TextColumn("{task.fields[rate]}"), progress.TimeRemainingColumn())  # fmt: skip
+        with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+            task, start = bar.add_task(what, total=total, rate=""), time.monotonic()
+
+            def advance(samples: int) -> None:
+                done = bar.tasks[0].completed + samples
+                bar.update(task, advance=samples, rate=f"{done / max(0.1, time.monotonic() - start):,.0f}/s")
+
+            yield advance
+        return
+    done, said = 0, time.monotonic()
+
+    def advance(samples: int) -> None:
+        nonlocal done, said
+        done += samples
+        if time.monotonic() - said > 10:
+            print(f"{what}: {done:,} of {total:,} samples", file=sys.stderr, flush=True)
+            said = time.monotonic()
+
+    yield advance

@@ -1,0 +1,132 @@
+"""`dist-train verify` and `dist-train inspect`: is every byte of a set as it was written, and what is in it."""
+
+import argparse
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from dist_train.errors import UserError
+from dist_train.index import SAMPLE, ShardIndex, SplitIndex, file_checksum, load_index
+from dist_train.tars import BLOCK, is_header
+from dist_train.workers import num_cores
+
+_NAMED = 5  # damaged samples named per shard; more are counted
+
+
+def main(argv: list[str]) -> None:
+    """`dist-train verify shards/NAME`: check every byte, print a summary, or raise UserError with all that is wrong."""
+    parser = argparse.ArgumentParser("dist-train verify", description="Check every byte of a set of shards.")
+    parser.add_argument("folder", metavar="shards/NAME")
+    index = load_index(parser.parse_args(argv).folder)
+    problems = find_damage(index)
+    if problems:
+        raise UserError("\n".join([*problems, _advice(index)]))
+    splits = index.splits.values()
+    samples, shards = sum(s.num_samples for s in splits), sum(s.num_shards for s in splits)
+    megabytes = sum(int(s.shard_bytes.sum()) for s in splits) / 1e6
+    print(f"{index.folder}: whole. {samples:,} samples in {shards:,} shards, {megabytes:,.1f} MB, all as in the index.")
+
+
+def inspect_main(argv: list[str]) -> None:
+    """`dist-train inspect shards/NAME [--out FILE]`: counts, classes, sizes, and a picture of samples per class."""
+    parser = argparse.ArgumentParser("dist-train inspect", description="Show what is in a set of shards.")
+    parser.add_argument("folder", metavar="shards/NAME")
+    parser.add_argument("--out", metavar="FILE", help="the picture to write; default shards/NAME/inspect.png")
+    options = parser.parse_args(argv)
+    index = load_index(options.folder)
+    from dist_train.contact_sheet import draw_samples, print_facts
+
+    print_facts(index)
+    print(f"samples of each class: {draw_samples(index, Path(options.out or Path(options.folder, 'inspect.png')))}")
+
+
+def find_damage(index: ShardIndex) -> list[str]:
+    """A line for everything that is not as the index says: missing, truncated, changed and stray files, and for a
+    changed shard the samples it concerns, with their positions in the file."""
+    problems = []
+    for split in index.splits.values():
+        problems += _check_table(index, split)
+        with ThreadPoolExecutor(num_cores()) as pool:  # reading and hashing leave the interpreter lock alone
+            problems += [line for lines in pool.map(lambda k, s=split: _check_shard(s, k), range(split.num_shards))
+                         for line in lines]  # fmt: skip
+    known = {str(Path(index.folder, file)) for split in index.splits.values() for file in split.files}
+    folders = {Path(index.folder), *(Path(path).parent for path in known)}
+    strays = sorted(str(path) for folder in folders for path in folder.glob("*.tar") if str(path) not in known)
+    return problems + [f"{path}: not in the index; expected only the shards it lists." for path in strays]
+
+
+def _check_table(index: ShardIndex, split: SplitIndex) -> list[str]:
+    path = Path(split.folder, f"{split.name}.samples.npy")
+    if not path.exists():
+        return [f"{path}: missing; it holds the position of every sample."]
+    if file_checksum(path) != split.table_checksum:
+        return [f"{path}: checksum differs from the index; positions and labels in it cannot be trusted."]
+    counts = np.bincount(split.table()["label"], minlength=index.num_classes)
+    problems = (
+        [] if (counts == split.class_counts).all() else [f"{path}: its labels do not add up to the index's counts."]
+    )
+    names = split.names()
+    if names and len(names) != split.num_samples:
+        problems.append(
+            f"{path.with_name(f'{split.name}.names.txt')}: {len(names)} lines; expected {split.num_samples}."
+        )
+    return problems
+
+
+def _check_shard(split: SplitIndex, number: int) -> list[str]:
+    path = Path(split.folder, split.files[number])
+    try:
+        size = path.stat().st_size
+        if size == split.shard_bytes[number] and file_checksum(path) == split.shard_checksums[number]:
+            return []
+    except FileNotFoundError:
+        return [f"{path}: missing; {split.shard_samples[number]:,} samples were in it."]
+    except OSError as error:
+        return [f"{path}: cannot be read: {error.strerror}."]
+    expected = int(split.shard_bytes[number])
+    what = f"{size:,} bytes long; expected {expected:,}" if size != expected else "checksum differs from the index"
+    try:
+        damage = [
+            f"{part} of sample {sample:08d}{name} at byte {at:,}" for part, sample, name, at in _damaged(split, number)
+        ]
+    except UserError:
+        return [f"{path}: {what}. Which samples are hit cannot be told without the table."]
+    more = f", and {len(damage) - _NAMED} more" if len(damage) > _NAMED else ""
+    where = ", ".join(damage[:_NAMED]) + more if damage else "no sample: the bytes between or after them"
+    return [f"{path}: {what} ({where})."]
+
+
+def _damaged(split: SplitIndex, number: int) -> Iterator[tuple[str, int, str, int]]:
+    """(what, sample number, its name, position in the file) of every payload, header and label that was changed."""
+    first, last = int(split.first[number]), int(split.first[number + 1])
+    rows, names = np.asarray(split.table()[first:last], SAMPLE), split.names()
+    with open(Path(split.folder, split.files[number]), "rb") as file:
+        for sample, row in enumerate(rows, first):
+            offset, size = int(row["offset"]), int(row["size"])
+            name = f" ({names[sample]})" if len(names) > sample else ""
+            file.seek(offset)
+            payload = file.read(size)
+            if len(payload) < size or xxhash.xxh3_64_intdigest(payload) != row["checksum"]:
+                yield "payload", sample, name, offset
+            file.seek(offset - BLOCK)
+            if not is_header(file.read(BLOCK)):
+                yield "header", sample, name, offset - BLOCK
+            label_at = offset + -(-size // BLOCK) * BLOCK
+            file.seek(label_at)
+            member = file.read(2 * BLOCK)
+            if not is_header(member[:BLOCK]):
+                yield "label's header", sample, name, label_at
+            elif b".cls" in member[:100] and member[BLOCK:].rstrip(b"\0 \n") != b"%d" % row["label"]:
+                yield "label", sample, name, label_at + BLOCK
+
+
+def _advice(index: ShardIndex) -> str:
+    if index.source.get("foreign"):
+        return f"  Fetch the damaged files again, then: dist-train index {index.folder}"
+    return (
+        f"  Write the set again with: dist-train shard datasets/{index.name}.yaml --overwrite true\n"
+        f"  or with the settings under `source` in {Path(index.folder, 'index.json')}."
+    )

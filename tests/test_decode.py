@@ -1,0 +1,377 @@
+"""Decoding: the same pixels as Pillow's decode, crop and antialiased resize, on both paths, and clear refusals."""
+
+import io
+import os
+import struct
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+import xxhash
+from PIL import Image, ImageOps
+
+from dist_train import decode
+from dist_train.decode import DecodeError, decode_batch, decode_from_files, decode_into, picture_size
+
+sys.path.insert(0, str(Path(__file__).parent))
+import fuzz_decode  # noqa: E402  a script beside the tests
+
+SAMPLINGS = ("444", "422", "420", "440", "411")
+
+
+@pytest.fixture(params=["native", "portable"])
+def path(request, monkeypatch):
+    """Run a test on the native core and without it."""
+    if request.param == "portable":
+        monkeypatch.setattr(decode, "native", None)
+        monkeypatch.setattr(decode, "_native_missing", "left out by the test", raising=False)
+    elif decode.native is None:
+        pytest.skip(f"the native core is {decode.decoders()['native']}")
+    return request.param
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """(height, width, 3) uint8 with large shapes and fine texture, as photographs have."""
+    rng = np.random.default_rng(seed)
+    sides = (width, height)
+    large = np.asarray(Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize(sides, 3), np.float32)
+    fine = Image.fromarray(rng.integers(0, 256, (height // 3 + 1, width // 3 + 1, 3), dtype=np.uint8)).resize(sides, 2)
+    return np.clip(large * 0.8 + np.asarray(fine, np.float32) * 0.2, 0, 255).astype(np.uint8)
+
+
+def saved(pixels: np.ndarray | Image.Image, **options) -> bytes:
+    file = io.BytesIO()
+    picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    picture.save(file, **{"format": "JPEG", "quality": 88} | options)
+    return file.getvalue()
+
+
+def reference(payload: bytes, height: int, width: int, box=None) -> np.ndarray:
+    """Decoded, turned, cropped and resized by Pillow, all at full size."""
+    picture = ImageOps.exif_transpose(Image.open(io.BytesIO(payload))).convert("RGB")
+    area = box and (box[1], box[0], box[1] + box[3], box[0] + box[2])
+    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, area))
+
+
+def decoded(payload: bytes, height: int, width: int, box=None) -> np.ndarray:
+    out = np.zeros((height, width, 3), np.uint8)
+    decode_into(payload, out, box)
+    return out
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / max(((a.astype(float) - b) ** 2).mean(), 1e-9)))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_whole_jpeg_is_equal_to_pillows(path, sampling, progressive):
+    payload = simplejpeg.encode_jpeg(photo(83, 117), 88, "RGB", sampling)
+    if progressive:
+        payload = saved(photo(83, 117), progressive=True, subsampling=SAMPLINGS.index(sampling) % 3)
+    assert (decoded(payload, 83, 117) == np.asarray(Image.open(io.BytesIO(payload)))).all()
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_any_box_cut_without_resizing_is_equal_to_the_whole_picture_cut(path, sampling):
+    pixels = photo(150, 170)
+    whole = decoded(payload := simplejpeg.encode_jpeg(pixels, 88, "RGB", sampling), 150, 170)
+    rng = np.random.default_rng(3)
+    for _ in range(60):
+        top, left = rng.integers(0, 149), rng.integers(0, 169)
+        height, width = rng.integers(1, 150 - top + 1), rng.integers(1, 170 - left + 1)
+        cut = whole[top : top + height, left : left + width]
+        assert (decoded(payload, height, width, (top, left, height, width)) == cut).all(), (top, left, height, width)
+
+
+def test_the_resize_is_pillows_within_one_grey_level(path):
+    rng = np.random.default_rng(4)
+    pixels = photo(140, 160)
+    for _ in range(60):
+        top, left, height, width = *rng.uniform(0, 60, 2), *rng.uniform(2, 80, 2)
+        out = np.zeros((*rng.integers(1, 120, 2), 3), np.uint8)
+        decode.resize_into(pixels, out, (top, left, height, width))
+        area = (left, top, left + width, top + height)
+        expected = Image.fromarray(pixels).resize(out.shape[1::-1], Image.Resampling.BILINEAR, area)
+        # Pillow rounds the box to 32 bits and may go down before across: the last bit of a few pixels
+        assert np.abs(out.astype(int) - np.asarray(expected)).max() <= 1
+
+
+@pytest.mark.skipif(decode.native is None, reason="there is no native core")
+@pytest.mark.parametrize("size", [(150, 170), (900, 700)])
+@pytest.mark.parametrize("kind", [*SAMPLINGS, "progressive", "grey", "cmyk", "restarts"])
+def test_the_native_core_and_the_portable_path_give_equal_pixels(kind, size):
+    pixels = photo(*size)
+    if kind in SAMPLINGS:
+        payload = simplejpeg.encode_jpeg(pixels, 88, "RGB", kind)
+    else:
+        mode = {"grey": "L", "cmyk": "CMYK"}.get(kind, "RGB")
+        options = {"progressive": {"progressive": True}, "restarts": {"restart_marker_blocks": 3}}.get(kind, {})
+        payload = saved(Image.fromarray(pixels).convert(mode), **options)
+    rng = np.random.default_rng(5)
+    for side in (8, 37, 200):
+        for _ in range(4):
+            height, width = rng.uniform(0.2, 1, 2) * size
+            box = (rng.uniform(0, size[0] - height), rng.uniform(0, size[1] - width), height, width)
+            native, portable = np.zeros((2, side, side + 3, 3), np.uint8)
+            status = np.zeros(1, np.uint8)
+            sizes, boxes = np.array([len(payload)], np.uint32), np.array([box])
+            decode.native.decode(payload, np.zeros(1, np.uint64), sizes, boxes, native, *native.shape[:2], status)
+            decode.decode_portable(payload, portable, box)
+            assert status[0] == 0, "the native core left a plain JPEG to the portable path"
+            assert (native == portable).all(), box
+
+
+def test_a_strongly_reduced_photo_stays_close_to_the_full_decode(path):
+    pixels = photo(1300, 1700)
+    payload = saved(pixels, quality=90)
+    rng = np.random.default_rng(6)
+    found = []
+    for side in (32, 64, 96, 150, 224):
+        height, width = rng.uniform(0.5, 1, 2) * (1300, 1700)
+        box = (rng.uniform(0, 1300 - height), rng.uniform(0, 1700 - width), height, width)
+        found.append(psnr(decoded(payload, side, side, box), reference(payload, side, side, box)))
+    assert min(found) >= 40 and np.mean(found) >= 45, found  # dB
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_exif_orientation_is_applied_and_the_box_is_in_the_displayed_picture(path, form, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if form == "WEBP" else {}
+    payload = saved(photo(60, 90), format=form, exif=exif, **options)
+    shown = ImageOps.exif_transpose(Image.open(io.BytesIO(payload)))
+    assert picture_size(payload) == shown.size[::-1]
+    assert (decoded(payload, *shown.size[::-1]) == np.asarray(shown)).all()
+    cut = np.asarray(shown)[11:41, 5:45]
+    assert (decoded(payload, 30, 40, (11, 5, 30, 40)) == cut).all()
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("entries", [1, 3, 65535])
+def test_damaged_exif_is_taken_for_upright(path, order, entries):
+    tiff = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, entries) + b"\x01\x0f" * 3
+    body = b"Exif\0\0" + tiff
+    plain = saved(photo(20, 30))
+    payload = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + plain[2:]
+    assert (decoded(payload, 20, 30) == decoded(plain, 20, 30)).all()
+
+
+MODES = [("PNG", mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA")] + [
+    ("JPEG", "L"), ("JPEG", "CMYK"), ("BMP", "1"), ("BMP", "L"), ("BMP", "P"), ("BMP", "RGB"),
+    ("WEBP", "RGB"), ("WEBP", "RGBA"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form,mode", MODES)
+def test_every_colour_mode_becomes_rgb_as_pillow_converts_it(path, form, mode):
+    payload = saved(Image.fromarray(photo(33, 47)).convert(mode), format=form)
+    expected = np.asarray(Image.open(io.BytesIO(payload)).convert("RGB"))
+    assert (decoded(payload, 33, 47) == expected).all()
+    assert picture_size(payload) == (33, 47)
+    resized = decoded(payload, 20, 20, (3, 4, 25, 30))
+    assert np.abs(resized.astype(int) - reference(payload, 20, 20, (3, 4, 25, 30))).max() <= 1
+
+
+def test_sixteen_bit_grey_keeps_its_high_byte(path):
+    levels = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    payload = saved(Image.fromarray(levels), format="PNG")
+    assert (decoded(payload, 64, 64) == (levels >> 8)[:, :, None]).all()
+
+
+def test_a_palette_with_transparency_decodes_without_a_warning(path):
+    picture = Image.fromarray(photo(20, 20)).convert("P")
+    payload = saved(picture, format="PNG", transparency=bytes(range(256)))
+    assert (decoded(payload, 20, 20) == np.asarray(picture.convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("height,width", [(1, 1), (1, 20_000), (20_000, 1), (3, 20_000), (2, 5)])
+def test_pictures_of_extreme_shape(path, height, width):
+    payload = saved(photo(height, width))
+    assert picture_size(payload) == (height, width)
+    assert (decoded(payload, height, width) == np.asarray(Image.open(io.BytesIO(payload)))).all()
+    assert psnr(decoded(payload, 32, 32), reference(payload, 32, 32)) >= 40
+    box = (0, width / 3, height, width / 3)
+    assert psnr(decoded(payload, 7, 50, box), reference(payload, 7, 50, box)) >= 40
+
+
+def jpeg_claiming(height: int, width: int) -> bytes:
+    payload = saved(photo(40, 40))
+    frame = payload.index(b"\xff\xc0")
+    return payload[: frame + 5] + struct.pack(">HH", height, width) + payload[frame + 9 :]
+
+
+PLAIN = saved(photo(40, 40))
+PNG = saved(photo(40, 40), format="PNG")
+SCANS = saved(photo(40, 40), progressive=True)
+REFUSED = {
+    "nothing": (b"", "not a JPEG, PNG"),
+    "text": (b"hello, world", "not a JPEG, PNG"),
+    "a gif": (saved(photo(9, 9), format="GIF"), "not a JPEG, PNG"),
+    "a cut header": (PLAIN[:30], "cut off"),
+    "a cut jpeg": (PLAIN[: len(PLAIN) // 2], "cannot be decoded|Premature|premature"),
+    "a jpeg without its end": (PLAIN[:-2], "cannot be decoded"),
+    "a cut png": (PNG[: len(PNG) // 2], "cannot be decoded"),
+    "a jpeg bomb": (jpeg_claiming(65000, 65000) + bytes(3_000_000), "200,000,000"),
+    "a png bomb": (PNG[:16] + struct.pack(">II", 20_000, 20_000) + PNG[24:], "200,000,000"),
+    "a jpeg of no height": (jpeg_claiming(0, 40), "0 x 40"),
+    "a jpeg larger than its bytes": (jpeg_claiming(9000, 9000), "too many for"),
+    "a jpeg taller than its data": (jpeg_claiming(400, 40), "cannot be decoded"),
+    "endless scans": (SCANS[:-2] + b"\xff\xda" * 300 + SCANS[-2:], "scans"),
+    "garbage between segments": (PLAIN[:2] + b"\0\0\0" + PLAIN[2:], "marker"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_the_reason(path, name):
+    payload, reason = REFUSED[name]
+    with pytest.raises(DecodeError, match=reason):
+        decoded(payload, 16, 16)
+
+
+def test_a_bomb_is_refused_before_memory_is_taken(path):
+    before = fuzz_decode._resident_mb()
+    for payload in (jpeg_claiming(65000, 65000), jpeg_claiming(14_000, 14_000), REFUSED["a png bomb"][0]):
+        with pytest.raises(DecodeError):
+            decoded(payload, 16, 16)
+    assert fuzz_decode._resident_mb() - before < 50
+
+
+def test_bytes_between_the_last_row_and_the_end_are_harmless(path):
+    assert (decoded(PLAIN[:-2] + b"\x12\x34\x56" + PLAIN[-2:], 40, 40) == decoded(PLAIN, 40, 40)).all()
+    assert (decoded(PLAIN + b"trailing", 40, 40) == decoded(PLAIN, 40, 40)).all()
+
+
+@pytest.mark.parametrize("box", [(50, 0, 10, 10), (0, 0, 0, 10), (float("nan"), 0, 5, 5), (0, -20, 10, 10)])
+def test_a_box_outside_the_picture_is_refused(path, box):
+    with pytest.raises(DecodeError, match="box .* lies outside the picture of 40 x 40"):
+        decoded(PLAIN, 8, 8, box)
+
+
+def test_a_box_over_the_edge_is_clipped(path):
+    assert (decoded(PLAIN, 9, 9, (-5, 10, 100, 99)) == decoded(PLAIN, 9, 9, (0, 10, 40, 30))).all()
+
+
+def test_a_batch_names_its_failures_and_decodes_the_rest(path):
+    payloads = [PLAIN, PLAIN[:90], PNG, b"", PLAIN]
+    out = np.zeros((5, 40, 40, 3), np.uint8)
+    failures = decode_batch(payloads, out)
+    assert [i for i, _ in failures] == [1, 3]
+    assert all(reason for _, reason in failures)
+    assert (
+        (out[0] == out[4]).all() and (out[0] == decoded(PLAIN, 40, 40)).all() and (out[2] == decoded(PNG, 40, 40)).all()
+    )
+    assert decode_batch([], np.zeros((0, 4, 4, 3), np.uint8)) == []
+
+
+def test_damage_does_not_spread_to_the_next_picture(path):
+    without_tables = PLAIN[:2] + PLAIN[PLAIN.index(b"\xff\xc0") :]  # no quantisation tables of its own
+    out = np.zeros((2, 40, 40, 3), np.uint8)
+    assert [i for i, _ in decode_batch([PLAIN, without_tables], out)] == [1]
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """A file of three samples with bytes between them, its table, and the pictures."""
+    payloads = [saved(photo(40, 40, seed)) for seed in range(2)] + [PNG]
+    offsets, data = [], b""
+    for payload in payloads:
+        data += b"." * 7
+        offsets.append(len(data))
+        data += payload
+    file = tmp_path / "train-000000.tar"
+    file.write_bytes(data)
+    fd = os.open(file, os.O_RDONLY)
+    yield {
+        "fds": np.full(3, fd, np.int32), "offsets": np.array(offsets, np.uint64),
+        "sizes": np.array([len(p) for p in payloads], np.uint32),
+        "checksums": np.array([xxhash.xxh3_64_intdigest(p) for p in payloads], np.uint64),
+    }, payloads  # fmt: skip
+    os.close(fd)
+
+
+def test_samples_are_read_checked_and_decoded_from_files(path, shard):
+    table, payloads = shard
+    out, expected = np.zeros((2, 3, 24, 24, 3), np.uint8)
+    boxes = np.array([[0, 0, 40, 40], [3, 5, 30, 20.5], [1, 1, 20, 20]])
+    assert decode_from_files(**table, boxes=boxes, out=out) == []
+    decode_batch(payloads, expected, boxes)
+    assert (out == expected).all()
+    assert decode_from_files(**table | {"checksums": None}, boxes=None, out=out) == []
+
+
+def test_each_fault_of_a_shard_has_its_own_reason(path, shard):
+    table, _ = shard
+    out = np.zeros((3, 40, 40, 3), np.uint8)
+    table["checksums"][0] ^= np.uint64(1)
+    table["sizes"][2] += 1
+    table["fds"][1] = 1_000_000
+    expected = [(0, decode.CHECKSUM_DIFFERS), (1, decode.READ_FAILED), (2, decode.SHORT_READ)]
+    assert decode_from_files(**table, boxes=None, out=out) == expected
+    assert all(reason in decode.SHARD_FAULTS for _, reason in expected)
+    assert not out.any()
+
+
+def test_threads_decode_the_same_pixels_side_by_side(path):
+    payloads = [saved(photo(60 + k, 80 - k, k)) for k in range(12)]
+    alone = np.zeros((12, 32, 32, 3), np.uint8)
+    decode_batch(payloads, alone)
+    results = [np.zeros_like(alone) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda out=out: [decode_batch(payloads, out) for _ in range(5)]) for out in results
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all((out == alone).all() for out in results)
+
+
+@pytest.mark.skipif(decode.native is None, reason="there is no native core")
+def test_the_native_core_lets_other_threads_run():
+    payload = saved(photo(1500, 2000))
+    out, turns, done = np.zeros((6, 300, 300, 3), np.uint8), [], threading.Event()
+
+    def work():
+        decode_batch([payload] * 6, out)
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not done.is_set():
+        turns.append(time.monotonic())
+        time.sleep(0.001)
+    thread.join()
+    assert len(turns) > 5
+
+
+@pytest.mark.skipif(decode.native is None, reason="there is no native core")
+def test_the_native_core_refuses_arrays_of_the_wrong_size():
+    out, status = np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, np.uint8)
+    start, size = np.zeros(1, np.uint64), np.array([len(PLAIN)], np.uint32)
+    for arguments in [
+        (PLAIN, start, size + np.uint32(1), None, out, 8, 8, status), (PLAIN, start, size, None, out, 8, 9, status),
+        (PLAIN, start + np.uint64(2**63), size, None, out, 8, 8, status),
+        (PLAIN, start[:0], size, None, out, 8, 8, status), (PLAIN, start, size, np.zeros((1, 3)), out, 8, 8, status),
+        (PLAIN, start, size, None, out, -8, -8, status),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match="wrong number of bytes"):
+            decode.native.decode(*arguments)
+    with pytest.raises(ValueError, match="box lies outside"):
+        decode.native.resize(out, 8, 8, (0.0, 0.0, 9.0, 8.0), out, 8, 8)
+
+
+def test_the_decoders_in_use_are_told(path):
+    told = decode.decoders()
+    assert set(told) == {"jpeg", "png, webp, bmp", "native"}
+    assert ("native core" in told["jpeg"]) == (path == "native")
+
+
+def test_a_mutated_picture_never_crashes_hangs_or_grows():
+    found = fuzz_decode.decode_all(0, 300)
+    assert found["decoded"] > 30 and found["growth_mb"] < fuzz_decode.GROWTH_LIMIT_MB

@@ -1,0 +1,209 @@
+"""Tars made by others: indexed in place, whatever their habits, and left as they are."""
+
+import gc
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from dist_train import foreign, shard, verify
+from dist_train.errors import UserError
+from dist_train.index import load_index
+
+
+def jpeg(seed=0, size=(10, 12), kind="JPEG") -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], format=tarfile.GNU_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, payload in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(payload)
+            tar.addfile(member, io.BytesIO(payload))
+    return path
+
+
+def samples_of(folder, split="train") -> list[tuple[bytes, int]]:
+    """(payload, label) of every row of the index, read where it says."""
+    part = load_index(folder).split(split)
+    shards = part.shard_of(np.arange(part.num_samples))
+    return [(Path(folder, part.files[k]).read_bytes()[row["offset"] :][: row["size"]], int(row["label"]))
+            for k, row in zip(shards, part.table(), strict=True)]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves files open
+def test_what_webdatasets_writer_wrote_is_indexed_in_place(tmp_path, capsys):
+    for part, count in (("train", 30), ("val", 8)):
+        pattern = str(tmp_path / f"{part}-%06d.tar")
+        with webdataset.ShardWriter(pattern, maxcount=10, verbose=0) as writer:
+            for i in range(count):
+                writer.write({"__key__": f"{i:04d}", "jpg": jpeg(i), "cls": i % 3})
+    (tmp_path / "classes.txt").write_text("cats\ndogs\nowls\n")
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.tar")}
+    foreign.main([str(tmp_path)])
+    index = load_index(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.tar")} == before
+    assert index.classes == ["cats", "dogs", "owls"] and index.image_size == (10, 12)
+    for part, count in (("train", 30), ("val", 8)):
+        assert samples_of(tmp_path, part) == [(jpeg(i), i % 3) for i in range(count)]
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(jpeg(i)))) for i in range(30)]) / 255
+    np.testing.assert_allclose(index.mean, pixels.mean((0, 1, 2)), atol=2e-3)
+    np.testing.assert_allclose(index.std, pixels.std((0, 1, 2)), atol=2e-3)
+    assert "indexed" in capsys.readouterr().out
+    verify.main([str(tmp_path)])
+    foreign.main([str(tmp_path)])  # again, over its own index
+    gc.collect()
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_long_names_odd_names_and_other_members_are_understood(tmp_path, format):
+    deep = "./" + "/".join(["a" * 40] * (2 if format == tarfile.USTAR_FORMAT else 6))
+    write_tar(tmp_path / "x.tar", [
+        ("._junk.jpg", b"resource fork"), ("README", b"text"), (f"{deep}/s.one.jpg", b"not the picture"),
+        (f"{deep}/s.JPG", jpeg(1)), (f"{deep}/s.cls", b" 1\n"), (f"{deep}/t.seg.png", b"mask"),
+        (f"{deep}/t.png", jpeg(2, kind="PNG")), (f"{deep}/t.json", b'{"label": 0, "caption": "x"}'),
+        ("w.webp", jpeg(3, kind="WEBP")), ("w.json", b'{"caption": "x"}'), ("w.cls", b"2"),
+    ], format)  # fmt: skip
+    index = foreign.index_tars(tmp_path)
+    assert samples_of(tmp_path) == [(jpeg(1), 1), (jpeg(2, kind="PNG"), 0), (jpeg(3, kind="WEBP"), 2)]
+    assert index.classes == ["0", "1", "2"]
+
+
+def test_members_in_any_order_and_apart_from_each_other_are_joined(tmp_path):
+    write_tar(tmp_path / "x.tar", [
+        ("a.cls", b"0"), ("a.jpg", jpeg(0)), ("b.jpg", jpeg(1)), ("c.jpg", jpeg(2)), ("b.cls", b"1"), ("c.cls", b"2"),
+        ("d.cls", b"3"), ("e.cls", b"4"), ("e.jpg", jpeg(4)), ("d.jpg", jpeg(3)),
+    ])  # fmt: skip
+    foreign.index_tars(tmp_path)
+    assert sorted(label for _, label in samples_of(tmp_path)) == list(range(5))
+    assert all(payload == jpeg(label) for payload, label in samples_of(tmp_path))
+
+
+def test_a_key_that_comes_twice_makes_two_samples_and_is_told(tmp_path, capsys):
+    write_tar(tmp_path / "x.tar", [("a.jpg", jpeg(0)), ("a.cls", b"0"), ("a.jpg", jpeg(1)), ("a.cls", b"1"),
+                                   ("b.jpg", jpeg(2)), ("b.cls", b"2"), ("a.jpg", jpeg(3)), ("a.cls", b"3")])  # fmt: skip
+    foreign.index_tars(tmp_path)
+    assert samples_of(tmp_path) == [(jpeg(k), k) for k in range(4)]
+    assert "2 names occur more than once" in capsys.readouterr().out
+
+
+def test_unusable_samples_are_named_counted_and_limited(tmp_path):
+    write_tar(tmp_path / "x.tar", [
+        ("good.jpg", jpeg(0)), ("good.cls", b"0"), ("unlabelled.jpg", jpeg(1)), ("lonely.cls", b"1"),
+        ("odd.jpg", jpeg(2)), ("odd.cls", b"-1"), ("torn.jpg", b"no picture"), ("torn.cls", b"0"),
+        ("two.jpg", jpeg(3)), ("two.cls", b"0"), ("two.json", b'{"label": 1}'), ("bare.jpg", jpeg(4)), ("bare.json", b"{}"),
+        ("garbled.jpg", jpeg(5)), ("garbled.json", b"{"), ("also.jpg", jpeg(6)), ("also.cls", b"1"),
+    ])  # fmt: skip
+    with pytest.raises(UserError, match=r"7 of 9 samples cannot be used; max_bad allows 0(.|\n)*--max-bad 7"):
+        foreign.index_tars(tmp_path)
+    assert not (tmp_path / "index.json").exists()
+    foreign.main([str(tmp_path), "--max-bad", "7"])
+    index = load_index(tmp_path)
+    why = {entry["name"].removeprefix("x.tar: "): entry["why"] for entry in index.left_out}
+    assert "no label" in why["unlabelled"] and "without a picture" in why["lonely"] and "'-1'" in why["odd"]
+    assert "not a JPEG" in why["torn"] and "two labels: 0 and 1" in why["two"]
+    assert "without label, cls" in why["bare"] and "cannot be read" in why["garbled"] and len(why) == 7
+    assert samples_of(tmp_path) == [(jpeg(0), 0), (jpeg(6), 1)]
+
+
+def test_splits_follow_the_words_of_the_path(tmp_path):
+    names = {"train/0.tar": "train", "my_val_3.tar": "val", "test-000.tar": "test", "retrain.tar": "train", "x.tar": "train",
+             "validation.tar": "val"}  # fmt: skip
+    for k, name in enumerate(names):
+        write_tar(tmp_path / name, [("a.jpg", jpeg(k)), ("a.cls", b"0"), ("b.jpg", jpeg(k + 9)), ("b.cls", b"1")])
+    index = foreign.index_tars(tmp_path)
+    found = {file: split.name for split in index.splits.values() for file in split.files}
+    assert found == names
+    verify.main([str(tmp_path)])
+
+
+def test_labels_may_be_names(tmp_path):
+    members = [("a.jpg", jpeg(0)), ("a.cls", b"owl\n"), ("b.jpg", jpeg(1)), ("b.json", b'{"class": "cat"}')]
+    write_tar(tmp_path / "x.tar", members)
+    assert foreign.index_tars(tmp_path).classes == ["cat", "owl"]
+    assert [label for _, label in samples_of(tmp_path)] == [1, 0]
+    (tmp_path / "names.txt").write_text("owl\ndog\ncat\n")
+    foreign.main([str(tmp_path), "--classes", str(tmp_path / "names.txt")])
+    assert [label for _, label in samples_of(tmp_path)] == [0, 2]
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(UserError, match="does not name the class 'owl'"):
+        foreign.index_tars(tmp_path)
+
+
+def test_vectors_are_indexed_and_pickles_refused(tmp_path):
+    def npy(array) -> bytes:
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        return buffer.getvalue()
+
+    vectors = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    members = [pair for k, v in enumerate(vectors) for pair in ((f"{k}.npy", npy(v)), (f"{k}.cls", b"%d" % (k % 2)))]
+    write_tar(tmp_path / "x.tar", members)
+    index = foreign.index_tars(tmp_path)
+    assert len(index.features) == 4 and index.image_size is None
+    np.testing.assert_allclose(index.mean, vectors.mean(0), rtol=1e-5)
+    write_tar(tmp_path / "x.tar", [*members, ("p.npy", npy(np.array([{}]))), ("p.cls", b"0")])
+    with pytest.raises(UserError, match=r"p: .npy cannot be read"):
+        foreign.index_tars(tmp_path)
+    write_tar(tmp_path / "x.tar", [*members, ("p.jpg", jpeg()), ("p.cls", b"0")])
+    with pytest.raises(UserError, match="pictures and vectors"):
+        foreign.index_tars(tmp_path)
+    write_tar(tmp_path / "x.tar", [*members, ("p.npy", npy(vectors[0, :3])), ("p.cls", b"0")])
+    with pytest.raises(UserError, match="differ in length"):
+        foreign.index_tars(tmp_path)
+
+
+FAULTS = {
+    "no tars": (lambda f: None, "no .tar files"),
+    "compressed": (lambda f: write_tar(f / "x.tar.gz", []), "x.tar.gz is compressed"),
+    "compressed under another name": (lambda f: (f / "x.tar").write_bytes(b"\x1f\x8b" + bytes(600)), "it is compressed"),
+    "no tar": (lambda f: (f / "x.tar").write_bytes(b"a" * 2000), "cannot be read as a tar"),
+    "empty": (lambda f: (f / "x.tar").write_bytes(b""), "x.tar: cannot be read as a tar"),
+    "no samples": (lambda f: write_tar(f / "x.tar", [("readme.txt", b"x")]), "no usable sample"),
+    "names and numbers": (lambda f: write_tar(f / "x.tar", [("a.jpg", jpeg()), ("a.cls", b"0"), ("b.jpg", jpeg()),
+                                                            ("b.cls", b"dog")]), "some labels are names"),
+    "numbered from 1": (lambda f: ((f / "classes.txt").write_text("a\nb\n"), write_tar(f / "x.tar", [
+        ("a.jpg", jpeg()), ("a.cls", b"1"), ("b.jpg", jpeg()), ("b.cls", b"2")])), "numbered from 1"),
+    "class twice": (lambda f: ((f / "classes.txt").write_text("a\na\n"), write_tar(f / "x.tar", [
+        ("a.jpg", jpeg()), ("a.cls", b"1")])), "names a class twice"),
+    "huge label": (lambda f: write_tar(f / "x.tar", [("a.jpg", jpeg()), ("a.cls", b"99999999")]), "99,999,999"),
+    "other index": (lambda f: ((f / "index.json").write_text("{}"), write_tar(f / "x.tar", [])), "not written by"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_folder_at_fault_is_named(tmp_path, fault):
+    make, message = FAULTS[fault]
+    make(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        foreign.index_tars(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("cut", [511, 700, 1100, 1600, 2600, 3000, 3200])
+def test_a_truncated_tar_is_refused(tmp_path, cut):
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", jpeg()), ("a.cls", b"1"), ("b.jpg", jpeg(1)), ("b.cls", b"0")])
+    whole = path.read_bytes()
+    assert len(jpeg()) > 512
+    path.write_bytes(whole[:cut])
+    with pytest.raises(UserError, match="x.tar"):
+        foreign.index_tars(tmp_path)
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_a_set_of_our_own_needs_no_index(digits):
+    with pytest.raises(UserError, match="not written by dist-train index"):
+        foreign.index_tars(Path(digits))
+    with pytest.raises(UserError, match="a finished set"):
+        shard.main(["--source", "sklearn", "--dataset", "digits", "--out", digits])
+    assert json.loads(Path(digits, "index.json").read_text())["name"] == "digits"

@@ -1,0 +1,409 @@
+"""Raw data of every kind, good and bad."""
+
+import hashlib
+import io
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_train.config import ShardConfig, SplitConfig
+from dist_train.convert import convert
+from dist_train.decode import decode_into
+from dist_train.errors import UserError
+from dist_train.index import load_index
+from dist_train.sources import open_source
+
+
+def picture(path: Path, seed=0, size=(9, 7), **options) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    return path.read_bytes()
+
+
+def payloads(index, split="train") -> list[bytes]:
+    part = index.splits[split]
+    blobs = [Path(index.folder, file).read_bytes() for file in part.files]
+    shards = part.shard_of(np.arange(part.num_samples))
+    return [blobs[k][row["offset"] :][: row["size"]] for k, row in zip(shards, part.table(), strict=True)]
+
+
+def images(index, split="train") -> np.ndarray:
+    return np.stack([np.asarray(Image.open(io.BytesIO(p)).convert("RGB")) for p in payloads(index, split)])
+
+
+# Folders
+
+
+def test_folders_are_searched_deeply_and_oddly_named_files_are_found(tmp_path):
+    names = [
+        "a/x.y.z.jpg",
+        "a/deep/er/ä ö.JPEG",
+        "a/line\nbreak.png",
+        "b/.hidden.jpg",
+        "b/2.png",
+        "b/Thumbs.db",
+        "b/.DS_Store",
+    ]
+    for k, name in enumerate(names):
+        if name.lower().endswith(("jpg", "jpeg", "png")):
+            picture(tmp_path / "raw" / name, seed=k)
+        else:
+            (tmp_path / "raw" / name).write_text("no picture")
+    (tmp_path / "raw/.git").mkdir()
+    source = open_source(ShardConfig(path=str(tmp_path / "raw")))
+    assert source.classes == ["a", "b"] and source.labels.tolist() == [0, 0, 0, 1]
+    assert sorted(source.names) == ["a/deep/er/ä ö.JPEG", "a/line\\nbreak.png", "a/x.y.z.jpg", "b/2.png"]
+    assert source.notes == ["3 files that are no pictures were left aside"]
+    for i in range(4):
+        assert source.read(i)[0].startswith((b"\xff\xd8", b"\x89PNG"))
+    index = convert(ShardConfig(path=str(tmp_path / "raw"), out=str(tmp_path / "set"), split=SplitConfig(0, 0)))
+    assert sorted(index.splits["train"].names()) == sorted(source.names)
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    picture(tmp_path / "raw/a/1.png")
+    picture(tmp_path / "raw/b/1.png")
+    picture(tmp_path / "elsewhere/2.png")
+    (tmp_path / "raw/a/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "raw/a/circle").symlink_to(tmp_path / "raw/a")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "raw/a")
+    (tmp_path / "raw/b/broken.png").symlink_to(tmp_path / "nowhere.png")
+    source = open_source(ShardConfig(path=str(tmp_path / "raw")))
+    assert source.names == ["a/1.png", "a/linked/2.png", "b/1.png"]
+
+
+@pytest.mark.parametrize("val_name", ["val", "valid", "validation"])
+def test_split_folders_are_kept(tmp_path, val_name):
+    for part, count in (("train", 8), (val_name, 2), ("test", 3)):
+        for name in ("x", "y"):
+            for i in range(count):
+                picture(tmp_path / "raw" / part / name / f"{i}.png", seed=i)
+    index = convert(ShardConfig(path=str(tmp_path / "raw"), out=str(tmp_path / "set")))
+    assert {name: split.class_counts.tolist() for name, split in index.splits.items()} == {
+        "train": [8, 8], "val": [2, 2], "test": [3, 3]
+    }  # fmt: skip
+    assert all(name.startswith("train/") for name in index.splits["train"].names())
+
+
+def test_classes_can_be_picked_and_ordered_and_may_be_called_train(tmp_path):
+    for name in ("train", "test", "bus"):
+        picture(tmp_path / "raw" / name / "1.png")
+    assert open_source(ShardConfig(path=str(tmp_path / "raw"))).classes == ["bus", "test", "train"]
+    source = open_source(ShardConfig(path=str(tmp_path / "raw"), classes=("train", "bus")))
+    assert source.classes == ["train", "bus"] and source.names == ["train/1.png", "bus/1.png"]
+
+
+def test_bytes_pass_untouched_and_other_formats_become_png(tmp_path):
+    raw = {}
+    for k, name in enumerate(("a/1.jpg", "a/2.png", "a/3.webp", "b/4.bmp", "b/really-a-png.jpg")):
+        options = {"format": "PNG"} if "really" in name else {"lossless": True} if "webp" in name else {}
+        raw[name] = picture(tmp_path / "raw" / name, seed=k, **options)
+    index = convert(ShardConfig(path=str(tmp_path / "raw"), out=str(tmp_path / "set"), split=SplitConfig(0, 0)))
+    for name, payload in zip(index.splits["train"].names(), payloads(index), strict=True):
+        if name.endswith(("webp", "bmp")):
+            assert payload.startswith(b"\x89PNG")
+            shown = [np.asarray(Image.open(io.BytesIO(blob)).convert("RGB")) for blob in (payload, raw[name])]
+            assert np.array_equal(*shown)
+        else:
+            assert payload == raw[name]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sizes_in_the_index_are_as_displayed(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture(tmp_path / "raw/a/1.jpg", size=(8, 24), exif=exif)
+    picture(tmp_path / "raw/b/1.jpg", size=(8, 24), exif=exif)
+    index = convert(ShardConfig(path=str(tmp_path / "raw"), out=str(tmp_path / "set"), split=SplitConfig(0, 0)))
+    assert index.image_size == ((8, 24) if orientation < 5 else (24, 8))
+    out = np.empty((*index.image_size, 3), np.uint8)
+    decode_into(payloads(index)[0], out)  # the decoder of training agrees
+
+
+FOLDER_FAULTS = {
+    "missing": (lambda raw: None, "does not exist"),
+    "file": (lambda raw: raw.write_text("x"), "is a file"),
+    "nothing in it": (lambda raw: raw.mkdir(), "no class folders"),
+    "empty class": (lambda raw: (picture(raw / "a/1.png"), (raw / "b").mkdir()), "/b: no picture in this class folder"),
+    "class of texts": (lambda raw: (picture(raw / "a/1.png"), (raw / "b").mkdir(), (raw / "b/1.txt").touch()), "/b: no pict"),
+    "one class": (lambda raw: picture(raw / "a/1.png"), "one class only, 'a'"),
+    "pictures alone": (lambda raw: picture(raw / "1.png"), "1 pictures and no class folder"),
+    "mixed": (lambda raw: [picture(raw / n) for n in ("1.png", "2.png", "a/1.png", "b/1.png", "c/1.png")],
+              r"2 pictures \(1.png, ...\) lie beside 3 class folders"),
+    "mixed split": (lambda raw: [picture(raw / n) for n in ("train/a/1.png", "train/b/1.png", "test/1.png")],
+                    "test: 1 pictures outside any class folder"),
+    "split and classes": (lambda raw: [picture(raw / n) for n in ("train/a/1.png", "cats/1.png")],
+                          "train looks like a split, but cats"),
+    "class only in test": (lambda raw: [picture(raw / n) for n in ("train/a/1.png", "train/b/1.png", "test/c/1.png")],
+                           "test/c: the class is not in the training split"),
+    "two val": (lambda raw: [picture(raw / n) for n in ("train/a/1.png", "val/a/1.png", "valid/a/1.png")],
+                "val, valid: two folders for one split"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FOLDER_FAULTS)
+def test_a_folder_at_fault_is_named(tmp_path, fault):
+    make, message = FOLDER_FAULTS[fault]
+    make(tmp_path / "raw")
+    with pytest.raises(UserError, match=message) as caught:
+        open_source(ShardConfig(path=str(tmp_path / "raw")))
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_class_that_is_asked_for_must_be_there(tmp_path):
+    picture(tmp_path / "raw/a/1.png")
+    with pytest.raises(UserError, match="no class folder 'dogs'"):
+        open_source(ShardConfig(path=str(tmp_path / "raw"), classes=("a", "dogs")))
+    with pytest.raises(UserError, match="`path`"):
+        open_source(ShardConfig())
+
+
+# Tables
+
+
+def test_a_csv_becomes_float_vectors_with_the_training_statistics(tmp_path):
+    random = np.random.default_rng(0)
+    values = random.normal(1e6, 3, (60, 3))
+    lines = [f"{k};{a!r};{b!r};{c!r};7;{'ab'[k % 2]};n{k}" for k, (a, b, c) in enumerate(values.tolist())]
+    (tmp_path / "t.csv").write_text("\ufeffid;x;y;z;same;kind;name\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    config = ShardConfig(
+        source="csv", path=str(tmp_path / "t.csv"), target="kind", drop=("id",), out=str(tmp_path / "set")
+    )
+    source = open_source(config)
+    assert source.features == ["x", "y", "z"] and source.classes == ["a", "b"]
+    assert any("name" in note for note in source.notes) and any("same" in note for note in source.notes)
+    index = convert(config)
+    vectors = [np.load(io.BytesIO(payload), allow_pickle=False) for payload in payloads(index)]
+    rows = [int(name.split()[1]) - 2 for name in index.splits["train"].names()]
+    assert vectors[0].dtype == np.float32 and np.array_equal(vectors, values.astype(np.float32)[rows])
+    assert index.splits["train"].table()["label"].tolist() == [row % 2 for row in rows]
+    np.testing.assert_allclose(index.mean, np.mean(np.float64(vectors), 0), rtol=1e-12)
+    np.testing.assert_allclose(index.std, np.std(np.float64(vectors), 0), rtol=1e-9)
+    assert index.image_size is None and index.features == ["x", "y", "z"]
+
+
+def test_rows_with_holes_follow_the_rule(tmp_path):
+    (tmp_path / "t.csv").write_text("x,y,k\n1,2,0\n,4,1\n3,oops,0\n5,6,\n7,inf,1\n9,10,1\n")
+    settings = {"source": "csv", "path": str(tmp_path / "t.csv"), "target": "k"}
+    dropped = open_source(ShardConfig(**settings))
+    assert dropped.store.rows.tolist() == [[1, 2], [9, 10]] and dropped.names == ["line 2", "line 7"]
+    assert dropped.left_out[0] == {"name": "line 3", "why": "column x is empty"}
+    assert dropped.left_out[1] == {"name": "line 4", "why": "column y is 'oops'"}
+    filled = open_source(ShardConfig(**settings, missing="mean"))
+    assert filled.store.rows.tolist() == [[1, 2], [5, 4], [3, 5.5], [7, 5.5], [9, 10]]
+    assert [entry["name"] for entry in filled.left_out] == ["line 5"]
+    with pytest.raises(UserError, match=r"4 of 6 rows .*(.|\n)*line 3: column x is empty"):
+        open_source(ShardConfig(**settings, missing="error"))
+
+
+CSV_FAULTS = {
+    "no file": (None, "cannot be read"),
+    "empty": ("", "there is no column 'kind'|no rows"),
+    "header only": ("x,kind\n", "no rows"),
+    "ragged": ("x,kind\n1,a\n1,2,b\n", "line 3: 3 cells; expected 2"),
+    "no target": ("x,kinds\n1,a\n2,b\n", "no column 'kind'.*Did you mean kinds"),
+    "twice": ("x,x,kind\n1,2,a\n", "named twice: 'x'"),
+    "one class": ("x,kind\n1,a\n2,a\n", "one class only"),
+    "a measurement": ("x,kind\n" + "".join(f"{i},{i / 7}\n" for i in range(50)), "50 different values"),
+    "no numbers": ("x,kind\nred,a\nblue,b\n", "no numeric column"),
+    "all rows holed": ("x,y,kind\n1,,a\n,2,b\n", "none of the 2 rows is complete"),
+    "quotes": ('x,kind\n"1,a\n', "not a CSV file"),
+}
+
+
+@pytest.mark.parametrize("fault", CSV_FAULTS)
+def test_a_csv_at_fault_is_named(tmp_path, fault):
+    text, message = CSV_FAULTS[fault]
+    if text is not None:
+        (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        open_source(ShardConfig(source="csv", path=str(tmp_path / "t.csv"), target="kind"))
+    assert "t.csv" in str(caught.value)
+
+
+def test_classes_that_are_numbers_are_sorted_as_numbers(tmp_path):
+    (tmp_path / "t.csv").write_text("x,k\n" + "".join(f"{i},{k}\n" for i, k in enumerate([10, 9, -1, 10, 9, -1])))
+    source = open_source(ShardConfig(source="csv", path=str(tmp_path / "t.csv"), target="k"))
+    assert source.classes == ["-1", "9", "10"] and source.labels.tolist() == [2, 1, 0] * 2
+
+
+# scikit-learn
+
+
+def test_digits_keep_every_pixel(digits):
+    from sklearn.datasets import load_digits
+
+    raw, index = load_digits(), load_index(digits)
+    seen = 0
+    for name, split in index.splits.items():
+        order = [int(sample.split("/")[1]) for sample in split.names()]
+        assert np.array_equal(split.table()["label"], raw.target[order])
+        expected = np.rint(raw.images[order] / 16 * 255).astype(np.uint8)
+        assert np.array_equal(images(index, name), np.repeat(expected[..., None], 3, axis=3))
+        seen += len(order)
+    assert seen == 1797 and index.image_size == (8, 8) and index.classes == [str(k) for k in range(10)]
+    np.testing.assert_allclose(index.mean, (images(index) / 255).mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(index.std, (images(index) / 255).std((0, 1, 2)), rtol=1e-12)
+
+
+def test_tables_of_scikit_learn_come_by_name(tmp_path):
+    index = convert(ShardConfig(source="sklearn", dataset="breast_cancer", out=str(tmp_path / "set")))
+    assert index.classes == ["malignant", "benign"] and len(index.features) == 30
+    assert sum(split.class_counts for split in index.splits.values()).tolist() == [212, 357]
+    with pytest.raises(UserError, match="Did you mean digits"):
+        open_source(ShardConfig(source="sklearn", dataset="digit"))
+
+
+# torchvision: the real readers on files of the real formats; only the checksums they expect are those of the tiny files
+
+
+def test_svhn_is_read_from_its_mat_files(tmp_path, monkeypatch):
+    from scipy.io import savemat
+    from torchvision.datasets import SVHN
+
+    random, pixels, digits_of = np.random.default_rng(0), {}, {}
+    for part, count in (("train", 40), ("test", 12), ("extra", 8)):
+        pixels[part] = random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        digits_of[part] = np.arange(count) % 10 + 1  # SVHN writes the digit 0 as 10
+        path = tmp_path / f"{part}_32x32.mat"
+        savemat(path, {"X": pixels[part].transpose(1, 2, 3, 0), "y": digits_of[part][:, None].astype(np.uint8)})
+        url, file, _ = SVHN.split_list[part]
+        monkeypatch.setitem(SVHN.split_list, part, [url, file, hashlib.md5(path.read_bytes()).hexdigest()])
+    settings = {"source": "torchvision", "dataset": "SVHN", "path": str(tmp_path), "split": SplitConfig(0.25, 0.25)}
+    index = convert(ShardConfig(**settings, out=str(tmp_path / "set")))
+    counts = {name: split.num_samples for name, split in index.splits.items()}
+    assert counts == {"train": 30, "val": 10, "test": 12} and index.classes == [str(k) for k in range(10)]
+    for name, split in index.splits.items():
+        order = [int(sample.split("/")[1]) for sample in split.names()]
+        part = "test" if name == "test" else "train"
+        assert np.array_equal(images(index, name), pixels[part][order])
+        assert np.array_equal(split.table()["label"], digits_of[part][order] % 10)
+    more = convert(ShardConfig(**settings, extra=True, out=str(tmp_path / "more")))
+    train = more.splits["train"]
+    assert sum(name.startswith("extra/") for s in more.splits.values() for name in s.names()) == 8
+    for image, name in zip(images(more), train.names(), strict=True):
+        part, number = name.split("/")
+        assert np.array_equal(image, pixels[part][int(number)])
+    source = open_source(ShardConfig(**settings, extra=True))
+    part = pickle.loads(pickle.dumps(source.take(np.array([55, 3, 41, 39]))))  # what a worker process is sent
+    for place, i in enumerate((55, 3, 41, 39)):
+        assert part.read(place) == source.read(i) and part.labels[place] == source.labels[i]
+
+
+def test_cifar10_is_read_from_its_pickles(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    folder, random = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
+    folder.mkdir()
+    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+    def write(name: str, content: dict) -> str:
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    batches = {}
+    for name in [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]:
+        batches[name] = random.integers(0, 256, (10, 3072), dtype=np.uint8)
+    sums = {name: write(name, {"data": data, "labels": list(range(10))}) for name, data in batches.items()}
+    monkeypatch.setattr(CIFAR10, "train_list", [[f"data_batch_{k}", sums[f"data_batch_{k}"]] for k in range(1, 6)])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": write("batches.meta", {"label_names": classes})})
+    index = convert(ShardConfig(source="torchvision", dataset="CIFAR10", path=str(tmp_path), out=str(tmp_path / "set")))
+    assert index.classes == classes
+    assert {name: s.num_samples for name, s in index.splits.items()} == {"train": 45, "val": 5, "test": 10}
+    order = [int(name.split("/")[1]) for name in index.splits["test"].names()]
+    expected = batches["test_batch"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    assert np.array_equal(images(index, "test"), expected[order])
+    assert index.splits["test"].table()["label"].tolist() == order
+    (folder / "data_batch_3").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"missing or damaged(.|\n)*cifar-10-python.tar.gz"):
+        open_source(ShardConfig(source="torchvision", dataset="CIFAR10", path=str(tmp_path)))
+
+
+def test_fashion_mnist_is_read_from_its_idx_files(tmp_path):
+    folder, random = tmp_path / "FashionMNIST/raw", np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    pixels = {"train": random.integers(0, 256, (20, 28, 28), dtype=np.uint8)}
+    pixels["t10k"] = random.integers(0, 256, (10, 28, 28), dtype=np.uint8)
+    for part, data in pixels.items():
+        labels = (np.arange(len(data)) % 10).astype(np.uint8)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 2051, *data.shape) + data.tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 2049, len(data)) + labels.tobytes())
+    source = open_source(ShardConfig(source="torchvision", dataset="FashionMNIST", path=str(tmp_path)))
+    assert source.classes[0] == "T-shirt/top" and source.preset.tolist() == [0] * 20 + [2] * 10
+    stored = np.asarray(Image.open(io.BytesIO(source.read(23)[0])))
+    assert stored.ndim == 2 and np.array_equal(stored, pixels["t10k"][3])
+
+
+def test_a_set_of_files_keeps_their_bytes(tmp_path):
+    names = [f"2750/{name}/{name}_{i}.jpg" for name in ("Forest", "River") for i in range(4)]
+    raw = {name: picture(tmp_path / "eurosat" / name, seed=k) for k, name in enumerate(names)}
+    config = ShardConfig(source="torchvision", dataset="EuroSAT", path=str(tmp_path), out=str(tmp_path / "set"))
+    index = convert(config)
+    assert index.classes == ["Forest", "River"]
+    for name, payload in zip(index.splits["train"].names(), payloads(index), strict=True):
+        assert payload == raw[name.removeprefix("eurosat/")]
+
+
+def test_a_set_that_only_torchvision_can_read_is_read_through_it(tmp_path):
+    from torchvision.datasets import FakeData
+
+    from dist_train.torchsets import Drawn, _store
+
+    dataset = FakeData(6, image_size=(3, 5, 4), num_classes=2)
+    store, _, _ = _store("all", dataset, str(tmp_path))
+    assert isinstance(store, Drawn)
+    part = store.take(np.array([4, 1]))
+    for place, i in enumerate((4, 1)):
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(part.read(place)[0]))), np.asarray(dataset[i][0]))
+
+
+@pytest.mark.parametrize("dataset, expected", [
+    ("SVHN", "train_32x32.mat"), ("CIFAR10", "cifar-10-python.tar.gz"), ("FashionMNIST", "train-images-idx3-ubyte.gz"),
+    ("MNIST", "MNIST/raw"), ("ImageNet", "ILSVRC2012_img_train.tar"), ("STL10", "stl10_binary.tar.gz"),
+    ("Flowers102", "102flowers.tgz"), ("OxfordIIITPet", "images.tar.gz"), ("Food101", "food-101.tar.gz"),
+    ("GTSRB", "GTSRB-Training_fixed.zip"), ("EuroSAT", "EuroSAT.zip"), ("Imagenette", "imagenette2.tgz"),
+    ("FER2013", "docs.pytorch.org"),
+])  # fmt: skip
+def test_missing_files_of_torchvision_sets_are_named(tmp_path, dataset, expected):
+    with pytest.raises(UserError, match=expected) as caught:
+        open_source(ShardConfig(source="torchvision", dataset=dataset, path=str(tmp_path)))
+    assert "missing or damaged" in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_download_that_fails_says_what_to_fetch(tmp_path, monkeypatch):
+    import urllib.request
+
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    with pytest.raises(UserError, match=r"cannot be downloaded(.|\n)*train_32x32.mat"):
+        open_source(ShardConfig(source="torchvision", dataset="SVHN", path=str(tmp_path), download=True))
+
+
+def test_torchvision_sets_that_cannot_be_had_are_refused(tmp_path):
+    for dataset, message in (
+        ("CIFAR11", "Did you mean CIFAR10"),
+        ("EMNIST", "needs more settings"),
+        ("svhn", "Did you mean SVHN"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_source(ShardConfig(source="torchvision", dataset=dataset, path=str(tmp_path)))
+
+
+def test_every_shipped_yaml_is_read_and_says_where_its_files_go():
+    from dist_train.shard import read_shard_config
+
+    paths = sorted(Path(__file__).parent.parent.glob("datasets/*.yaml"))
+    assert len(paths) >= 7
+    for path in paths:
+        config = read_shard_config([str(path)])
+        assert config.out == f"shards/{path.stem}"
+        text = path.read_text()
+        assert text.startswith("# ") and (config.source == "sklearn" or f"datasets/{path.stem}/" in text)

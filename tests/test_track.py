@@ -1,0 +1,265 @@
+"""What a run says: metrics.jsonl, the console, and Weights & Biases through its real client and a stand-in server."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from wandb_server import wandb_server
+
+from dist_train import track, wandb_log
+from dist_train.config import RunConfig, TrackConfig
+from dist_train.errors import UserError
+from dist_train.track import open_tracker, read_metrics
+from dist_train.wandb_file import recorded_rows
+
+OFF = RunConfig(track=TrackConfig(wandb="off"))
+AUTO = RunConfig()
+
+
+def values(step):
+    return {"epoch": step / 50, "loss": 1 / (step + 1), "lr": 0.01, "images_per_s": 500.0, "data_wait": 0.02}
+
+
+def train(tracker, steps):
+    for step in steps:
+        tracker.train(step, values(step))
+        if step % 20 == 0:
+            tracker.evaluation(step, "val", {"epoch": step / 50, "loss": 0.5, "top1": 0.75})
+
+
+def steps_of(lines, kind):
+    return [line["step"] for line in lines if line["kind"] == kind]
+
+
+def test_every_line_reads_back_as_it_was_given(tmp_path):
+    tracker = open_tracker(tmp_path, OFF, True, 100, None)
+    tracker.train(10, values(10))
+    tracker.evaluation(10, "val", {"epoch": 0.2, "loss": 0.5, "time_s": 7.5})
+    tracker.finish(True)
+    first, second = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert 0 <= first.pop("time_s") < 60
+    assert first == {"kind": "train", "step": 10, **values(10)}
+    assert second == {"kind": "eval", "split": "val", "step": 10, "epoch": 0.2, "loss": 0.5, "time_s": 7.5}
+
+
+def test_no_step_stands_twice_after_a_resume(tmp_path):
+    tracker = open_tracker(tmp_path, OFF, True, 100, None)
+    train(tracker, range(10, 61, 10))
+    tracker.finish(False)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 70, "lo')  # killed while writing
+    tracker = open_tracker(tmp_path, OFF, True, 100, 40)
+    train(tracker, range(40, 101, 10))  # the evaluation at step 40 comes again
+    tracker.finish(True)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert steps_of(lines, "train") == list(range(10, 101, 10))
+    assert steps_of(lines, "eval") == [20, 40, 60, 80, 100]
+    assert steps_of(lines, "restart") == [40]
+    times = [line["time_s"] for line in lines]
+    assert times == sorted(times)
+
+
+def test_a_fresh_start_takes_back_every_line(tmp_path):
+    for steps in ([0, 10], [0]):
+        tracker = open_tracker(tmp_path, OFF, True, 100, None)
+        train(tracker, steps)
+        tracker.finish(True)
+    assert steps_of(read_metrics(tmp_path / "metrics.jsonl"), "train") == [0]
+
+
+def test_what_is_not_finite_is_written_as_null(tmp_path):
+    tracker = open_tracker(tmp_path, OFF, True, 100, None)
+    tracker.train(1, {"loss": float("nan"), "lr": float("inf")})
+    tracker.finish(True)
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["loss"] is None and line["lr"] is None
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl.partial").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot write"):
+        open_tracker(tmp_path, OFF, True, 100, None)
+
+
+def test_other_ranks_write_nothing_and_import_nothing(tmp_path):
+    code = f"""
+import sys
+from dist_train.config import RunConfig
+from dist_train.track import open_tracker
+tracker = open_tracker({str(tmp_path / "run")!r}, RunConfig(), False, 10, None)
+tracker.train(1, {{}})
+tracker.evaluation(1, "val", {{}})
+tracker.message("")
+tracker.figures({{}})
+tracker.finish(True)
+assert not {{"wandb", "rich", "torch", "dist_train.wandb_log"}} & set(sys.modules), sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_lines_for_log_files_show_the_figures(tmp_path, capsys):
+    tracker = open_tracker(tmp_path, OFF, True, 100, None)
+    tracker.train(20, {**values(20), "data_wait": 0.25})
+    tracker.evaluation(20, "val", {"loss": 0.5, "top1": 0.75})
+    tracker.finish(True)
+    out = capsys.readouterr().out
+    for part in ("step 20", "loss 0.0476", "lr 1.00e-02", "500 images/s", "waits for data 25%", "top1 75.00%"):
+        assert part in out, part
+
+
+def test_the_bar_on_a_terminal_shows_the_figures(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(track, "_is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "160")
+    tracker = open_tracker(tmp_path, OFF, True, 100, None)
+    tracker.train(20, values(20))
+    tracker.message("shards [7] and [/8] stand as they are")
+    tracker.finish(True)
+    out = capsys.readouterr().out
+    for part in ("20/100", "loss 0.0476", "500 images/s", "shards [7] and [/8] stand as they are"):
+        assert part in out, part
+
+
+def test_time_left_follows_the_pace_of_this_process(monkeypatch):
+    now = iter([100.0, 110.0])
+    monkeypatch.setattr(track.time, "monotonic", lambda: next(now))
+    eta = track.Eta(1000)
+    eta.seconds(500)
+    assert eta.seconds(600) == pytest.approx(40.0)  # 100 steps took 10 s; 400 are left
+
+
+KEY = {"WANDB_API_KEY": "a" * 40}
+
+
+@pytest.mark.parametrize(
+    "setting, env, mode",
+    [
+        ("auto", {}, "offline"), ("auto", KEY, "online"), ("offline", KEY, "offline"), ("off", KEY, "off"),
+        ("auto", KEY | {"WANDB_MODE": "offline"}, "offline"), ("online", KEY | {"WANDB_MODE": "disabled"}, "off"),
+        ("online", {"WANDB_MODE": "dryrun"}, "offline"), ("auto", KEY | {"WANDB_DISABLED": "true"}, "off"),
+        ("online", KEY, "online"), ("off", KEY | {"WANDB_MODE": "online"}, "off"),
+    ],
+)  # fmt: skip
+def test_mode_follows_setting_key_and_machine(tmp_path, setting, env, mode):
+    assert wandb_log.wandb_mode(setting, {"HOME": str(tmp_path)} | env) == mode
+
+
+def test_key_in_netrc_counts_for_its_server_only(tmp_path):
+    (tmp_path / ".netrc").write_text(f"machine wandb.example.org\nlogin user\npassword {'b' * 40}\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    env = {"HOME": str(tmp_path), "WANDB_BASE_URL": "https://wandb.example.org"}
+    assert wandb_log.wandb_mode("auto", env) == "online"
+    assert wandb_log.wandb_mode("auto", {"HOME": str(tmp_path)}) == "offline"
+
+
+def test_online_without_a_key_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no API key for https://api.wandb.ai"):
+        wandb_log.wandb_mode("online", {"HOME": str(tmp_path)})
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine with its own home and no W&B settings; the client's patience is cut to seconds."""
+    for name in [name for name in wandb_log.os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setattr(wandb_log, "START_S", 1.5)
+    monkeypatch.setattr(wandb_log, "UPLOAD_S", 1.5)
+    monkeypatch.setattr(wandb_log, "FINISH_S", 10)
+    return monkeypatch
+
+
+@pytest.fixture
+def server(machine):
+    with wandb_server() as (server, url):
+        machine.setenv("WANDB_BASE_URL", url)
+        machine.setenv("WANDB_API_KEY", "a" * 40)
+        yield server
+
+
+def arrived(rows, name):
+    return [row[f"{name}/step"] for row in rows if f"{name}/step" in row]
+
+
+def recorded(folder):
+    files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
+    return [row for file in files for row in recorded_rows(file)]
+
+
+def test_a_resumed_run_is_one_run_with_every_step_once(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(wandb_log, "START_S", 20)  # the server answers: patience costs nothing
+    monkeypatch.setattr(wandb_log, "UPLOAD_S", 20)
+    run = tmp_path / "digits"
+    tracker = open_tracker(run, AUTO, True, 100, None)
+    train(tracker, range(10, 61, 10))
+    tracker.finish(False)
+    ((run_id, first),) = server.runs.items()
+    assert first.exit_code == 1 and (run / "wandb-id").read_text() == run_id
+    assert arrived(first.rows, "train") == [10, 20, 30, 40, 50, 60]
+    first.rows = first.rows[:3]  # the last rows never arrived: steps 10, 20 and the evaluation at 20 did
+    first.summary |= {"train/step": 20, "val/step": 20}
+
+    tracker = open_tracker(run, AUTO, True, 100, 50)
+    train(tracker, range(60, 101, 10))
+    tracker.finish(True)
+    ((_, second),) = server.runs.items()
+    assert arrived(second.rows, "train") == list(range(10, 101, 10))
+    assert arrived(second.rows, "val") == [20, 40, 60, 80, 100]
+    assert second.rows[-1]["val/top1"] == 0.75 and second.rows[-1]["step"] == 100
+    assert second.exit_code == 0
+    assert second.config["optim"]["value"]["lr"] == AUTO.optim.lr
+
+
+@pytest.mark.parametrize("fault", ["hang", "reset", 503])
+def test_a_server_that_is_away_neither_stalls_nor_stops_a_run(tmp_path, server, capsys, fault):
+    server.fault = fault
+    run = tmp_path / "digits"
+    began = time.monotonic()
+    tracker = open_tracker(run, AUTO, True, 100, None)
+    train(tracker, range(10, 51, 10))
+    assert time.monotonic() - began < 1
+    tracker.finish(True)
+    assert time.monotonic() - began < 12
+    assert "cannot be reached" in capsys.readouterr().out
+    assert steps_of(read_metrics(run / "metrics.jsonl"), "train") == [10, 20, 30, 40, 50]
+    assert arrived(recorded(run), "train") == [10, 20, 30, 40, 50]
+
+
+def test_a_server_that_hangs_in_the_middle_holds_up_nothing(tmp_path, server, capsys, monkeypatch):
+    monkeypatch.setattr(wandb_log, "START_S", 20)
+    tracker = open_tracker(tmp_path / "digits", AUTO, True, 100, None)
+    train(tracker, [10])
+    while not server.runs:
+        time.sleep(0.02)
+    server.fault = "hang"
+    began = time.monotonic()
+    train(tracker, range(20, 101, 10))
+    assert time.monotonic() - began < 1
+    tracker.finish(True)
+    assert time.monotonic() - began < 10
+    assert "did not take the last figures" in capsys.readouterr().out
+    assert steps_of(read_metrics(tmp_path / "digits/metrics.jsonl"), "train") == list(range(10, 101, 10))
+
+
+def test_recordings_on_the_disk_hold_every_step_once_and_go_to_the_server_later(tmp_path, machine):
+    run = tmp_path / "digits"
+    for resume_step, steps in ((None, range(10, 51, 10)), (30, range(40, 81, 10))):
+        tracker = open_tracker(run, AUTO, True, 100, resume_step)
+        train(tracker, steps)
+        tracker.finish(True)
+    assert arrived(recorded(run), "train") == list(range(10, 81, 10))
+    assert arrived(recorded(run), "val") == [20, 40, 60, 80]
+
+    machine.setattr(wandb_log, "START_S", 20)
+    machine.setattr(wandb_log, "UPLOAD_S", 20)
+    with wandb_server() as (server, url):
+        machine.setenv("WANDB_BASE_URL", url)
+        machine.setenv("WANDB_API_KEY", "a" * 40)
+        open_tracker(run, AUTO, True, 100, 80).finish(True)
+    ((_, arrived_run),) = server.runs.items()
+    assert arrived(arrived_run.rows, "train") == list(range(10, 81, 10))
+    assert recorded(run) == []  # nothing left that could be sent a second time

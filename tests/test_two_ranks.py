@@ -1,0 +1,119 @@
+"""What two real processes compute together, against one process that holds the whole batch."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from dist_train.layers import use_sync_batchnorm
+from dist_train.metrics import Sums
+
+SHARES = [slice(0, 10), slice(10, 16)]  # unequal on purpose
+DTYPES = [torch.float64, torch.float32]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny nets: on a busy machine two threads wait for each other many times longer than they compute."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two ranks found: a dict a rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(one_rank, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def one_rank(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        found = {
+            (name, dtype): pass_through(use_sync_batchnorm(net).to(dtype), x[SHARES[rank]].to(dtype))
+            for dtype in DTYPES
+            for name, (net, x) in cases().items()
+        }
+        logits, labels = some_logits()
+        sums = Sums(7, confusion=True)
+        sums.update(logits[SHARES[rank]], labels[SHARES[rank]])
+        sums.reduce()
+        found["sums"] = sums._all
+        torch.save(found, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def cases():
+    torch.manual_seed(0)
+    conv = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
+    table = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6, momentum=None), nn.Tanh())
+    bare = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4, affine=False, track_running_stats=False))
+    nn.init.uniform_(conv[1].weight)
+    far = torch.randn(16, 3, 9, 9).to(memory_format=torch.channels_last) * 3 + 50  # where E[x^2] - E[x]^2 loses digits
+    return {
+        "pictures": (conv.to(memory_format=torch.channels_last), far),
+        "table": (table, torch.randn(16, 5)),
+        "signal": (bare, torch.randn(16, 3, 11)),
+    }
+
+
+def pass_through(net, x):
+    """Two forward passes and one backward of a loss that sums over samples; gradients are summed over the ranks."""
+    x = x.clone().requires_grad_()
+    net(x * 2)
+    y = net(x)
+    (y * torch.linspace(-1, 1, y[0].numel()).view_as(y[0]) + y**3).sum().backward()
+    gradients = {name: p.grad for name, p in net.named_parameters()}
+    if dist.is_initialized():
+        for gradient in gradients.values():
+            dist.all_reduce(gradient)
+    return {"y": y.detach(), "dx": x.grad, "gradients": gradients, "buffers": dict(net.named_buffers())}
+
+
+def some_logits():
+    rng = torch.Generator().manual_seed(3)
+    return torch.randn(16, 7, generator=rng), torch.randint(0, 7, (16,), generator=rng)
+
+
+@pytest.mark.two_process
+@pytest.mark.parametrize("case", ["pictures", "table", "signal"])
+def test_batchnorm_of_two_ranks_is_that_of_one(ranks, case):
+    net, x = cases()[case]
+    net, x = net.double(), x.double()
+    whole = pass_through(copy.deepcopy(net), x)
+    for key in ("y", "dx"):
+        together = torch.cat([found[case, torch.float64][key] for found in ranks])
+        torch.testing.assert_close(together, whole[key], rtol=1e-8, atol=1e-9)
+    alone = torch.cat([pass_through(copy.deepcopy(net), x[share])["y"] for share in SHARES])
+    assert (alone - whole["y"]).abs().max() > 0.01  # without the other rank it would differ
+    for found in ranks:
+        for kind in ("gradients", "buffers"):
+            assert found[case, torch.float64][kind].keys() == whole[kind].keys()
+            for name, t in whole[kind].items():
+                torch.testing.assert_close(found[case, torch.float64][kind][name], t, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.two_process
+def test_batchnorm_of_two_ranks_loses_no_digits_far_from_zero(ranks):
+    net, x = cases()["pictures"]
+    exact, plain = pass_through(copy.deepcopy(net).double(), x.double()), pass_through(net, x)
+    together = torch.cat([found["pictures", torch.float32]["y"] for found in ranks])
+    error = (together - exact["y"]).abs().max()
+    assert error < 1e-3 and error < 3 * (plain["y"] - exact["y"]).abs().max()
+
+
+@pytest.mark.two_process
+def test_evaluation_sums_of_two_ranks_are_exactly_those_of_one(ranks):
+    logits, labels = some_logits()
+    sums = Sums(7, confusion=True)
+    sums.update(logits, labels)
+    assert all(torch.equal(found["sums"], sums._all) for found in ranks)
+    assert sums.result().loss == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-6)
