@@ -16,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_train.config import ShardConfig, to_dict
+from dist_train.config import ShardConfig
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex, SplitIndex, load_index, save_index, save_table
 from dist_train.partition import TRAIN, assign_splits, cut_into_shards, name_draws
+from dist_train.settings import to_dict
 from dist_train.shard import check_settings
 from dist_train.sources import SPLITS, Source, open_source
+from dist_train.tars import writing
 from dist_train.workers import num_cores, run_tasks
 from dist_train.write_shard import ShardResult, ShardTask, write_shard
 
@@ -45,11 +47,11 @@ def convert(config: ShardConfig) -> ShardIndex:
         tasks = [(split, number, rows) for split, shards in plan.items() for number, rows in enumerate(shards)]
         _remove_strangers(staging, {_file(split, number) for split, number, _ in tasks})
         results = _write(config, source, staging, tasks)
-        index = _gather(config, source, staging, tasks, results)
-        save_index(index)
-        for notes in staging.glob("*.done"):
-            notes.unlink()
-        _put_in_place(staging, out)
+        with writing(staging):
+            save_index(_gather(config, source, staging, tasks, results))
+            for notes in staging.glob("*.done"):
+                notes.unlink()
+            _put_in_place(staging, out)
     return load_index(out)
 
 
@@ -199,8 +201,11 @@ def _check_target(out: Path, overwrite: bool) -> None:
 def _remove_strangers(staging: Path, files: set[str]) -> None:
     """Delete what an earlier attempt left and this one cannot use."""
     for path in staging.iterdir():
-        if path.name.removesuffix(".done") not in files:
-            path.unlink()
+        if path.name.removesuffix(".done") in files:
+            continue
+        if not _OURS.match(path.name):
+            raise UserError(f"{path}: dist-train did not write this and would delete it.\n  Move it away.")
+        path.unlink()
 
 
 def _put_in_place(staging: Path, out: Path) -> None:

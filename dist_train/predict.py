@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dist_train import boxes, runtime
-from dist_train.config import RunConfig, from_dict, read_config, to_dict
+from dist_train.config import RunConfig
 from dist_train.decode import DecodeError, decode_into, picture_size
 from dist_train.errors import UserError
 from dist_train.evaluate import evaluate, predict_logits, write_evaluation
@@ -20,6 +20,7 @@ from dist_train.index import load_index
 from dist_train.layers import use_keyed_dropout
 from dist_train.metrics import class_table
 from dist_train.models import build_model
+from dist_train.settings import from_dict, read_config, to_dict
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 BATCH_SIZE = 64

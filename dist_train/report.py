@@ -14,9 +14,10 @@ import numpy as np
 import xxhash
 
 from dist_train import plots
-from dist_train.config import RunConfig, flatten, to_dict
+from dist_train.config import RunConfig
 from dist_train.errors import UserError
 from dist_train.index import load_index
+from dist_train.settings import flatten, to_dict
 from dist_train.track import read_metrics
 
 MAX_MATRIX_CLASSES = 40  # a larger matrix shows the most confused of them

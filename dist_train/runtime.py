@@ -46,6 +46,7 @@ def start(precision: str, threads: int, timeout_s: int):
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
+    keep_freed_pages()
     env = os.environ
     world_size, local_rank = int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
     local_world_size = int(env.get("LOCAL_WORLD_SIZE", world_size))
@@ -95,7 +96,7 @@ def end() -> None:
 
 
 def keep_freed_pages() -> None:
-    """Make glibc keep freed memory instead of giving it back; call before torch is loaded.
+    """Make glibc keep freed memory instead of giving it back; call before the first large tensor.
 
     Freshly mapped gradient buffers cost a page fault every 4 KB, every step: as much time as the arithmetic of AlexNet
     on a CPU. Does nothing where the C library is another.

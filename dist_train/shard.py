@@ -3,8 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from dist_train.config import ShardConfig, read_config
+from dist_train.config import ShardConfig
 from dist_train.errors import UserError
+from dist_train.settings import read_config
 
 
 def main(argv: list[str]) -> None:

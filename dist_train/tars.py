@@ -3,6 +3,7 @@
 The blocks are laid out here rather than by `tarfile`, which takes 6 times as long a member.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class TarWriter:
         self._digest = xxhash.xxh3_128()
         self._buffer = bytearray()
         self._file = None
-        with _named(self.path):
+        with writing(self.path):
             self._file = open(self._partial, "wb", buffering=0)
 
     def add(self, name: str, payload: bytes) -> int:
@@ -48,7 +49,7 @@ class TarWriter:
         self._buffer += bytes(2 * BLOCK)
         self.size += 2 * BLOCK
         self._flush()
-        with _named(self.path):
+        with writing(self.path):
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._partial, self.path)
@@ -62,29 +63,23 @@ class TarWriter:
 
     def _flush(self) -> None:
         self._digest.update(self._buffer)
-        with _named(self.path), memoryview(self._buffer) as rest:
+        with writing(self.path), memoryview(self._buffer) as rest:
             written = 0
             while written < len(rest):
                 written += self._file.write(rest[written:])
         self._buffer = bytearray()
 
 
-class _named:
-    """Turns an OSError of writing into a UserError that names the file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, OSError):
-            raise UserError(
-                f"{self.path}: cannot be written: {error.strerror or error}.\n"
-                f"  Nothing finished was touched. Make room or pick another --out, then run the same command again: "
-                f"it goes on where it stopped."
-            ) from error
+@contextlib.contextmanager
+def writing(path: Path):
+    """Turns an OSError in its body into a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror or error}.\n"
+            f"  What was finished before is untouched. Make room, or pick another place, and run the same command again."
+        ) from error
 
 
 def header(name: str, size: int) -> bytes:

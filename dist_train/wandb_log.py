@@ -14,8 +14,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from dist_train.config import RunConfig, to_dict
+from dist_train.config import RunConfig
 from dist_train.errors import UserError
+from dist_train.settings import to_dict
 from dist_train.wandb_file import recorded_rows
 
 START_S = 20  # seconds a server may take to answer before figures are recorded on the disk instead
@@ -220,6 +221,8 @@ def _stop_client() -> None:
     """End W&B's client process at once: it would hold on to the run's id, or make the interpreter wait at its end."""
     import wandb
 
-    wandb.setup()._connection._proc._process.kill()  # wandb 0.31 has no public way
+    process = wandb.setup()._connection._proc._process  # wandb 0.31 has no public way
+    process.kill()
+    process.wait(5)
     with suppress(Exception, SystemExit):  # it misses the process that was just killed
         wandb.teardown()

@@ -16,7 +16,7 @@ import xxhash
 
 from dist_train.index import SAMPLE, file_checksum
 from dist_train.sources import Source
-from dist_train.tars import TarWriter
+from dist_train.tars import TarWriter, writing
 from dist_train.workers import count_done
 
 _GROUP_SAMPLES, _GROUP_BYTES = 256, 16_000_000  # read together, so that pictures of one size are decoded in one call
@@ -132,8 +132,9 @@ def _write_notes(path: Path, fingerprint: str, result: ShardResult) -> None:
     }  # fmt: skip
     text = json.dumps(body)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(f"{xxhash.xxh3_128_hexdigest(text.encode())}\n{text}")
-    os.replace(partial, path)
+    with writing(path):
+        partial.write_text(f"{xxhash.xxh3_128_hexdigest(text.encode())}\n{text}")
+        os.replace(partial, path)
 
 
 def _read_notes(path: Path, fingerprint: str) -> ShardResult | None:

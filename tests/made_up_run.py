@@ -11,8 +11,9 @@ import xxhash
 import yaml
 from PIL import Image
 
-from dist_train.config import DataConfig, OptimConfig, RunConfig, to_dict
+from dist_train.config import DataConfig, OptimConfig, RunConfig
 from dist_train.index import SAMPLE, ShardIndex, SplitIndex, file_checksum, save_index, save_table
+from dist_train.settings import to_dict
 
 
 def make_run(

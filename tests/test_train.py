@@ -11,11 +11,13 @@ from conftest import finish_ranks, start_ranks, tiny_run
 from safetensors.torch import load_file
 
 from dist_train import runtime
-from dist_train.config import RunConfig, read_config
+from dist_train.config import RunConfig
 from dist_train.errors import UserError
 from dist_train.predict import eval_main, load_run
 from dist_train.predict import main as predict_main
-from dist_train.train import its_time, micro_batch_size, parse, run_training
+from dist_train.run import micro_batch_size
+from dist_train.settings import read_config
+from dist_train.train import its_time, parse, run_training
 
 
 def figures(run: Path) -> list[dict]:

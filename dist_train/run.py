@@ -1,0 +1,299 @@
+"""What a run is made of: its settings, shards, network, ranks and folder; and the state that a checkpoint holds."""
+
+import contextlib
+import dataclasses
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import yaml
+
+from dist_train import runtime
+from dist_train.augment import Augment, mix
+from dist_train.checkpoint import Checkpoints, Saved, optimizer_tensors, restore_optimizer
+from dist_train.config import RunConfig, conflicts
+from dist_train.data import Batch, open_stream
+from dist_train.errors import UserError
+from dist_train.evaluate import Evaluation, evaluate
+from dist_train.index import ShardIndex, load_index
+from dist_train.layers import set_dropout_keys, use_keyed_dropout, use_sync_batchnorm
+from dist_train.models import build_model
+from dist_train.optim import Plateau, WeightAverage, build_optimizer, lr_at
+from dist_train.settings import from_dict, to_dict
+
+
+class Run:
+    """One training run's fixed surroundings: settings, data, network, ranks, folder."""
+
+    def __init__(self, config: RunConfig, folder: Path, accelerator, world: runtime.World):
+        self.config, self.folder, self.accelerator, self.world = config, folder, accelerator, world
+        self.index = load_index(config.data.shards)
+        check_sizes(config, self.index, world)
+        num_samples = self.index.split(config.data.train_split).num_samples
+        self.steps_per_epoch = num_samples / config.data.global_batch_size
+        self.num_steps = math.ceil(config.train.epochs * self.steps_per_epoch)
+        self.halt_step = config.train.max_steps or None
+        self.checkpoints = Checkpoints(folder, config.train.keep_checkpoints)
+        self.stop_requests = runtime.StopRequests(folder)
+        self.tracker = None
+
+        self.input_size = input_size(config, self.index)
+        network = build_network(config, self.index)
+        if config.train.sync_batchnorm and world.world_size > 1:
+            use_sync_batchnorm(network)
+        if config.train.channels_last:
+            network = network.to(memory_format=torch.channels_last)
+        self.network = network.to(world.device)
+        optimizer = build_optimizer(self.network, config.optim)
+        # the loader and the schedule stay with us: Accelerate would read on rank zero for all, and step once per rank
+        self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
+        if config.train.compile:
+            self.model = torch.compile(self.model, dynamic=False)
+        crop = "none" if decoder_crop(config, self.index)[0] == "random_resized" else config.augment.crop
+        on_device = dataclasses.replace(config.augment, crop=crop)  # what the decoder cuts is not cut again
+        self.augment = None if self.index.features else Augment(
+            on_device, self.input_size, self.index.mean, self.index.std, world.device)  # fmt: skip
+        self.is_mixing = bool(config.augment.mixup or config.augment.cutmix)
+        self.micro_batch_size = micro_batch_size(config, world.world_size)
+
+    def new_state(self) -> State:
+        optim = self.config.optim
+        average = WeightAverage(self.network, optim.ema_decay) if optim.ema_decay else None
+        plateau = Plateau(optim.plateau_patience, optim.step_factor, higher_is_better=True)
+        return State(self.network, self.optimizer, average, plateau, torch.zeros((), device=self.world.device))
+
+    def stream(self, first_step: int):
+        """This rank's batches from first_step to the end of the run."""
+        data, augment = self.config.data, self.config.augment
+        crop, size = decoder_crop(self.config, self.index)
+        return open_stream(
+            self.index, data.train_split, data.global_batch_size, size, crop, self.config.seed, data.threads,
+            (self.world.rank, self.world.world_size), first_step, self.num_steps, augment.scale, augment.ratio,
+            data.window_shards, data.lanes, data.prefetch_mb, data.verify, self.world.device.type == "cuda",
+        )  # fmt: skip
+
+    def forward_backward(self, batch: Batch) -> torch.Tensor:
+        """Accumulate the gradient of this rank's share, in micro-batches; return its mean loss, on the device."""
+        self.model.train()
+        num_micro = len(batch) // self.micro_batch_size
+        loss_sum = torch.zeros((), device=self.world.device)
+        for i in range(num_micro):
+            part = slice(i * self.micro_batch_size, (i + 1) * self.micro_batch_size)
+            inputs, targets = self.prepare(batch.images[part], batch.labels[part], batch.random_keys[part])
+            set_dropout_keys(self.network, batch.random_keys[part])
+            is_last = i == num_micro - 1
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                with self.accelerator.autocast():
+                    logits = self.model(inputs)
+                loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.config.optim.label_smoothing)
+                self.accelerator.backward(loss / num_micro)
+            loss_sum += loss.detach() / num_micro
+        return loss_sum
+
+    def prepare(self, images: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor):
+        """Stored values -> what enters the network, augmented and normalised; and the targets, soft where mixed."""
+        if self.augment is None:
+            return standardised(images, self.index), labels
+        with torch.no_grad():
+            pixels = self.augment(images, keys)
+            if self.is_mixing:
+                return mix(pixels, labels, keys, self.config.augment, self.index.num_classes)
+        return pixels, labels
+
+    def agree_to_stop(self, state: State, loss: torch.Tensor) -> bool:
+        """Whether any rank was asked to stop. Raises UserError on every rank if the loss of any is not finite.
+
+        Called between backward and update, so that a bad gradient never reaches the weights.
+        """
+        bad = ~torch.isfinite(loss)
+        flags = torch.stack([torch.tensor(float(bool(self.stop_requests)), device=loss.device), bad.float()])
+        if self.world.world_size > 1:
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        stop, bad = flags.tolist()
+        if bad:
+            raise UserError(
+                f"step {state.step}: the loss is not finite ({float(loss)} on rank {self.world.rank}); the weights were not changed.\n"
+                f"  Lower optim.lr, set optim.clip_norm, or go back with --resume from the last checkpoint. The step's "
+                f"samples: dist-train plan --shards {self.config.data.shards} --global-batch-size "
+                f"{self.config.data.global_batch_size} --seed {self.config.seed} --steps {state.step}:{state.step + 1}"
+            )
+        return bool(stop)
+
+    def mean_over_ranks(self, value: torch.Tensor) -> float:
+        value = value.clone()
+        if self.world.world_size > 1:
+            torch.distributed.all_reduce(value)
+        return float(value) / self.world.world_size
+
+    def lr_at(self, step: int) -> float:
+        return lr_at(step, self.config.optim, self.steps_per_epoch, self.num_steps)
+
+    def epoch_of(self, step: int) -> float:
+        return round(step / self.steps_per_epoch, 4)
+
+    def is_evaluation_step(self, step: int) -> bool:
+        """True at the first step at or past every multiple of train.eval_every_epochs."""
+        period = self.config.train.eval_every_epochs * self.steps_per_epoch
+        return period > 0 and int(step / period) != int((step - 1) / period)
+
+    def evaluate(self, split: str) -> Evaluation:
+        crop = eval_crop(self.config, self.index)
+        return evaluate(self.config, self.index, split, self.network, self.accelerator, self.world, crop)
+
+    def save(self, state: State, is_best: bool) -> None:
+        if self.world.is_main:
+            self.checkpoints.save(state.to_saved(self.accelerator.scaler), is_best)
+
+
+@dataclass
+class State:
+    """What changes while training, and all that a checkpoint has to hold."""
+
+    network: torch.nn.Module  # without the wrapper of data parallelism
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage | None
+    plateau: Plateau
+    loss_sum: torch.Tensor  # of the steps since the last log line, on the device
+    step: int = 0  # updates done; the state of the stream, too
+    logged_step: int = 0
+    best_value: float | None = None
+    bad_evaluations: int = 0
+    finished: bool = False
+
+    def has_lost_patience(self, patience: int) -> bool:
+        return 0 < patience <= self.bad_evaluations
+
+    def to_saved(self, scaler) -> Saved:
+        """Everything by name, in memory. scaler: Accelerate's gradient scaler, or None."""
+        names = {id(p): name for name, p in self.network.named_parameters()}
+        optimizer, values = optimizer_tensors(_plain(self.optimizer), names)
+        tensors = {"model": self.network.state_dict(), "optimizer": optimizer, "sums": {"loss": self.loss_sum}}
+        average = self.average.state_dict() if self.average else {"weights": None, "num_updates": 0}
+        if self.average:
+            tensors["ema"] = average["weights"]
+        counters = ("logged_step", "best_value", "bad_evaluations")
+        return Saved(self.step, tensors, {
+            **{name: getattr(self, name) for name in counters}, "optimizer": values, "ema_updates": average["num_updates"],
+            "plateau": self.plateau.state_dict(), "scaler": scaler.state_dict() if scaler else None,
+        })  # fmt: skip
+
+    def restore(self, saved: Saved, scaler) -> None:
+        """The inverse of `to_saved`. Raises UserError if the checkpoint is of another network."""
+        try:
+            self.network.load_state_dict(saved.tensors["model"])
+        except RuntimeError as error:
+            raise UserError(f"the checkpoint of step {saved.step} does not fit this network:\n  {error}") from None
+        parameters = dict(self.network.named_parameters())
+        restore_optimizer(_plain(self.optimizer), saved.tensors["optimizer"], saved.state["optimizer"], parameters)
+        if self.average:
+            self.average.load_state_dict({"weights": saved.tensors["ema"], "num_updates": saved.state["ema_updates"]})
+        self.plateau.load_state_dict(saved.state["plateau"])
+        if scaler and saved.state["scaler"]:
+            scaler.load_state_dict(saved.state["scaler"])
+        self.loss_sum = saved.tensors["sums"]["loss"].to(self.loss_sum.device)
+        self.step, self.logged_step = saved.step, saved.state["logged_step"]
+        self.best_value, self.bad_evaluations = saved.state["best_value"], saved.state["bad_evaluations"]
+
+
+def build_network(config: RunConfig, index: ShardIndex) -> torch.nn.Module:
+    """The network of a recipe on a set of shards, with keyed dropout; on the CPU, weights drawn from config.seed."""
+    num_features = len(index.features) if index.features else None
+    network = build_model(config.model, index.num_classes, input_size(config, index), num_features, config.seed)
+    use_keyed_dropout(network)
+    return network
+
+
+def input_size(config: RunConfig, index: ShardIndex) -> tuple[int, int] | None:
+    """(height, width) that enters the network; None for tables."""
+    if index.features is not None:
+        return None
+    size = (config.data.image_size,) * 2 if config.data.image_size else index.image_size
+    if size is None:
+        raise UserError(f"{index.folder}: the pictures differ in size, so the recipe must set data.image_size.")
+    return size
+
+
+def decoder_crop(config: RunConfig, index: ShardIndex) -> tuple[str, int]:
+    """(crop, image_size) for the stream: pictures that differ in size are cut and resized while they are decoded."""
+    if config.data.crop != "auto":
+        return config.data.crop, config.data.image_size
+    if index.image_size is not None or index.features is not None:
+        return "resize", 0  # as stored; the device crops and resizes
+    return ("random_resized" if config.augment.crop == "random_resized" else "resize"), config.data.image_size
+
+
+def standardised(values: torch.Tensor, index: ShardIndex) -> torch.Tensor:
+    """A table's rows less the training split's mean, over its standard deviation. values: float32 (N, F)."""
+    mean, std = (torch.tensor(v, dtype=values.dtype, device=values.device) for v in (index.mean, index.std))
+    return (values - mean) / std
+
+
+def micro_batch_size(config: RunConfig, world_size: int) -> int:
+    """Samples through the network at once: the largest equal part of a rank's share below the limit."""
+    share, limit = config.data.global_batch_size // world_size, config.train.micro_batch_size
+    return next(share // parts for parts in range(1, share + 1) if share % parts == 0 and (not limit or share // parts <= limit))
+
+
+def check_sizes(config: RunConfig, index: ShardIndex, world: runtime.World) -> None:
+    """Raise UserError, all faults at once, where settings, shards and ranks do not go together."""
+    problems = []
+    batch, share = config.data.global_batch_size, config.data.global_batch_size // world.world_size
+    for split in (config.data.train_split, config.data.val_split, config.data.test_split):
+        if split not in index.splits and split == config.data.train_split:
+            problems.append(f"{index.folder}: there is no split {split!r} to train on; it has {', '.join(index.splits)}.")
+    if batch < 1 or batch % world.world_size:
+        problems.append(f"data.global_batch_size is {batch}, which {world.world_size} processes cannot share evenly.\n"
+                        f"  Choose a multiple of {world.world_size}, or start another number of processes.")  # fmt: skip
+    if (config.augment.mixup or config.augment.cutmix) and (share % 2 or micro_batch_size(config, world.world_size) % 2):
+        problems.append(f"mixup and cutmix pair neighbours, so each rank's share ({share}) and micro-batch must be even.")
+    if config.train.epochs <= 0:
+        problems.append(f"train.epochs is {config.train.epochs}; expected more than 0.")
+    if config.optim.lr <= 0:
+        problems.append(f"optim.lr is {config.optim.lr}; expected more than 0.")
+    if index.features is not None and config.model.name != "mlp":
+        problems.append(f"{index.folder} is a table, so model.name must be mlp, not {config.model.name}.")
+    if index.features is None and config.model.name == "mlp":
+        problems.append(f"{index.folder} holds pictures; model.name mlp is for tables.")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def open_run_folder(config: RunConfig, folder: Path, resume: bool) -> None:
+    """Make the run folder, or accept the one that is there. Raises UserError where it holds another run."""
+    written = folder / "config.yaml"
+    if written.exists():
+        old = yaml.safe_load(written.read_text())
+        differing = conflicts(to_dict(from_dict(RunConfig, old)), to_dict(config))
+        if differing:
+            raise UserError(f"{folder}: the folder holds a run with other settings:\n  " + "\n  ".join(differing)
+                            + "\n  Take another folder with --run, or the same settings.")  # fmt: skip
+        if not resume:
+            raise UserError(f"{folder}: the folder already holds this run. Go on with --resume, or take another --run.")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "stop").unlink(missing_ok=True)  # it was for the process before
+    for unfinished in (folder / "checkpoints").glob("*.partial"):
+        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+    partial = folder / "config.yaml.partial"
+    partial.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    partial.replace(written)
+
+
+def inference(config: RunConfig, index: ShardIndex, size: tuple[int, int] | None) -> dict:
+    """All that predict needs besides the weights and config.yaml."""
+    return {
+        "classes": index.classes, "mean": index.mean, "std": index.std, "features": index.features,
+        "image_size": size and list(size), "one_size": index.image_size is not None,
+        "eval_crop": eval_crop(config, index),
+    }  # fmt: skip
+
+
+def eval_crop(config: RunConfig, index: ShardIndex) -> float:
+    """Share of the picture's shorter side that is evaluated: the central crop only where training crops at random."""
+    return config.data.eval_crop if decoder_crop(config, index)[0] == "random_resized" else 0.0
+
+
+def _plain(optimizer):
+    return getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's wrapper
