@@ -26,7 +26,7 @@ class OptionalBuild(build_ext):
         return True
 
 
-# -fno-math-errno and no contraction: weights must round as Pillow's do, also where the compiler could fuse operations
+# no contraction: the weights must round as Pillow's do, also where the processor could fuse the operations
 flags = [] if os.name == "nt" else ["-O3", "-ffp-contract=off", "-fvisibility=hidden"]
 native = Extension(
     "dist_train._native", ["dist_train/_native.c"], libraries=["jpeg"], extra_compile_args=flags, optional=True

@@ -40,7 +40,7 @@ enum { DONE = 0, LEFT = 1, SHORT_READ = 2, READ_FAILED = 3 };
 #define SCALED_FROM 512
 
 #define WEIGHT_BITS 22 /* Pillow's, so that results are equal */
-#define LOW_BITS 11    /* a weight is kept as two int16 halves: 16-bit multiply-add is the fast one, and sums stay exact */
+#define LOW_BITS 11    /* a weight is kept as two int16 halves: 16-bit multiply-add is fast, and sums stay exact */
 #define HALVES(i) ((i) / 4 * 8 + (i) % 4) /* where the high half of weight i stands; the low half comes 4 later */
 #define PADDING 16     /* bytes written past the end of a row */
 #define ROWS_AT_ONCE 8 /* rows asked of libjpeg in one call; a few stay in the first cache */
@@ -57,7 +57,7 @@ typedef struct {
 
 typedef struct {
     Taps across, down;
-    unsigned char *ring;  /* (slots, pitch) source rows already resampled across, the one numbered y in slot y % slots */
+    unsigned char *ring;  /* (slots, pitch) source rows resampled across, the one numbered y in slot y % slots */
     const unsigned char **window;
     unsigned char *rows;  /* (ROWS_AT_ONCE, ...) decoded, 4 bytes a pixel and `padding` more */
     size_t ring_room, window_room, rows_room, pitch, padding;
@@ -130,7 +130,8 @@ static unsigned char rounded(uint32_t sum) {
 }
 
 /* Two rows, 4 bytes a pixel beginning with pixel `left` -> twice (outputs, 3). Writes one byte past each end. */
-static void across_portable(const Taps *taps, const unsigned char *const rows[2], int left, unsigned char *const to[2]) {
+static void across_portable(const Taps *taps, const unsigned char *const rows[2], int left,
+                            unsigned char *const to[2]) {
     for (int k = 0; k < 2; k++)
         for (int o = 0; o < taps->outputs; o++) {
             const unsigned char *pixel = rows[k] + 4 * (size_t)(taps->first[o] - left);
@@ -149,7 +150,8 @@ static void across_portable(const Taps *taps, const unsigned char *const rows[2]
 }
 
 /* `count` rows of `bytes` bytes -> their weighted sum. */
-static void down_portable(const unsigned char **rows, int count, const int16_t *weights, size_t bytes, unsigned char *to) {
+static void down_portable(const unsigned char **rows, int count, const int16_t *weights, size_t bytes,
+                          unsigned char *to) {
     for (size_t at = 0; at < bytes; at += 64) {
         uint32_t sums[64] = {0};
         size_t n = bytes - at < 64 ? bytes - at : 64;
@@ -176,7 +178,8 @@ __attribute__((target("avx2"))) static __m256i pair_of(const int16_t *weights) {
 __attribute__((target("avx2"))) static void across_avx2(const Taps *taps, const unsigned char *const rows[2], int left,
                                                         unsigned char *const to[2]) {
     /* one row in each lane, 4 pixels a turn: two and two, paired by channel for the multiply-add */
-    const __m256i front = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1));
+    const __m256i front =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1));
     const __m256i back = _mm256_add_epi8(front, _mm256_set1_epi16(8));
     const unsigned char *upper = rows[0] - 4 * (ptrdiff_t)left, *lower = rows[1] - 4 * (ptrdiff_t)left;
     unsigned char *up = to[0], *low = to[1];
@@ -187,8 +190,9 @@ __attribute__((target("avx2"))) static void across_avx2(const Taps *taps, const 
         size_t at = 4 * (size_t)*first++;
         __m256i high_sum = _mm256_setzero_si256(), low_sum = _mm256_setzero_si256();
         for (int g = groups; g--; at += 16, weights += 8) {
-            __m256i four = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(upper + at))),
-                                                   _mm_loadu_si128((const __m128i *)(lower + at)), 1);
+            __m128i one = _mm_loadu_si128((const __m128i *)(upper + at));
+            __m128i other = _mm_loadu_si128((const __m128i *)(lower + at));
+            __m256i four = _mm256_inserti128_si256(_mm256_castsi128_si256(one), other, 1);
             __m256i values = _mm256_shuffle_epi8(four, front);
             high_sum = _mm256_add_epi32(high_sum, _mm256_madd_epi16(values, pair_of(weights)));
             low_sum = _mm256_add_epi32(low_sum, _mm256_madd_epi16(values, pair_of(weights + 4)));
@@ -361,8 +365,8 @@ static void cmyk_to_rgb(unsigned char *row, int pixels) {
         }
 }
 
-static int decode_rows(struct jpeg_decompress_struct *jpeg, Resizer *r, const double *box, unsigned char *out, int height,
-                       int width) {
+static int decode_rows(struct jpeg_decompress_struct *jpeg, Resizer *r, const double *box, unsigned char *out,
+                       int height, int width) {
     int full_width = jpeg->output_width;
     if (!plan(r, jpeg->output_height, full_width, box, height, width)) return LEFT;
     const Taps *across = &r->across, *down = &r->down;
@@ -376,7 +380,7 @@ static int decode_rows(struct jpeg_decompress_struct *jpeg, Resizer *r, const do
     size_t pitch = ((size_t)columns * 4 + r->padding + 31) / 32 * 32;
     if (!grow((void **)&r->rows, &r->rows_room, pitch * ROWS_AT_ONCE + 64)) return LEFT;
     JSAMPROW rows[ROWS_AT_ONCE];
-    /* rows on a 32-byte boundary would be stored past the cache by libjpeg-turbo's colour conversion, and we read them next */
+    /* rows on a 32-byte boundary are stored past the cache by libjpeg-turbo's colour conversion; ours are read next */
     rows[0] = r->rows + 40 - (uintptr_t)r->rows % 32;
     for (int k = 1; k < ROWS_AT_ONCE; k++) rows[k] = rows[k - 1] + pitch;
     if (top > 0) jpeg_skip_scanlines(jpeg, top);
@@ -395,7 +399,8 @@ static int copy_rows(struct jpeg_decompress_struct *jpeg, unsigned char *out) {
     size_t pitch = (size_t)jpeg->output_width * 3;
     while (jpeg->output_scanline < jpeg->output_height) {
         JSAMPROW rows[ROWS_AT_ONCE];
-        JDIMENSION left = jpeg->output_height - jpeg->output_scanline, wanted = left < ROWS_AT_ONCE ? left : ROWS_AT_ONCE;
+        JDIMENSION left = jpeg->output_height - jpeg->output_scanline;
+        JDIMENSION wanted = left < ROWS_AT_ONCE ? left : ROWS_AT_ONCE;
         for (JDIMENSION k = 0; k < wanted; k++) rows[k] = out + pitch * (jpeg->output_scanline + k);
         if (jpeg_read_scanlines(jpeg, rows, wanted) < 1) return LEFT;
     }
@@ -420,7 +425,8 @@ static int decode_jpeg(const unsigned char *payload, size_t size, const double *
     jpeg_mem_src(&jpeg, payload, size);
     jpeg_read_header(&jpeg, TRUE);
     int answer = LEFT;
-    double pixels = (double)jpeg.image_height * jpeg.image_width, whole[4] = {0, 0, jpeg.image_height, jpeg.image_width};
+    double pixels = (double)jpeg.image_height * jpeg.image_width;
+    double whole[4] = {0, 0, jpeg.image_height, jpeg.image_width};
     if (pixels > MAX_PIXELS || (!jpeg.arith_code && pixels > MAX_PIXELS_PER_BYTE * size)) goto end;
     if (!has_end(jpeg.src->next_input_byte, payload + size)) goto end;
     if (jpeg.progressive_mode && count_scans(payload, payload + size) > MAX_SCANS) goto end;
@@ -435,7 +441,8 @@ static int decode_jpeg(const unsigned char *payload, size_t size, const double *
     double reduction = fmin(tall / height, wide / width);
     int is_large = whole[2] >= SCALED_FROM || whole[3] >= SCALED_FROM;
     jpeg.scale_num = jpeg.scale_denom = 1;
-    while (is_large && jpeg.scale_denom < 8 && reduction >= REDUCED_BEFORE_SCALING * jpeg.scale_denom) jpeg.scale_denom *= 2;
+    while (is_large && jpeg.scale_denom < 8 && reduction >= REDUCED_BEFORE_SCALING * jpeg.scale_denom)
+        jpeg.scale_denom *= 2;
     double scale = jpeg.scale_denom;
     double area[4] = {top / scale, left / scale, tall / scale, wide / scale};
 
@@ -560,7 +567,8 @@ static PyObject *py_checksum(PyObject *self, PyObject *args) {
         if (start[i] > (uint64_t)source.len || size[i] > source.len - start[i]) result = wrong_size("source");
     if (result) {
         Py_BEGIN_ALLOW_THREADS
-        for (Py_ssize_t i = 0; i < n; i++) ((uint64_t *)into.buf)[i] = XXH3_64bits((char *)source.buf + start[i], size[i]);
+        for (Py_ssize_t i = 0; i < n; i++)
+            ((uint64_t *)into.buf)[i] = XXH3_64bits((char *)source.buf + start[i], size[i]);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&source);
@@ -580,10 +588,11 @@ static PyObject *py_resize(PyObject *self, PyObject *args) {
     int from_height, from_width, height, width, fits = 0;
     double box[4];
     PyObject *result = NULL;
-    if (!PyArg_ParseTuple(args, "y*ii(dddd)w*ii", &source, &from_height, &from_width, box, box + 1, box + 2, box + 3, &out,
-                          &height, &width))
+    if (!PyArg_ParseTuple(args, "y*ii(dddd)w*ii", &source, &from_height, &from_width, box, box + 1, box + 2, box + 3,
+                          &out, &height, &width))
         return NULL;
-    if (from_height < 1 || from_width < 1 || source.len != (Py_ssize_t)3 * from_height * from_width) wrong_size("source");
+    if (from_height < 1 || from_width < 1 || source.len != (Py_ssize_t)3 * from_height * from_width)
+        wrong_size("source");
     else if (!is_size(height, width) || out.len != (Py_ssize_t)3 * height * width) wrong_size("out");
     else if (!(box[0] >= 0 && box[1] >= 0 && box[2] > 0 && box[3] > 0 && box[0] + box[2] <= from_height &&
                box[1] + box[3] <= from_width))
@@ -638,6 +647,8 @@ static PyModuleDef_Slot slots[] = {
     {0, NULL},
 };
 
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "Partial JPEG decoding; see decode.py.", 0, methods, slots};
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_native", "Partial JPEG decoding; see decode.py.", 0, methods, slots,
+};
 
 PyMODINIT_FUNC PyInit__native(void) { return PyModuleDef_Init(&definition); }

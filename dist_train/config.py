@@ -78,13 +78,14 @@ class ModelConfig:
     """The network."""
 
     name: str = "alexnet"
-    """alexnet, alexnet_bn (the notebooks' own, with BatchNorm), vgg11 to vgg19 (and _bn), mlp, or any torchvision classifier"""
+    """alexnet, alexnet_bn (the notebooks', with BatchNorm), vgg11 to vgg19 (and _bn), mlp, any torchvision classifier"""
     pretrained: str = ""
     """torchvision's weights by name ("DEFAULT", "IMAGENET1K_V1"), or a .pth or .safetensors file; empty starts fresh"""
     dropout: float = 0.5
-    """dropout before the fully connected layers"""
+    """dropout in the classifier of alexnet and vgg, after each hidden layer of the mlp; torchvision's others keep theirs"""
     stem: Literal["auto", "imagenet", "small"] = "auto"
-    """small keeps resolution for pictures under 64 px: 3x3 kernels, stride 1, no early pooling; auto decides by size"""
+    """small keeps resolution: 3x3 kernels, stride 1, a head sized to what is left; auto takes it under 64 px (alexnet_bn:
+    128 px, where 5x5 kernels with stride 2 serve from 64 px on)"""
     width: float = 1.0
     """channels and hidden units of alexnet and vgg, times this"""
     hidden: tuple[int, ...] = (128, 128, 128)
@@ -114,7 +115,7 @@ class OptimConfig:
     schedule: Literal["constant", "cosine", "one_cycle", "step", "plateau"] = "cosine"
     """learning rate over the run"""
     warmup_epochs: float = 0.0
-    """linear warm-up, epochs; for one_cycle the length of the rise"""
+    """linear warm-up, epochs; for one_cycle the length of the rise, where 0 is 30% of the run"""
     final_lr: float = 0.0
     """learning rate at the end of cosine and one_cycle, as a share of the peak"""
     step_epochs: float = 30.0
@@ -257,8 +258,8 @@ class ShardConfig:
 
 # Settings that may differ between a run and its continuation, because no result depends on them.
 FREE_SETTINGS = ("runtime.", "track.", "data.shards", "data.threads", "data.prefetch_mb", "data.verify",
-                 "train.micro_batch_size", "train.max_steps", "train.log_every_steps", "train.checkpoint_every_steps",
-                 "train.keep_checkpoints", "train.compile", "train.channels_last")  # fmt: skip
+                 "train.max_steps", "train.log_every_steps", "train.checkpoint_every_steps",
+                 "train.keep_checkpoints")  # fmt: skip
 
 
 def conflicts(old: dict, new: dict) -> list[str]:

@@ -103,12 +103,22 @@ def picture_size(payload: bytes) -> tuple[int, int]:
 
 
 def decoders() -> dict[str, str]:
-    """Which decoder serves which format, and why the native core is missing where it is."""
-    portable = f"simplejpeg {simplejpeg.__version__} and Pillow {Image.__version__}"
+    """Which decoder serves which format, and why the native core is missing where it is, with what would bring it."""
+    pillow = f"Pillow {Image.__version__}"
+    if native:
+        checksum = "its own" if hasattr(native, "checksum") else "the xxhash package (xxhash.h was not found)"
+        return {
+            "jpeg": f"native core on libjpeg-turbo {native.LIBJPEG_TURBO}, {native.VECTORS} resize",
+            "png, webp, bmp": f"{pillow}, resized by the native core",
+            "checksum": checksum,
+            "native": "in use",
+        }
     return {
-        "jpeg": f"native core on libjpeg-turbo {native.LIBJPEG_TURBO}" if native else portable,
-        "png, webp, bmp": f"Pillow {Image.__version__}",
-        "native": "in use" if native else f"missing ({_native_missing})",
+        "jpeg": f"simplejpeg {simplejpeg.__version__}, resized by {pillow}",
+        "png, webp, bmp": pillow,
+        "checksum": "the xxhash package",
+        "native": f"missing ({_native_missing}); about twice as fast: install a C compiler and libjpeg-turbo's header "
+        "(Debian, Ubuntu: libjpeg-dev; Fedora: libjpeg-turbo-devel) and run pip install again",
     }
 
 

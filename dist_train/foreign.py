@@ -11,6 +11,7 @@ from dist_train.errors import UserError
 from dist_train.foreign_tar import Parsed, parse_tar, read_vector
 from dist_train.index import ShardIndex, SplitIndex, load_index, save_index, save_table
 from dist_train.sources import SPLITS, printable
+from dist_train.tars import writing
 from dist_train.workers import num_cores, run_tasks
 
 _SPLIT_WORDS = {
@@ -83,13 +84,14 @@ def index_tars(folder: Path, classes_file: str | None = None, max_bad: int = 0) 
     if (0, 0) in sizes and len(sizes) > 1:
         raise UserError(f"{folder}: holds pictures and vectors (.npy); expected one kind.")
     mean, std, features = _statistics(folder, next(iter(parts.values())), workers, vectors=(0, 0) in sizes)
-    index = ShardIndex(
-        folder=str(folder), name=folder.resolve().name, classes=[printable(c) for c in classes],
-        splits={name: _write_table(folder, name, part, len(classes)) for name, part in parts.items()}, mean=mean, std=std,
-        image_size=sizes.pop() if len(sizes) == 1 and features is None else None, features=features,
-        left_out=left_out, source={"foreign": True},
-    )  # fmt: skip
-    save_index(index)
+    with writing(folder):
+        (folder / "index.json").unlink(missing_ok=True)  # the old one does not fit the new tables
+        splits = {name: _write_table(folder, name, part, len(classes)) for name, part in parts.items()}
+        save_index(ShardIndex(
+            folder=str(folder), name=folder.resolve().name, classes=[printable(c) for c in classes], splits=splits,
+            mean=mean, std=std, image_size=sizes.pop() if len(sizes) == 1 and features is None else None,
+            features=features, left_out=left_out, source={"foreign": True},
+        ))  # fmt: skip
     return load_index(folder)
 
 
@@ -193,9 +195,8 @@ def _statistics(
     sums = [result for _, result in run_tasks(_sum_pixels, tasks, workers, lambda samples: None)]
     damaged = sum(number for number, _ in sums)
     if damaged:
-        print(
-            f"{folder}: {damaged:,} of the {sum(len(task[1]) for task in tasks):,} pictures decoded for mean and std are damaged."
-        )
+        decoded = sum(len(task[1]) for task in tasks)
+        print(f"{folder}: {damaged:,} of {decoded:,} pictures, decoded for mean and std, are damaged.")
     return *mean_and_std([sum(column) for column in zip(*(totals for _, totals in sums), strict=True)]), None
 
 

@@ -40,7 +40,7 @@ class SplitIndex:
     shard_bytes: np.ndarray  # (S,) int64
     shard_checksums: list[str]  # xxh3_128 of the whole file, hex
     class_counts: np.ndarray  # (K,) int64
-    table_checksum: str = ""
+    table_checksum: str = ""  # xxh3_128 of the table, and of the names where they are kept, hex
     first: np.ndarray = field(init=False)  # (S + 1,) int64
 
     def __post_init__(self):
@@ -71,7 +71,11 @@ class SplitIndex:
     def names(self) -> list[str]:
         """Where each sample came from: a path relative to the source, in sample order; empty if not kept."""
         path = Path(self.folder, f"{self.name}.names.txt")
-        return path.read_text().splitlines() if path.exists() else []
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+    def fingerprint(self) -> str:
+        """What the split holds, in which order: two splits with the same one give the same stream."""
+        return xxhash.xxh3_64_hexdigest("".join(self.shard_checksums).encode() + self.shard_samples.tobytes())
 
     def shard_of(self, samples: np.ndarray) -> np.ndarray:
         """Shard number of each sample number. samples: (n,) int64."""
@@ -107,7 +111,7 @@ def load_index(folder: str | os.PathLike) -> ShardIndex:
     """Read shards/NAME/index.json. Raises UserError if it is missing, damaged, or of another format."""
     path = Path(folder, "index.json")
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         what = "the folder has no index.json" if Path(folder).is_dir() else "there is no such folder"
         raise UserError(
@@ -137,7 +141,7 @@ def load_index(folder: str | os.PathLike) -> ShardIndex:
 
 
 def save_table(folder: str | os.PathLike, split: str, rows: np.ndarray, names: list[str]) -> str:
-    """Write a split's table of samples and its names; return the table's checksum for `save_index`.
+    """Write a split's table of samples and its names; return their checksums for `save_index`, a blank between.
 
     rows: (num_samples,) SAMPLE in shard order.
     """
@@ -146,9 +150,15 @@ def save_table(folder: str | os.PathLike, split: str, rows: np.ndarray, names: l
         np.save(file, rows.astype(SAMPLE, copy=False), allow_pickle=False)
         file.flush()
         os.fsync(file.fileno())
+    checksum = file_checksum(path)
     if names:
-        Path(folder, f"{split}.names.txt").write_text("".join(f"{name}\n" for name in names))
-    return file_checksum(path)
+        path = Path(folder, f"{split}.names.txt")
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(f"{name}\n" for name in names)
+            file.flush()
+            os.fsync(file.fileno())
+        checksum += f" {file_checksum(path)}"
+    return checksum
 
 
 def save_index(index: ShardIndex) -> None:
@@ -168,7 +178,7 @@ def save_index(index: ShardIndex) -> None:
     raw["checksum"] = _json_checksum(raw)
     path = Path(index.folder, "index.json")
     partial = path.with_suffix(".json.partial")
-    with open(partial, "w") as file:
+    with open(partial, "w", encoding="utf-8") as file:
         json.dump(raw, file, indent=1)
         file.flush()
         os.fsync(file.fileno())

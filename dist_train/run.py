@@ -59,7 +59,7 @@ class Run:
         self.is_mixing = bool(config.augment.mixup or config.augment.cutmix)
         self.micro_batch_size = micro_batch_size(config, world.world_size)
 
-    def new_state(self) -> State:
+    def new_state(self) -> "State":
         optim = self.config.optim
         average = WeightAverage(self.network, optim.ema_decay) if optim.ema_decay else None
         plateau = Plateau(optim.plateau_patience, optim.step_factor, higher_is_better=True)
@@ -103,7 +103,7 @@ class Run:
                 return mix(pixels, labels, keys, self.config.augment, self.index.num_classes)
         return pixels, labels
 
-    def agree_to_stop(self, state: State, loss: torch.Tensor) -> bool:
+    def agree_to_stop(self, state: "State", loss: torch.Tensor) -> bool:
         """Whether any rank was asked to stop. Raises UserError on every rank if the loss of any is not finite.
 
         Called between backward and update, so that a bad gradient never reaches the weights.
@@ -143,9 +143,26 @@ class Run:
         crop = eval_crop(self.config, self.index)
         return evaluate(self.config, self.index, split, self.network, self.accelerator, self.world, crop)
 
-    def save(self, state: State, is_best: bool) -> None:
+    def save(self, state: "State", is_best: bool) -> None:
         if self.world.is_main:
-            self.checkpoints.save(state.to_saved(self.accelerator.scaler), is_best)
+            saved = state.to_saved(self.accelerator.scaler)
+            saved.state["shards"] = self.index.split(self.config.data.train_split).fingerprint()
+            self.checkpoints.save(saved, is_best)
+
+    def close(self) -> None:
+        """Hand the signals back, and let no checkpoint be half written when the process ends."""
+        self.stop_requests.close()
+        self.checkpoints.wait()
+
+    def resume(self, state: "State") -> list[str]:
+        """Bring state to the newest whole checkpoint, if there is one; return what is to be said of damaged ones."""
+        saved, complaints = self.checkpoints.newest()
+        if saved is not None:
+            if saved.state["shards"] != self.index.split(self.config.data.train_split).fingerprint():
+                raise UserError(f"{self.index.folder}: these are not the shards that {self.folder} was trained on.\n"
+                                f"  Put data.shards back, or begin another run with --run.")  # fmt: skip
+            state.restore(saved, self.accelerator.scaler)
+        return complaints
 
 
 @dataclass
@@ -262,7 +279,7 @@ def check_sizes(config: RunConfig, index: ShardIndex, world: runtime.World) -> N
 
 
 def open_run_folder(config: RunConfig, folder: Path, resume: bool) -> None:
-    """Make the run folder, or accept the one that is there. Raises UserError where it holds another run."""
+    """Write the settings into the run folder, or accept those there. Raises UserError where it holds another run."""
     written = folder / "config.yaml"
     if written.exists():
         old = yaml.safe_load(written.read_text())
@@ -272,7 +289,6 @@ def open_run_folder(config: RunConfig, folder: Path, resume: bool) -> None:
                             + "\n  Take another folder with --run, or the same settings.")  # fmt: skip
         if not resume:
             raise UserError(f"{folder}: the folder already holds this run. Go on with --resume, or take another --run.")
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "stop").unlink(missing_ok=True)  # it was for the process before
     for unfinished in (folder / "checkpoints").glob("*.partial"):
         shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()

@@ -34,17 +34,18 @@ class World:
         return self.rank == 0
 
 
-def start(precision: str, threads: int, timeout_s: int):
+def start(precision: str, threads: int, timeout_s: int, broadcast_buffers: bool = False):
     """Start Accelerate and the process group; return (accelerator, world).
 
-    precision: fp32, bf16 or fp16. Raises UserError where the launcher's idea of the job differs from what was started:
+    precision: fp32, bf16 or fp16. broadcast_buffers: give every rank rank zero's BatchNorm statistics each step; not
+    needed where they are those of the global batch. Raises UserError where the launcher's idea of the job differs from what was started:
     several processes that are each alone, more processes than GPUs, a precision that contradicts the recipe's.
     """
     from datetime import timedelta
 
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     keep_freed_pages()
     env = os.environ
@@ -71,12 +72,17 @@ def start(precision: str, threads: int, timeout_s: int):
             f"  Precision changes results, so it belongs to the recipe: leave it out of accelerate's configuration."
         )
     env["ACCELERATE_USE_CPU"] = "true" if use_cpu else "false"  # without it, ranks on the CPU would each be alone
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    threads = threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    env["OMP_NUM_THREADS"] = str(threads)  # Accelerate sets torch's threads from it, where there are several ranks
+    torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it; without effect on the CPU
     accelerator = Accelerator(
         cpu=use_cpu,
         mixed_precision=precision.replace("fp32", "no"),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)),
+            DistributedDataParallelKwargs(broadcast_buffers=broadcast_buffers, gradient_as_bucket_view=True),
+        ],
     )
     if accelerator.num_processes != world_size:
         raise UserError(

@@ -78,7 +78,7 @@ def writing(path: Path):
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written: {error.strerror or error}.\n"
-            f"  What was finished before is untouched. Make room, or pick another place, and run the same command again."
+            f"  What was finished before is untouched. Make room or pick another place, then run the same command again."
         ) from error
 
 

@@ -25,7 +25,7 @@ from dist_train.settings import read_config
 from dist_train.track import open_tracker
 
 
-def train(run: "Run", state: "State") -> None:
+def train(run: Run, state: State) -> None:
     """Train from state.step until the last step, an early stop or a request to stop; evaluate and save on the way."""
     config, world = run.config, run.world
     clock = Throughput()
@@ -45,6 +45,7 @@ def train(run: "Run", state: "State") -> None:
         state.loss_sum += loss
         clock.add(config.data.global_batch_size)
 
+        stop = stop or state.step == run.halt_step
         last = state.step >= run.num_steps
         if its_time(state.step, config.train.log_every_steps) or last:
             mean_loss = run.mean_over_ranks(state.loss_sum) / (state.step - state.logged_step)
@@ -59,13 +60,13 @@ def train(run: "Run", state: "State") -> None:
         elif stop or its_time(state.step, config.train.checkpoint_every_steps):
             run.save(state, is_best=False)
             clock.read()
-        if last or stop or state.step == run.halt_step:
+        if last or stop:
             break
     state.finished = state.step >= run.num_steps or state.has_lost_patience(config.train.patience)
     run.checkpoints.wait()
 
 
-def judge(run: "Run", state: "State") -> bool:
+def judge(run: Run, state: State) -> bool:
     """Evaluate on the validation split, tell the plateau schedule, and say whether these weights are the best so far."""
     if run.config.data.val_split not in run.index.splits:
         return True  # nothing to compare with: the newest is the best
@@ -113,7 +114,8 @@ def finish(run: Run, state: State) -> None:
             figures[split] = evaluation.result.figures()
             if run.world.is_main:
                 write_evaluation(folder, evaluation)
-                run.tracker.evaluation(state.step, f"final {split}", evaluation.result.figures())
+                if split != config.data.val_split:  # whose figures stand in the curve already
+                    run.tracker.evaluation(state.step, split, evaluation.result.figures())
     if run.world.is_main:
         runtime.write_json(folder / "result.json", figures)
 
@@ -144,42 +146,40 @@ def run_training(argv: list[str]) -> int:
     """`dist-train train`: returns 0 when the run is finished, runtime.EXIT_STOPPED when it was asked to stop."""
     config, folder, resume = parse(argv)
     load_index(config.data.shards)  # a missing set is told before ranks meet
-    accelerator, world = runtime.start(config.train.precision, config.runtime.threads, config.runtime.timeout_s)
+    accelerator, world = runtime.start(
+        config.train.precision, config.runtime.threads, config.runtime.timeout_s, not config.train.sync_batchnorm
+    )
     started = time.time()
-    try:
-        runtime.on_main(world, open_run_folder, config, folder, resume)
-        lock = runtime.RunLock(folder) if world.is_main else None
-        run = Run(config, folder, accelerator, world)
+    with contextlib.ExitStack() as leaving:
+        leaving.callback(runtime.end)
+
+        def claim_folder() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            leaving.enter_context(contextlib.closing(runtime.RunLock(folder)))
+            open_run_folder(config, folder, resume)
+
+        runtime.on_main(world, claim_folder)
+        run = leaving.enter_context(contextlib.closing(Run(config, folder, accelerator, world)))
         state = run.new_state()
-        saved, complaints = run.checkpoints.newest() if resume else (None, [])
-        if saved is not None:
-            state.restore(saved, accelerator.scaler)
+        complaints = run.resume(state) if resume else []
         run.tracker = open_tracker(folder, config, world.is_main, run.num_steps, state.step if resume else None)
+        leaving.push(lambda kind, error, trace: run.tracker.finish(kind is None))
         for complaint in complaints:
             run.tracker.message(complaint)
         if world.is_main:
             runtime.write_json(folder / "environment.json", runtime.environment(world))
-        finished_ok = False
-        try:
-            if state.step < run.num_steps and not state.has_lost_patience(config.train.patience):
-                train(run, state)
-            else:
-                state.finished = True
-            if state.finished:
-                finish(run, state)
-                run.tracker.message(f"{folder}: done after {state.step:,} steps, {time.time() - started:,.0f} s")
-            else:
-                reason = run.stop_requests.reason or f"train.max_steps {config.train.max_steps}"
-                run.tracker.message(f"{folder}: stopped at step {state.step:,} ({reason}); go on with --resume")
-            finished_ok = True
-        finally:
-            run.tracker.finish(finished_ok)
-            run.stop_requests.close()
-            if lock:
-                lock.close()
+
+        if state.step < run.num_steps and not state.has_lost_patience(config.train.patience):
+            train(run, state)
+        else:
+            state.finished = True
+        if state.finished:
+            finish(run, state)
+            run.tracker.message(f"{folder}: done after {state.step:,} steps, {time.time() - started:,.0f} s")
+        else:
+            reason = run.stop_requests.reason or f"train.max_steps {config.train.max_steps}"
+            run.tracker.message(f"{folder}: stopped at step {state.step:,} ({reason}); go on with --resume")
         return 0 if state.finished or state.step == run.halt_step else runtime.EXIT_STOPPED
-    finally:
-        runtime.end()
 
 
 if __name__ == "__main__":

@@ -62,17 +62,18 @@ def _check_table(index: ShardIndex, split: SplitIndex) -> list[str]:
     path = Path(split.folder, f"{split.name}.samples.npy")
     if not path.exists():
         return [f"{path}: missing; it holds the position of every sample."]
-    if file_checksum(path) != split.table_checksum:
+    checksum, _, names_checksum = split.table_checksum.partition(" ")
+    if file_checksum(path) != checksum:
         return [f"{path}: checksum differs from the index; positions and labels in it cannot be trusted."]
     counts = np.bincount(split.table()["label"], minlength=index.num_classes)
     problems = (
         [] if (counts == split.class_counts).all() else [f"{path}: its labels do not add up to the index's counts."]
     )
-    names = split.names()
-    if names and len(names) != split.num_samples:
-        problems.append(
-            f"{path.with_name(f'{split.name}.names.txt')}: {len(names)} lines; expected {split.num_samples}."
-        )
+    names = path.with_name(f"{split.name}.names.txt")
+    if names_checksum and not names.exists():
+        problems.append(f"{names}: missing; it says where every sample came from.")
+    elif names_checksum and file_checksum(names) != names_checksum:
+        problems.append(f"{names}: checksum differs from the index; it says where every sample came from.")
     return problems
 
 

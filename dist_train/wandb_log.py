@@ -219,10 +219,10 @@ def _first_line(error: Exception) -> str:
 
 def _stop_client() -> None:
     """End W&B's client process at once: it would hold on to the run's id, or make the interpreter wait at its end."""
-    import wandb
+    with suppress(Exception, SystemExit):  # of no use to a training; wandb also misses the process just killed
+        import wandb
 
-    process = wandb.setup()._connection._proc._process  # wandb 0.31 has no public way
-    process.kill()
-    process.wait(5)
-    with suppress(Exception, SystemExit):  # it misses the process that was just killed
+        process = wandb.setup()._connection._proc._process  # wandb 0.31 has no public way
+        process.kill()
+        process.wait(5)
         wandb.teardown()

@@ -368,7 +368,7 @@ def test_the_native_core_refuses_arrays_of_the_wrong_size():
 
 def test_the_decoders_in_use_are_told(path):
     told = decode.decoders()
-    assert set(told) == {"jpeg", "png, webp, bmp", "native"}
+    assert set(told) == {"jpeg", "png, webp, bmp", "checksum", "native"}
     assert ("native core" in told["jpeg"]) == (path == "native")
 
 

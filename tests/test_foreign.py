@@ -101,7 +101,8 @@ def test_unusable_samples_are_named_counted_and_limited(tmp_path):
     write_tar(tmp_path / "x.tar", [
         ("good.jpg", jpeg(0)), ("good.cls", b"0"), ("unlabelled.jpg", jpeg(1)), ("lonely.cls", b"1"),
         ("odd.jpg", jpeg(2)), ("odd.cls", b"-1"), ("torn.jpg", b"no picture"), ("torn.cls", b"0"),
-        ("two.jpg", jpeg(3)), ("two.cls", b"0"), ("two.json", b'{"label": 1}'), ("bare.jpg", jpeg(4)), ("bare.json", b"{}"),
+        ("two.jpg", jpeg(3)), ("two.cls", b"0"), ("two.json", b'{"label": 1}'), ("bare.jpg", jpeg(4)),
+        ("bare.json", b"{}"),
         ("garbled.jpg", jpeg(5)), ("garbled.json", b"{"), ("also.jpg", jpeg(6)), ("also.cls", b"1"),
     ])  # fmt: skip
     with pytest.raises(UserError, match=r"7 of 9 samples cannot be used; max_bad allows 0(.|\n)*--max-bad 7"):
@@ -117,7 +118,8 @@ def test_unusable_samples_are_named_counted_and_limited(tmp_path):
 
 
 def test_splits_follow_the_words_of_the_path(tmp_path):
-    names = {"train/0.tar": "train", "my_val_3.tar": "val", "test-000.tar": "test", "retrain.tar": "train", "x.tar": "train",
+    names = {"train/0.tar": "train", "my_val_3.tar": "val", "test-000.tar": "test", "retrain.tar": "train",
+             "x.tar": "train",
              "validation.tar": "val"}  # fmt: skip
     for k, name in enumerate(names):
         write_tar(tmp_path / name, [("a.jpg", jpeg(k)), ("a.cls", b"0"), ("b.jpg", jpeg(k + 9)), ("b.cls", b"1")])

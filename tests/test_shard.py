@@ -1,5 +1,6 @@
 """Conversion: whole or not at all, the same bytes however it is run, readable by WebDataset."""
 
+import errno
 import gc
 import io
 import json
@@ -287,6 +288,11 @@ def test_leftovers_of_other_settings_are_replaced(tmp_path):
     for name, blob in all_bytes(tmp_path / "whole/set").items():
         (staging / name).write_bytes(blob)
     (staging / "train-000099.tar").write_bytes(b"old")
+    (staging / "train-000000.tar.77.partial").write_bytes(b"half")
+    (staging / "diary.txt").write_text("precious")
+    with pytest.raises(UserError, match="diary.txt"):
+        convert(config_for(tmp_path, seed=2))
+    (staging / "diary.txt").unlink()
     (staging / "train-000000.tar.done").write_text("garbage")
     index = convert(config_for(tmp_path, seed=2))
     assert all_bytes(index.folder) == all_bytes(tmp_path / "whole/set")
@@ -320,6 +326,19 @@ def test_a_full_disk_is_reported_and_leaves_the_finished_set(tmp_path):
     assert "train-000000.tar: cannot be written: File too large" in output
     assert all_bytes(index.folder) == before
     assert not list((tmp_path / "shards/set.partial").glob("*.[0-9]*.partial"))
+
+
+def test_a_disk_that_fills_up_at_the_index_is_reported(tmp_path, monkeypatch):
+    def no_space(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    make_folder(tmp_path / "raw")
+    with monkeypatch.context() as patch:
+        patch.setattr("dist_train.convert.save_index", no_space)
+        with pytest.raises(UserError, match="set.partial: cannot be written: No space left"):
+            convert(config_for(tmp_path))
+    assert not (tmp_path / "shards/set").exists()
+    assert convert(config_for(tmp_path)).num_classes == 3
 
 
 def test_a_tar_that_cannot_be_written_leaves_nothing(tmp_path):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from wandb_server import wandb_server
 
@@ -242,6 +243,22 @@ def test_a_server_that_hangs_in_the_middle_holds_up_nothing(tmp_path, server, ca
     tracker.finish(True)
     assert time.monotonic() - began < 10
     assert "did not take the last figures" in capsys.readouterr().out
+    assert steps_of(read_metrics(tmp_path / "digits/metrics.jsonl"), "train") == list(range(10, 101, 10))
+
+
+def test_a_client_that_is_frozen_is_left_behind(tmp_path, machine, capsys):
+    machine.setattr(wandb_log, "FINISH_S", 2)
+    tracker = open_tracker(tmp_path / "digits", AUTO, True, 100, None)
+    while not list((tmp_path / "digits").glob("wandb/offline-run-*/*.wandb")):
+        time.sleep(0.02)
+    (client,) = (child for child in psutil.Process().children() if "wandb-core" in child.name())
+    client.suspend()
+    train(tracker, range(10, 101, 10))
+    began = time.monotonic()
+    tracker.finish(True)
+    assert time.monotonic() - began < 8
+    assert "did not take the last figures" in capsys.readouterr().out
+    assert not client.is_running()
     assert steps_of(read_metrics(tmp_path / "digits/metrics.jsonl"), "train") == list(range(10, 101, 10))
 
 
