@@ -18,7 +18,8 @@ from dist_train.config import RunConfig, conflicts
 from dist_train.data import Batch, open_stream
 from dist_train.errors import UserError
 from dist_train.evaluate import Evaluation, evaluate
-from dist_train.index import ShardIndex, load_index
+from dist_train.folds import open_index
+from dist_train.index import ShardIndex
 from dist_train.layers import set_dropout_keys, use_keyed_dropout, use_sync_batchnorm
 from dist_train.models import build_model
 from dist_train.optim import Plateau, WeightAverage, build_optimizer, lr_at
@@ -30,7 +31,7 @@ class Run:
 
     def __init__(self, config: RunConfig, folder: Path, accelerator, world: runtime.World):
         self.config, self.folder, self.accelerator, self.world = config, folder, accelerator, world
-        self.index = load_index(config.data.shards)
+        self.index = open_index(config)
         check_sizes(config, self.index, world)
         num_samples = self.index.split(config.data.train_split).num_samples
         self.steps_per_epoch = num_samples / config.data.global_batch_size
@@ -176,7 +177,7 @@ class State:
     loss_sum: torch.Tensor  # of the steps since the last log line, on the device
     step: int = 0  # updates done; the state of the stream, too
     logged_step: int = 0
-    best_value: float | None = None
+    best_value: list[float] | None = None  # compared from left to right
     bad_evaluations: int = 0
     finished: bool = False
 

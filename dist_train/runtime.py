@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_train.errors import UserError
+from dist_train.watch import is_lost_contact
 
 EXIT_STOPPED = 85  # stopped on request, a checkpoint is written, `--resume` goes on
 
@@ -76,14 +77,23 @@ def start(precision: str, threads: int, timeout_s: int, broadcast_buffers: bool 
     env["OMP_NUM_THREADS"] = str(threads)  # Accelerate sets torch's threads from it, where there are several ranks
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it; without effect on the CPU
-    accelerator = Accelerator(
-        cpu=use_cpu,
-        mixed_precision=precision.replace("fp32", "no"),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)),
-            DistributedDataParallelKwargs(broadcast_buffers=broadcast_buffers, gradient_as_bucket_view=True),
-        ],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=use_cpu,
+            mixed_precision=precision.replace("fp32", "no"),
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)),
+                DistributedDataParallelKwargs(broadcast_buffers=broadcast_buffers, gradient_as_bucket_view=True),
+            ],
+        )
+    except RuntimeError as error:
+        if not is_lost_contact(error):
+            raise
+        raise UserError(
+            f"the {world_size} ranks did not meet at {master_address()}:{env.get('MASTER_PORT')} within {timeout_s} s: "
+            f"{str(error).splitlines()[0]}\n  Look for the last words of the rank that is missing, and whether that port "
+            f"can be reached from every host."
+        ) from error
     if accelerator.num_processes != world_size:
         raise UserError(
             f"WORLD_SIZE is {world_size} but Accelerate counts {accelerator.num_processes} processes: each would train "
@@ -91,6 +101,11 @@ def start(precision: str, threads: int, timeout_s: int, broadcast_buffers: bool 
         )
     device = accelerator.device
     return accelerator, World(accelerator.process_index, world_size, local_rank, local_world_size, device)
+
+
+def master_address() -> str:
+    """Where rank zero is, as the launcher says."""
+    return os.environ.get("MASTER_ADDR", "127.0.0.1")
 
 
 def end() -> None:
@@ -174,8 +189,10 @@ class RunLock:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.seek(0)
+            holder = self._file.read().strip() or "unknown"
+            self._file.close()
             raise UserError(
-                f"{run_folder}: another process trains in this folder ({self._file.read().strip() or 'unknown'}).\n"
+                f"{run_folder}: another process trains in this folder ({holder}).\n"
                 f"  Wait for it, or take another folder with --run."
             ) from None
         self._file.truncate(0)

@@ -23,6 +23,7 @@ from dist_train.order import fold
 from dist_train.run import Run, State, inference, open_run_folder
 from dist_train.settings import read_config
 from dist_train.track import open_tracker
+from dist_train.watch import Watch
 
 
 def train(run: Run, state: State) -> None:
@@ -73,11 +74,12 @@ def judge(run: Run, state: State) -> bool:
     with state.average.swapped(run.network) if state.average else contextlib.nullcontext():
         result = run.evaluate(run.config.data.val_split).result
     run.tracker.evaluation(state.step, run.config.data.val_split, {"epoch": run.epoch_of(state.step), **result.figures()})
-    value = -result.loss if run.config.train.monitor == "loss" else result.top1
+    # of equal accuracies the lower loss is the better one
+    value = [-result.loss] if run.config.train.monitor == "loss" else [result.top1, -result.loss]
     is_best = state.best_value is None or value > state.best_value
     state.best_value, state.bad_evaluations = (value, 0) if is_best else (state.best_value, state.bad_evaluations + 1)
     if run.config.optim.schedule == "plateau":
-        state.plateau.update(value)
+        state.plateau.update(value[0])
     return is_best
 
 
@@ -145,13 +147,14 @@ def parse(argv: list[str]) -> tuple[RunConfig, Path, bool]:
 def run_training(argv: list[str]) -> int:
     """`dist-train train`: returns 0 when the run is finished, runtime.EXIT_STOPPED when it was asked to stop."""
     config, folder, resume = parse(argv)
-    load_index(config.data.shards)  # a missing set is told before ranks meet
+    load_index(config.data.shards, config.data.cache_dir, config.data.cache_gb)  # a missing set is told before ranks meet
     accelerator, world = runtime.start(
         config.train.precision, config.runtime.threads, config.runtime.timeout_s, not config.train.sync_batchnorm
     )
     started = time.time()
     with contextlib.ExitStack() as leaving:
         leaving.callback(runtime.end)
+        watch = leaving.enter_context(Watch(world, config.runtime.timeout_s, runtime.master_address()))
 
         def claim_folder() -> None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -161,6 +164,7 @@ def run_training(argv: list[str]) -> int:
         runtime.on_main(world, claim_folder)
         run = leaving.enter_context(contextlib.closing(Run(config, folder, accelerator, world)))
         state = run.new_state()
+        watch.read_step = lambda: state.step
         complaints = run.resume(state) if resume else []
         run.tracker = open_tracker(folder, config, world.is_main, run.num_steps, state.step if resume else None)
         leaving.push(lambda kind, error, trace: run.tracker.finish(kind is None))

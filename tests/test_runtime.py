@@ -1,0 +1,117 @@
+"""Start-up guards, stop requests, the run folder's lock: what stands between a wrong launch and a wrong result."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from dist_train import runtime
+from dist_train.errors import UserError
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """The environment of a launcher's rank, on a machine whose GPUs can be set."""
+
+    def set_environment(num_gpus=0, **values):
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+
+    return set_environment
+
+
+@pytest.mark.parametrize("num_gpus, values, precision, complaint", [
+    (0, {"WORLD_SIZE": "4", "RANK": "1"}, "fp32", "WORLD_SIZE is 4 but this process would be alone"),
+    (2, {"WORLD_SIZE": "4", "RANK": "1"}, "fp32", "4 processes on this machine, but 2 GPUs are visible"),
+    (2, {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, "fp32", "4 processes on this machine, but 2 GPUs are visible"),
+    (0, {}, "fp16", "train.precision is fp16, which needs a GPU"),
+    (0, {"ACCELERATE_MIXED_PRECISION": "bf16"}, "fp32", "asks for mixed precision bf16, the recipe for .* fp32"),
+])  # fmt: skip
+def test_a_wrong_launch_is_refused(job, num_gpus, values, precision, complaint):
+    job(num_gpus, **values)
+    with pytest.raises(UserError, match=complaint):
+        runtime.start(precision, threads=1, timeout_s=5)
+
+
+@pytest.mark.parametrize("options, refused", [
+    (["--cpu", "--num_processes", "2"], True),
+    (["--num_processes=3"], True),
+    (["--config_file", "cpu.yaml"], True),
+    (["--config_file", "cpu.yaml", "--num_processes", "1"], False),
+    (["--num_processes", "1"], False),
+])  # fmt: skip
+def test_accelerate_starting_one_process_for_several_is_refused(tmp_path, options, refused):
+    (tmp_path / "cpu.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
+    launcher = tmp_path / "accelerate"  # stands for the launcher: what counts is the command line of the parent
+    launcher.write_text("import subprocess, sys\nsys.exit(subprocess.call([sys.executable, 'child.py']))\n")
+    (tmp_path / "child.py").write_text(
+        "from dist_train import runtime\nfrom dist_train.errors import UserError\n"
+        "try:\n    runtime._refuse_lonely_launch(1)\nexcept UserError as error:\n    print(error)\n"
+    )
+    command = [sys.executable, str(launcher), "launch", *options, "-m", "dist_train.train", "--num_processes", "9"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    out = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+    assert ("and started one" in out) == refused, out
+
+
+def test_signals_are_noted_and_harmless_when_repeated(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    requests = runtime.StopRequests(tmp_path)
+    assert not requests
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert requests and requests.reason == "SIGUSR1"
+    requests.close()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path):
+    requests = runtime.StopRequests(tmp_path)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requests.reason == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        requests.close()
+
+
+def test_a_stop_file_is_a_request(tmp_path):
+    requests = runtime.StopRequests(tmp_path)
+    (tmp_path / "stop").touch()
+    assert requests and "stop" in requests.reason
+    requests.close()
+
+
+def test_one_trainer_a_folder(tmp_path):
+    first = runtime.RunLock(tmp_path)
+    with pytest.raises(UserError, match=f"another process trains in this folder \\(process {os.getpid()} on"):
+        runtime.RunLock(tmp_path)
+    first.close()
+    runtime.RunLock(tmp_path).close()
+
+
+def test_json_is_written_whole(tmp_path):
+    runtime.write_json(tmp_path / "a.json", {"x": 1})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    with pytest.raises(TypeError):
+        runtime.write_json(tmp_path / "a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_environment_is_recorded():
+    world = runtime.World(0, 1, 0, 1, torch.device("cpu"))
+    about = runtime.environment(world)
+    assert about["packages"]["torch"] == torch.__version__.split("+")[0] or about["packages"]["torch"] == torch.__version__
+    assert about["cores"] >= 1 and about["device"] == "cpu" and json.dumps(about)
