@@ -1,5 +1,6 @@
 # make demo   install, convert the embedded digits, train, evaluate, report
 # make test   install, run the tests
+# make test-cluster   the tests on a real SLURM and on separate hosts; as root, it fetches their Debian packages
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 RECIPE ?= recipes/digits-alexnet.yaml
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-cluster lint clean
 
 install: $(VENV)/installed
 
@@ -15,8 +16,9 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard setup.py dist_train/*.c)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check uv || true
-	if test -x $(BIN)/uv; then $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
+	if test -x $(BIN)/uv; then $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
 	else $(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'; fi
+	$(BIN)/python -m compileall -q dist_train  # where Python is told to write no bytecode, every start would compile anew
 	touch $@
 
 demo: install
@@ -27,7 +29,16 @@ demo: install
 	dist-train report runs/digits-alexnet
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# where the packages cannot be had, the tests say what is missing and are skipped
+test-cluster: install
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && \
+	  ! (PATH=$$PATH:/usr/sbin:/sbin; for p in slurmctld slurmd sbatch munged ip strace; do command -v $$p || exit 1; done) > /dev/null; then \
+	  apt-get update -q > /dev/null; \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -q -y slurmctld slurmd slurm-client munge iproute2 strace > /dev/null; \
+	fi || true
+	$(BIN)/python -m pytest -q -rs -m cluster
 
 lint: install
 	$(BIN)/ruff check .

@@ -13,8 +13,11 @@ COMMANDS = {
     "index": ("dist_train.foreign:main", "index WebDataset tars made by others, in place"),
     "plan": ("dist_train.plan:main", "print which samples each rank reads at which step"),
     "train": ("dist_train.train:run_training", "train a network from a recipe; resume with --resume"),
+    "stop": ("dist_train.stop:main", "ask a training to write a checkpoint and end; --resume goes on"),
     "eval": ("dist_train.predict:eval_main", "figures of a run on a split, every sample counted once"),
     "predict": ("dist_train.predict:main", "classify picture files or folders with a run"),
+    "study": ("dist_train.study:main", "many trainings of one recipe, to find better settings; k-fold"),
+    "compare": ("dist_train.compare:main", "a table and bar pictures of several runs"),
     "report": ("dist_train.report:main", "one HTML page about a run"),
 }
 
@@ -47,12 +50,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_command(command, argv: list[str]) -> int:
-    """Call command(argv); a UserError becomes its message on stderr and exit code 2."""
+    """Call command(argv); a UserError becomes its message on stderr and its exit code, mostly 2."""
     try:
         return command(argv) or 0
     except UserError as error:
         print(f"{_error_prefix()}{error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -35,11 +35,10 @@ class World:
         return self.rank == 0
 
 
-def start(precision: str, threads: int, timeout_s: int, broadcast_buffers: bool = False):
+def start(precision: str, threads: int, timeout_s: int):
     """Start Accelerate and the process group; return (accelerator, world).
 
-    precision: fp32, bf16 or fp16. broadcast_buffers: give every rank rank zero's BatchNorm statistics each step; not
-    needed where they are those of the global batch. Raises UserError where the launcher's idea of the job differs from what was started:
+    precision: fp32, bf16 or fp16. Raises UserError where the launcher's idea of the job differs from what was started:
     several processes that are each alone, more processes than GPUs, a precision that contradicts the recipe's.
     """
     from datetime import timedelta
@@ -83,7 +82,7 @@ def start(precision: str, threads: int, timeout_s: int, broadcast_buffers: bool 
             mixed_precision=precision.replace("fp32", "no"),
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)),
-                DistributedDataParallelKwargs(broadcast_buffers=broadcast_buffers, gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
     except RuntimeError as error:
@@ -101,6 +100,11 @@ def start(precision: str, threads: int, timeout_s: int, broadcast_buffers: bool 
         )
     device = accelerator.device
     return accelerator, World(accelerator.process_index, world_size, local_rank, local_world_size, device)
+
+
+def num_launched() -> int:
+    """Ranks of the job, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def master_address() -> str:

@@ -148,9 +148,7 @@ def run_training(argv: list[str]) -> int:
     """`dist-train train`: returns 0 when the run is finished, runtime.EXIT_STOPPED when it was asked to stop."""
     config, folder, resume = parse(argv)
     load_index(config.data.shards, config.data.cache_dir, config.data.cache_gb)  # a missing set is told before ranks meet
-    accelerator, world = runtime.start(
-        config.train.precision, config.runtime.threads, config.runtime.timeout_s, not config.train.sync_batchnorm
-    )
+    accelerator, world = runtime.start(config.train.precision, config.runtime.threads, config.runtime.timeout_s)
     started = time.time()
     with contextlib.ExitStack() as leaving:
         leaving.callback(runtime.end)

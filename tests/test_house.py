@@ -20,10 +20,10 @@ MODULES = sorted(p.stem for p in (ROOT / "dist_train").glob("*.py"))
 # Imports run downwards, from a later row to an earlier one, or inside a row without a circle.
 LAYERS = [
     ["errors", "settings", "config", "index", "order", "boxes"],  # no torch
-    ["store", "decode", "tars", "partition", "pictures", "sources", "tables", "torchsets", "workers", "write_shard", "plan",
-     "foreign_tar", "contact_sheet"],  # no torch either
-    ["convert", "shard", "foreign", "verify", "draws", "colour", "mixing", "augment", "layers", "networks", "pretrained",
-     "models", "optim", "metrics", "wandb_file", "wandb_log", "track", "runtime", "plots"],
+    ["remote", "shard_cache", "store", "decode", "tars", "partition", "pictures", "sources", "tables", "torchsets", "workers",
+     "write_shard", "plan", "foreign_tar", "contact_sheet", "stop"],  # no torch either
+    ["convert", "repair", "shard", "foreign", "verify", "draws", "colour", "mixing", "augment", "layers", "networks", "pretrained",
+     "models", "optim", "metrics", "wandb_file", "wandb_log", "track", "watch", "runtime", "plots"],
     ["data", "checkpoint"],
     ["evaluate"],
     ["run", "train", "predict", "report"],

@@ -1,0 +1,118 @@
+"""Jobs on a real SLURM of three nodes: pushed out, warned, or struck by a power cut, they end as if nothing had been."""
+# ruff: noqa: F811
+
+import json
+
+import pytest
+import torch
+from clusters import slurm, wait_for  # noqa: F401
+from conftest import finish_ranks, start_ranks, tiny_run
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+MORE = ["--train.epochs", "10", "--train.eval_every_epochs", "4", "--runtime.timeout_s", "30"]
+
+
+def lines(run, kind):
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    measured = ("time_s", "images_per_s", "data_wait")
+    return [{k: v for k, v in row.items() if k not in measured} for row in rows if row["kind"] == kind]
+
+
+def restarts_of(run):
+    return [row["step"] for row in lines(run, "restart")]  # 0 is the first start
+
+
+@pytest.fixture(scope="module")
+def calm(digits, tmp_path_factory):
+    """The same training on two ranks, undisturbed."""
+    folder = tmp_path_factory.mktemp("calm")
+    ranks = start_ranks(2, tiny_run(digits, folder / "run", *MORE), folder)
+    assert finish_ranks(ranks, folder) == [0, 0], (folder / "rank0.log").read_text()
+    return folder / "run"
+
+
+class Job:
+    """A training submitted to SLURM on two nodes, waited for until it is in the middle."""
+
+    def __init__(self, slurm, digits, folder, *argv, **env):
+        self.slurm, self.folder, self.run = slurm, folder, folder / "run"
+        recipe = folder / "recipe.yaml"
+        recipe.write_text("seed: 0\n")
+        settings = tiny_run(digits, self.run, *MORE, *argv)
+        at = settings.index("--run")
+        del settings[at : at + 2]
+        self.id = slurm.run(
+            "ctl", "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={folder}/job.out",
+            "launch/train.sbatch", str(recipe), *settings, RUN=str(self.run), **env,
+        ).strip()  # fmt: skip
+
+    def log(self):
+        path = self.folder / "job.out"
+        return f"{self.slurm.state(self.id)}: {path.read_text()[-3000:] if path.exists() else 'no output'}"
+
+    def reach(self, num_steps):
+        wait_for(lambda: len(lines(self.run, "train")) >= num_steps, self.log)
+
+    def finish(self):
+        wait_for(lambda: self.slurm.state(self.id) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), self.log)
+        assert self.slurm.state(self.id) == "COMPLETED", self.log()
+
+
+def assert_same_run(run, calm, num_restarts=1):
+    restarts = [step for step in restarts_of(run) if step]
+    assert len(restarts) == num_restarts
+    for kind in ("train", "eval"):
+        assert lines(run, kind) == lines(calm, kind)  # every step once, every figure to the last digit
+    first, second = load_file(run / "weights.safetensors"), load_file(calm / "weights.safetensors")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return restarts
+
+
+def test_a_job_that_is_pushed_out_goes_on_where_it_was(slurm, digits, calm, tmp_path):
+    job = Job(slurm, digits, tmp_path, "--track.wandb", "offline", "--track.project", "cluster-test", WANDB_MODE="offline")
+    job.reach(5)
+    slurm.run("ctl", "sbatch", "-p", "urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    wait_for(lambda: slurm.state(job.id) != "RUNNING", job.log)
+    job.finish()
+    (step,) = assert_same_run(job.run, calm)
+    assert step >= 5, "the step it was stopped at was saved; no checkpoint was due before"
+    ids = {path.stem.rpartition("-")[2] for path in job.run.rglob("run-*.wandb")}
+    assert len(ids) == 1, "one W&B run a job"
+
+
+@pytest.mark.parametrize("launcher", ["srun", "accelerate"])
+def test_a_warned_job_queues_itself_again(slurm, digits, calm, tmp_path, launcher):
+    job = Job(slurm, digits, tmp_path, LAUNCHER=launcher)
+    job.reach(5)
+    for _ in range(2):  # signals come twice
+        slurm.run("ctl", "scancel", "--signal=USR1", "--batch", job.id)
+    wait_for(lambda: slurm.state(job.id) != "RUNNING", job.log)
+    job.finish()
+    (step,) = assert_same_run(job.run, calm)
+    assert step >= 5
+
+
+def test_a_signal_to_the_ranks_alone_queues_the_job_again_and_a_stop_file_does_not(slurm, digits, tmp_path):
+    job = Job(slurm, digits, tmp_path)
+    job.reach(5)
+    slurm.run("ctl", "scancel", "--signal=USR1", job.id)
+    wait_for(lambda: slurm.state(job.id) == "PENDING", job.log)
+    job.reach(len(lines(job.run, "train")) + 3)
+    (job.run / "stop").touch()
+    wait_for(lambda: slurm.state(job.id) in ("FAILED", "COMPLETED"), job.log)
+    assert slurm.state(job.id) == "FAILED" and "(the file" in job.log()
+    assert not (job.run / "result.json").exists()
+
+
+def test_a_job_goes_on_on_other_nodes_after_a_power_cut(slurm, digits, calm, tmp_path):
+    job = Job(slurm, digits, tmp_path, "--train.checkpoint_every_steps", "5")
+    job.reach(12)
+    slurm.fault("node2", "power")
+    wait_for(lambda: len(restarts_of(job.run)) == 2, job.log)
+    job.finish()
+    assert_same_run(job.run, calm)
+    assert "on node[1,3]" in (tmp_path / "job.out").read_text()
