@@ -11,13 +11,17 @@ class DataConfig:
     """Which samples are read, in which order, and how they become pixels."""
 
     shards: str = ""
-    """folder with an index.json, as written by `dist-train shard` or `dist-train index`"""
+    """folder with an index.json, as written by `dist-train shard` or `dist-train index`; or its URL: s3://, gs://, https://"""
     train_split: str = "train"
     """split that is trained on"""
     val_split: str = "val"
     """split that is evaluated while training, picks the best checkpoint and stops early"""
     test_split: str = "test"
     """split that is evaluated once, at the end; empty for none"""
+    folds: int = 0
+    """k-fold cross-validation: parts that the training split is dealt into, by class; 0 is none"""
+    fold: int = 0
+    """the part, from 0, that takes the place of val_split; the others are trained on"""
     global_batch_size: int = 128
     """samples per step over all ranks together; the same on any number of ranks"""
     image_size: int = 0
@@ -37,6 +41,10 @@ class DataConfig:
     """decoded batches kept ahead of the step, MB per process"""
     verify: bool = True
     """compare every sample's checksum as it is read"""
+    cache_dir: str = ""
+    """where shards behind a URL are kept; default dist_train in the user's cache folder. The ranks of a node share it"""
+    cache_gb: float = 100.0
+    """most that fetched shards take there, GB; the least recently used go first"""
 
 
 @dataclass(frozen=True)
@@ -254,10 +262,44 @@ class ShardConfig:
     """unreadable samples that are left out, and listed in the index, before the conversion stops"""
     overwrite: bool = False
     """replace a finished set of the same name"""
+    part: str = ""
+    """I/N: write the I-th of N parts (I from 0), on a machine that shares the folder with the others; then join them"""
+    join: bool = False
+    """make a set of the parts, once all of them are written"""
+    repair: bool = False
+    """write the missing and damaged shards of a finished set again"""
 
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """One study: many trainings of one recipe, to find better settings. The `study:` part of a study's YAML file."""
+
+    recipe: str = ""
+    """recipe that is varied"""
+    name: str = ""
+    """results go to runs/NAME; default is the name of the study's file"""
+    sampler: Literal["grid", "random", "tpe"] = "tpe"
+    """every combination, independent draws, or draws that learn from the trials before (tree-structured Parzen estimator)"""
+    trials: int = 0
+    """trials over all processes; 0 is every combination of a grid, 30 draws otherwise"""
+    folds: int = 0
+    """trainings per trial, one for each fold of the training split; 0 is one training against the validation split"""
+    metric: Literal["top1", "loss"] = "top1"
+    """validation figure that is optimised: the highest top1 or the lowest loss; each training's best evaluation counts"""
+    prune: bool = True
+    """end trials that fall behind the median of those before"""
+    seed: int = 0
+    """draws the settings; trainings follow from the recipe's seed"""
+    storage: str = ""
+    """Optuna's journal, a file on a disk that all processes share; default runs/NAME/journal.log"""
+
+
+# Settings of a conversion that no byte of the set depends on.
+FREE_SHARD_SETTINGS = ("out", "workers", "max_bad", "overwrite", "download", "part", "join", "repair")
 
 # Settings that may differ between a run and its continuation, because no result depends on them.
-FREE_SETTINGS = ("runtime.", "track.", "data.shards", "data.threads", "data.prefetch_mb", "data.verify",
+FREE_SETTINGS = ("runtime.", "track.", "data.shards", "data.threads", "data.prefetch_mb", "data.verify", "data.cache_dir",
+                 "data.cache_gb",
                  "train.max_steps", "train.log_every_steps", "train.checkpoint_every_steps",
                  "train.keep_checkpoints")  # fmt: skip
 

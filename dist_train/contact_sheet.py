@@ -7,6 +7,7 @@ import numpy as np
 
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex, SplitIndex
+from dist_train.store import Store
 
 _CLASSES, _PER_CLASS, _CELL = 24, 10, 96  # rows, columns, pixels: a page that still fits a screen
 
@@ -118,6 +119,8 @@ def _vector(split: SplitIndex, row: np.void, sample: int) -> np.ndarray:
 
 def read_payload(split: SplitIndex, row: np.void, sample: int) -> bytes:
     """The bytes of one sample; row: its SAMPLE. Raises UserError where the shard is missing or too short."""
+    if split.remote:
+        return Store(split).payload(sample)
     path = Path(split.folder, split.files[int(split.shard_of(np.array([sample]))[0])])
     try:
         with open(path, "rb") as file:

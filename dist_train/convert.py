@@ -12,11 +12,12 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from dist_train.config import ShardConfig
+from dist_train.config import FREE_SHARD_SETTINGS, ShardConfig
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex, SplitIndex, load_index, save_index, save_table
 from dist_train.partition import TRAIN, assign_splits, cut_into_shards, name_draws
@@ -25,9 +26,9 @@ from dist_train.shard import check_settings
 from dist_train.sources import SPLITS, Source, open_source
 from dist_train.tars import writing
 from dist_train.workers import num_cores, run_tasks
-from dist_train.write_shard import ShardResult, ShardTask, write_shard
+from dist_train.write_shard import ShardResult, ShardTask, write_shard, written_result
 
-_OURS = re.compile(r"(train|val|test)(-\d{6}\.tar|\.samples\.npy|\.names\.txt)|index\.json|inspect\.png")
+_OURS = re.compile(r"(train|val|test)(-\d{6}\.tar|\.samples\.npy|\.names\.txt)|index\.json|inspect\.png|part-\d+-of-\d+\.lock")
 _SMALL_BYTES = 16_000_000  # below this, starting worker processes takes longer than the work
 
 
@@ -40,19 +41,55 @@ def convert(config: ShardConfig) -> ShardIndex:
     check_settings(config)
     out = Path(config.out)
     with _staging_folder(out, config) as staging:
-        source = open_source(config)
-        for note in source.notes:
-            print(f"{config.path or config.dataset}: {note}")
-        plan = _plan(config, source)
-        tasks = [(split, number, rows) for split, shards in plan.items() for number, rows in enumerate(shards)]
+        source, tasks = plan_conversion(config)
+        results = _written_parts(config, source, tasks, staging) if config.join else None
         _remove_strangers(staging, {_file(split, number) for split, number, _ in tasks})
-        results = _write(config, source, staging, tasks)
+        results = results or write_shards(config, source, tasks, staging)
         with writing(staging):
             save_index(_gather(config, source, staging, tasks, results))
             for notes in staging.glob("*.done"):
                 notes.unlink()
             _put_in_place(staging, out)
     return load_index(out)
+
+
+def convert_part(config: ShardConfig) -> int:
+    """Write every N-th shard, config.part being I/N, into the folder that all parts share; returns how many.
+
+    Which shards there are, and their bytes, do not depend on the parts. Raises UserError as `convert`.
+    """
+    check_settings(config)
+    part, num_parts = part_of(config.part)
+    out = Path(config.out)
+    with _staging_folder(out, config, shared=True) as staging, _alone(staging / f"part-{part}-of-{num_parts}.lock"):
+        source, tasks = plan_conversion(config)
+        mine = range(part, len(tasks), num_parts)
+        for split, number, _ in (tasks[k] for k in mine):
+            for left in staging.glob(f"{_file(split, number)}.*.partial"):
+                left.unlink()  # of an attempt of this part that was cut short
+        write_shards(config, source, tasks, staging, mine)
+    return len(mine)
+
+
+def plan_conversion(config: ShardConfig) -> tuple[Source, list[tuple[int, int, np.ndarray]]]:
+    """The opened source, and (split, number, rows) of every shard: the samples in it, in order."""
+    source = open_source(config)
+    for note in source.notes:
+        print(f"{config.path or config.dataset}: {note}")
+    plan = _plan(config, source)
+    return source, [(split, number, rows) for split, shards in plan.items() for number, rows in enumerate(shards)]
+
+
+def described(
+    config: ShardConfig, source: Source, tasks: list, folder: Path, chosen: Sequence[int] | None = None
+) -> Iterator[ShardTask]:
+    """The task of each shard, or of the chosen ones, to be written into a folder."""
+    first_key, chosen = {split: 0 for split, _, _ in tasks}, set(range(len(tasks)) if chosen is None else chosen)
+    for k, (split, number, rows) in enumerate(tasks):
+        if k in chosen:
+            path = folder / _file(split, number)
+            yield ShardTask(path, first_key[split], source.take(rows), config.resize, config.quality)
+        first_key[split] += len(rows)
 
 
 def _plan(config: ShardConfig, source: Source) -> dict[int, list[np.ndarray]]:
@@ -70,35 +107,26 @@ def _plan(config: ShardConfig, source: Source) -> dict[int, list[np.ndarray]]:
     }  # fmt: skip
 
 
-def _write(config: ShardConfig, source: Source, staging: Path, tasks: list) -> list[ShardResult]:
-    """Write all shards; results in the order of the tasks."""
-    num_samples = len(source.labels)
-    workers = config.workers or (1 if int(source.sizes.sum()) < _SMALL_BYTES else num_cores())
-
-    def described():
-        first_key = {split: 0 for split, _, _ in tasks}
-        for split, number, rows in tasks:
-            path = staging / _file(split, number)
-            yield ShardTask(path, first_key[split], source.take(rows), config.resize, config.quality)
-            first_key[split] += len(rows)
-
-    results, bad = [None] * len(tasks), []
+def write_shards(
+    config: ShardConfig, source: Source, tasks: list, folder: Path, chosen: Sequence[int] | None = None
+) -> list[ShardResult]:
+    """Write all shards, or the chosen ones, into the folder; results in the order of the tasks."""
+    chosen = range(len(tasks)) if chosen is None else chosen
+    num_samples = sum(len(tasks[k][2]) for k in chosen)
+    few_bytes = int(source.sizes.sum()) * num_samples < _SMALL_BYTES * len(source.labels)
+    workers = min(config.workers or (1 if few_bytes else num_cores()), len(chosen))
+    results, bad = [None] * len(chosen), []
     with (
         _progress(num_samples, config.out) as advance,
-        contextlib.closing(run_tasks(write_shard, described(), min(workers, len(tasks)), advance)) as finished,
+        contextlib.closing(
+            run_tasks(write_shard, described(config, source, tasks, folder, chosen), workers, advance)
+        ) as finished,
     ):
         for number, result in finished:
             results[number] = result
-            rows = tasks[number][2]
+            rows = tasks[chosen[number]][2]
             bad += [(source.names[rows[place]], why) for place, why in result.bad]
-            if len(bad) > config.max_bad:
-                few = "".join(f"\n  {name}: {why}" for name, why in sorted(bad)[:5])
-                raise UserError(
-                    f"{config.path or config.dataset}: {len(bad)} samples so far cannot be read; "
-                    f"max_bad allows {config.max_bad}.{few}\n"
-                    f"  Mend or remove them, or leave them out with --max-bad {max(10, 2 * len(bad))}. "
-                    f"What is finished is kept for the next start."
-                )
+            _check_bad(config, bad)
     return results
 
 
@@ -135,7 +163,7 @@ def _gather(config: ShardConfig, source: Source, staging: Path, tasks: list, res
         mean, std = values.mean(axis=0).tolist(), values.std(axis=0)
         std = np.where(std > 0, std, 1.0).tolist()  # a column that never changes in training does no harm so
     settings = to_dict(config)
-    for free in ("out", "workers", "max_bad", "overwrite", "download"):  # no byte of the set depends on them
+    for free in FREE_SHARD_SETTINGS:
         settings.pop(free)
     return ShardIndex(
         folder=str(staging), name=Path(config.out).name, classes=source.classes, splits=splits, mean=mean, std=std,
@@ -144,13 +172,48 @@ def _gather(config: ShardConfig, source: Source, staging: Path, tasks: list, res
     )  # fmt: skip
 
 
+def _written_parts(config: ShardConfig, source: Source, tasks: list, staging: Path) -> list[ShardResult]:
+    """What the parts have written. Raises UserError unless it is every shard, as this conversion would write it."""
+    results = [written_result(task) for task in described(config, source, tasks, staging)]
+    missing = [f"{_file(*tasks[k][:2])} (shard {k})" for k, result in enumerate(results) if result is None]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise UserError(f"{config.out}: {len(missing)} shards are not written, or of other raw data or settings: "
+                        f"{', '.join(missing[:5])}{more}.\n  Shard K is written by --part I/N where I is K modulo N.")  # fmt: skip
+    _check_bad(config, [(source.names[tasks[k][2][place]], why) for k, result in enumerate(results) for place, why in result.bad])
+    return results
+
+
+def _check_bad(config: ShardConfig, bad: list[tuple[str, str]]) -> None:
+    """Raise UserError if more samples are unreadable than config.max_bad. bad: (name, reason)."""
+    if len(bad) > config.max_bad:
+        few = "".join(f"\n  {name}: {why}" for name, why in sorted(bad)[:5])
+        raise UserError(
+            f"{config.path or config.dataset}: {len(bad)} samples so far cannot be read; max_bad allows {config.max_bad}.{few}\n"
+            f"  Mend or remove them, or leave them out with --max-bad {max(10, 2 * len(bad))}. "
+            f"What is finished is kept for the next start."
+        )
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """(part, number of parts) of "I/N". Raises UserError."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    part, num_parts = map(int, match.groups()) if match else (0, 0)
+    if not part < num_parts:
+        raise UserError(f"part is {text!r}; expected I/N with I from 0 to N - 1, such as 0/16.")
+    return part, num_parts
+
+
 def _file(split: int, number: int) -> str:
     return f"{SPLITS[split]}-{number:06d}.tar"
 
 
 @contextlib.contextmanager
-def _staging_folder(out: Path, config: ShardConfig):
-    """shards/NAME.partial, held by this process alone. Raises UserError if shards/NAME is not to be written."""
+def _staging_folder(out: Path, config: ShardConfig, shared: bool = False):
+    """shards/NAME.partial, held by this process alone, or with others that share it.
+
+    Raises UserError if shards/NAME is not to be written.
+    """
     staging, replaced = (out.with_name(f"{out.name}.{word}") for word in ("partial", "replaced"))
     if config.path and config.source == "folder":
         here, there = out.resolve(), Path(config.path).resolve()
@@ -163,17 +226,29 @@ def _staging_folder(out: Path, config: ShardConfig):
         raise UserError(f"{staging}: cannot be made: {error.strerror}.\n  Pick another --out.") from None
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{staging}: another process is writing this set.\n  Wait for it, or end it.") from None
-        if replaced.exists():  # a swap was cut short: before its second step the old set is still the set
+        if replaced.exists() and not shared:  # a swap was cut short: before its second step the old set is still the set
             shutil.rmtree(replaced) if out.exists() else os.rename(replaced, out)
         _check_target(out, config.overwrite)
         yield staging
     finally:
         os.close(lock)
-        with contextlib.suppress(OSError):
-            staging.rmdir()  # only if nothing was written
+        if not shared:
+            with contextlib.suppress(OSError):
+                staging.rmdir()  # only if nothing was written
+
+
+@contextlib.contextmanager
+def _alone(path: Path):
+    """Hold a lock file. Raises UserError if another process holds it."""
+    with writing(path), open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path}: another process is writing this part.\n  Wait for it, or end it.") from None
+        yield
 
 
 def _check_target(out: Path, overwrite: bool) -> None:

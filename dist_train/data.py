@@ -7,6 +7,7 @@
 
 import collections
 import contextlib
+import copy
 import itertools
 import os
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from dist_train.decode import decode_from_files
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex, load_index
 from dist_train.order import Order, evaluation_share, rank_share, sample_keys
+from dist_train.shard_cache import read_ahead, shards_in_play
 from dist_train.store import Store, sample_name
 
 
@@ -29,7 +31,7 @@ class Batch:
     """One rank's share of a global batch.
 
     images: uint8 (N, 3, H, W), channels-last in memory; for tables float32 (N, F), as stored.
-    labels, samples, epochs, random_keys: int64 (N,). `samples` are numbers in the split, `random_keys` the keys of
+    labels, samples, epochs, random_keys: int64 (N,). `samples` are numbers in the stored split, `random_keys` the keys of
     everything random that is done to them (order.sample_keys).
     """
 
@@ -102,10 +104,16 @@ def open_stream(
 
     def make(step: int) -> Batch:
         samples, epochs = order.rank_batch(step, rank, world_size)
+        samples = source.stored_numbers(samples)
         return load(step, samples, epochs, sample_keys(seed, epochs, samples))
 
     steps = itertools.count(start_step) if stop_step is None else range(start_step, stop_step)
-    return _ahead(make, steps, _num_threads(threads), batch_size // world_size * _sample_bytes(index, size), prefetch_mb)
+    batches = _ahead(make, steps, _num_threads(threads), batch_size // world_size * _sample_bytes(index, size), prefetch_mb)
+    if load.store.split.remote is None:
+        return batches
+    walk = replace(order)  # of its own: an order remembers two epochs, and this one is ahead
+    upcoming = (source.stored_numbers(walk.rank_batch(step, rank, world_size)[0]) for step in copy.copy(steps))
+    return read_ahead(load.store, upcoming, shards_in_play(order, world_size), batches)
 
 
 def open_evaluation(
@@ -127,7 +135,8 @@ def open_evaluation(
     one-size pictures come whole and as they are.
     """
     size = _output_size(index, image_size)
-    share = evaluation_share(index.split(split).num_samples, *world)
+    source = index.split(split)
+    share = evaluation_share(source.num_samples, *world)
 
     def central_boxes(rows, keys):
         return crop_boxes.central_boxes(rows["height"], rows["width"], size, eval_crop)
@@ -137,11 +146,16 @@ def open_evaluation(
 
     def make(step: int) -> Batch:
         samples = np.arange(share.start + step * batch_size, min(share.start + (step + 1) * batch_size, share.stop))
-        epochs = np.zeros_like(samples)
+        samples, epochs = source.stored_numbers(samples), np.zeros_like(samples)
         return load(step, samples, epochs, sample_keys(0, epochs, samples))
 
     batch_bytes = batch_size * _sample_bytes(index, size)
-    return _ahead(make, range(-(-len(share) // batch_size)), _num_threads(threads), batch_bytes, prefetch_mb)
+    steps = range(-(-len(share) // batch_size))
+    batches = _ahead(make, steps, _num_threads(threads), batch_bytes, prefetch_mb)
+    if load.store.split.remote is None:
+        return batches
+    upcoming = (source.stored_numbers(np.arange(share.start, share.stop)[s * batch_size : (s + 1) * batch_size]) for s in steps)
+    return read_ahead(load.store, upcoming, 4, batches)
 
 
 def to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
@@ -169,11 +183,12 @@ def to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
 
 
 class _Loader:
-    """Sample numbers -> Batch. Called by many threads at once."""
+    """Numbers in the stored split -> Batch. Called by many threads at once."""
 
     def __init__(self, index: ShardIndex, split: str, size, boxes, verify: bool, pin_memory: bool):
-        self.split, self.size, self.boxes, self.verify, self.pin_memory = split, size, boxes, verify, pin_memory
-        self.store = Store(index.split(split))
+        self.size, self.boxes, self.verify, self.pin_memory = size, boxes, verify, pin_memory
+        self.store = Store(index.split(split).stored)
+        self.split = self.store.split.name
         self.num_features = len(index.features) if index.features else 0
 
     def __call__(self, step: int, samples: np.ndarray, epochs: np.ndarray, keys: np.ndarray) -> Batch:
@@ -201,8 +216,7 @@ class _Loader:
     def _vectors(self, samples: np.ndarray) -> torch.Tensor:
         out = torch.empty((len(samples), self.num_features), pin_memory=self.pin_memory)
         rows = out.numpy()
-        for i, sample in enumerate(samples.tolist()):
-            payload = self.store.payload(sample, self.verify)
+        for i, payload in enumerate(self.store.payloads(samples, self.verify)):
             rows[i] = np.frombuffer(payload, np.float32, offset=len(payload) - 4 * self.num_features)
         return out
 

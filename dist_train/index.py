@@ -41,6 +41,7 @@ class SplitIndex:
     shard_checksums: list[str]  # xxh3_128 of the whole file, hex
     class_counts: np.ndarray  # (K,) int64
     table_checksum: str = ""  # xxh3_128 of the table, and of the names where they are kept, hex
+    remote: object = None  # shard_cache.RemoteShards where the shards are fetched when they are needed
     first: np.ndarray = field(init=False)  # (S + 1,) int64
 
     def __post_init__(self):
@@ -53,6 +54,15 @@ class SplitIndex:
     @property
     def num_shards(self) -> int:
         return len(self.shard_samples)
+
+    @property
+    def stored(self) -> "SplitIndex":
+        """The split as it lies in the shards: another one where this is a part of it (folds.Part)."""
+        return self
+
+    def stored_numbers(self, samples: np.ndarray) -> np.ndarray:
+        """Numbers in the stored split of samples of this one. (n,) int64 each."""
+        return samples
 
     def table(self) -> np.ndarray:
         """(num_samples,) SAMPLE rows, mapped: only what is touched is read."""
@@ -107,8 +117,15 @@ class ShardIndex:
         return self.splits[name]
 
 
-def load_index(folder: str | os.PathLike) -> ShardIndex:
-    """Read shards/NAME/index.json. Raises UserError if it is missing, damaged, or of another format."""
+def load_index(folder: str | os.PathLike, cache_dir: str = "", cache_gb: float = 100.0) -> ShardIndex:
+    """Read shards/NAME/index.json. Raises UserError if it is missing, damaged, or of another format.
+
+    folder may be a URL; its shards are then kept in cache_dir, up to cache_gb of them (data.cache_dir, data.cache_gb).
+    """
+    if "://" in str(folder):
+        from dist_train.shard_cache import load_remote_index
+
+        return load_remote_index(str(folder), cache_dir, cache_gb)
     path = Path(folder, "index.json")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

@@ -97,14 +97,15 @@ class Order:
 
     def _shard_tape(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards in this epoch's order (S,), and where each begins on the tape (S,). Kept for the two newest epochs."""
-        if epoch not in self._epochs:
+        tape = self._epochs.get(epoch)
+        if tape is None:
             draws = mix(np.arange(self.num_shards, dtype=np.uint64) ^ fold(self.seed, _SHARDS, epoch))
             shard_order = np.argsort(draws, kind="stable")
             starts = np.concatenate([[0], np.cumsum(self.shard_samples[shard_order])[:-1]]).astype(np.int64)
-            for old in sorted(self._epochs)[:-1]:
+            tape = self._epochs[epoch] = shard_order, starts
+            for old in sorted(self._epochs)[:-2]:  # threads may be epochs apart on a tiny split: each keeps its own tape
                 self._epochs.pop(old, None)
-            self._epochs[epoch] = shard_order, starts
-        return self._epochs[epoch]
+        return tape
 
 
 def rank_share(global_batch_size: int, rank: int, world_size: int) -> slice:

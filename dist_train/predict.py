@@ -16,6 +16,7 @@ from dist_train.config import RunConfig
 from dist_train.decode import DecodeError, decode_into, picture_size
 from dist_train.errors import UserError
 from dist_train.evaluate import evaluate, predict_logits, write_evaluation
+from dist_train.folds import fold_view
 from dist_train.index import load_index
 from dist_train.layers import use_keyed_dropout
 from dist_train.metrics import class_table
@@ -113,7 +114,7 @@ def eval_main(argv: list[str]) -> None:
     options, overrides = parser.parse_known_args(argv)
     trained = load_run(options.run)
     config = read_config(RunConfig, overrides, "dist-train eval", [str(trained.folder / "config.yaml")])
-    index = load_index(config.data.shards)
+    index = fold_view(load_index(config.data.shards, config.data.cache_dir, config.data.cache_gb), config)
     if index.classes != trained.classes:
         raise UserError(f"{index.folder}: its classes are not those of {trained.folder}: {index.classes[:5]}... there, "
                         f"{trained.classes[:5]}... here.")  # fmt: skip

@@ -16,8 +16,9 @@ import xxhash
 from dist_train import plots
 from dist_train.config import RunConfig
 from dist_train.errors import UserError
+from dist_train.folds import fold_view
 from dist_train.index import load_index
-from dist_train.settings import flatten, to_dict
+from dist_train.settings import flatten, from_dict, to_dict
 from dist_train.track import read_metrics
 
 MAX_MATRIX_CLASSES = 40  # a larger matrix shows the most confused of them
@@ -247,7 +248,8 @@ def _mistakes(run: Path, config: dict, names: list[str], raw: dict) -> tuple[lis
     if index.features is not None:
         return rows, ""
     try:
-        split = index.split(raw["split"])
+        # samples are numbered as they lie in the shards, also where a fold was evaluated
+        split = fold_view(index, from_dict(RunConfig, config)).split(raw["split"]).stored
         table, sources = split.table(), split.names()
     except UserError as error:
         return rows, f"No pictures: {error}"

@@ -7,12 +7,26 @@ from dist_train.config import ShardConfig
 from dist_train.errors import UserError
 from dist_train.settings import read_config
 
+_FLAGS = ("--join", "--repair", "--overwrite", "--download", "--extra")  # may stand alone, meaning true
+
 
 def main(argv: list[str]) -> None:
     """`dist-train shard [datasets/NAME.yaml] [--SETTING VALUE ...]`. Raises UserError."""
     config = read_shard_config(argv)
-    from dist_train.convert import convert  # after the settings, so that `--help` answers at once
+    if config.repair:
+        from dist_train.repair import repair
 
+        names = repair(config)
+        print(f"{config.out}: whole; written again: {', '.join(names) or 'nothing, for nothing was damaged'}.")
+        return
+    from dist_train.convert import convert, convert_part  # after the settings, so that `--help` answers at once
+
+    if config.part:
+        num_shards = convert_part(config)
+        print(
+            f"{config.out}: part {config.part} is written, {num_shards} shards. When all parts are: the same with --join."
+        )
+        return
     index = convert(config)
     print_summary(index)
     print(f"{index.folder}: finished.")
@@ -20,6 +34,10 @@ def main(argv: list[str]) -> None:
 
 def read_shard_config(argv: list[str]) -> ShardConfig:
     """Settings from the command line; `out` is filled in: shards/<name of the YAML file>."""
+    argv = list(argv)
+    for i, word in reversed(list(enumerate(argv))):
+        if word in _FLAGS and (i + 1 == len(argv) or argv[i + 1].startswith("-")):
+            argv.insert(i + 1, "true")
     files = [argv[0]] if argv and not argv[0].startswith("-") else []
     config = read_config(ShardConfig, argv[len(files) :], "dist-train shard [datasets/NAME.yaml]", files=files)
     files += [b for a, b in zip(argv, argv[1:], strict=False) if a == "--config"]
@@ -44,6 +62,8 @@ def check_settings(config: ShardConfig) -> None:
         "min_shards": (config.min_shards, config.min_shards >= 1, "1 or more"),
         "workers": (config.workers, config.workers >= 0, "processes, or 0 for one per core"),
         "max_bad": (config.max_bad, config.max_bad >= 0, "0 or more samples"),
+        "part, join, repair": ((config.part, config.join, config.repair),
+                               bool(config.part) + config.join + config.repair <= 1, "one of them at a time"),
     }  # fmt: skip
     problems = [f"{name} is {value}; expected {what}." for name, (value, good, what) in limits.items() if not good]
     if problems:

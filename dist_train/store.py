@@ -1,7 +1,9 @@
-"""Sample numbers -> where their bytes are: open shard files, offsets, sizes, checksums. Local shards."""
+"""Sample numbers -> where their bytes are: open shard files, offsets, sizes, checksums."""
 
 import os
+import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,19 +29,25 @@ class Located:
 
 
 class Store:
-    """The shards of one split, opened on demand; at most MAX_OPEN at a time. Safe to share between threads.
+    """The shards of one split, opened on demand; at most max_open at a time. Safe to share between threads.
+
+    Shards of a remote set are fetched into the local cache when they are opened; `shard_cache.ReadAhead` does so earlier.
 
     Payloads are read with pread, not through a mapping: a shard truncated under a running job is then a short read
     with a name, not a SIGBUS.
     """
 
-    def __init__(self, split: SplitIndex):
-        self.split = split
+    def __init__(self, split: SplitIndex, max_open: int = 0):
+        self.split, self.max_open = split, max_open or MAX_OPEN
         self.table = split.table()
+        self.num_located = 0  # samples so far: how far the reading has come
+        self._lock = threading.Lock()
         self._open: OrderedDict[int, _ShardFile] = OrderedDict()
 
     def locate(self, samples: np.ndarray) -> Located:
         """samples: (n,) int64 numbers in the split. Raises UserError if a shard is missing or of another size."""
+        with self._lock:
+            self.num_located += len(samples)
         rows = self.table[samples]
         shards = self.split.shard_of(samples)
         files = {shard: self._shard_file(shard) for shard in np.unique(shards).tolist()}
@@ -54,14 +62,19 @@ class Store:
 
     def payload(self, sample: int, verify: bool = True) -> bytes:
         """The bytes of one sample's picture or vector. Raises UserError if they are short or differ from the index."""
-        at = self.locate(np.array([sample]))
-        size = int(at.sizes[0])
-        payload = os.pread(int(at.fds[0]), size, int(at.offsets[0]))
-        if len(payload) < size:
-            raise self.fault(sample, f"ends after {len(payload):,} of {size:,} bytes")
-        if verify and xxhash.xxh3_64_intdigest(payload) != int(at.checksums[0]):
-            raise self.fault(sample, "checksum differs from the index")
-        return payload
+        return next(self.payloads(np.array([sample]), verify))
+
+    def payloads(self, samples: np.ndarray, verify: bool = True) -> Iterator[bytes]:
+        """The payloads of many samples, one after the other; as `payload` otherwise. samples: (n,) int64."""
+        at = self.locate(samples)
+        columns = (samples, at.fds, at.offsets, at.sizes, at.checksums)
+        for sample, fd, offset, size, checksum in zip(*(column.tolist() for column in columns), strict=True):
+            payload = os.pread(fd, size, offset)
+            if len(payload) < size:
+                raise self.fault(sample, f"ends after {len(payload):,} of {size:,} bytes")
+            if verify and xxhash.xxh3_64_intdigest(payload) != checksum:
+                raise self.fault(sample, "checksum differs from the index")
+            yield payload
 
     def fault(self, sample: int, reason: str) -> UserError:
         """The error for a sample that cannot be used, naming shard, sample, byte, and what to do."""
@@ -71,16 +84,31 @@ class Store:
             f"{int(self.table[sample]['offset']):,}).\n  See all that is wrong with: dist-train verify {self.split.folder}"
         )
 
-    def path(self, shard: int) -> Path:
-        return Path(self.split.folder, self.split.files[shard])
+    def path(self, shard: int) -> str:
+        """Where a shard lies, for messages: a file, or a URL."""
+        if self.split.remote:
+            return self.split.remote.shown(self.split, shard)
+        return str(Path(self.split.folder, self.split.files[shard]))
 
     def _shard_file(self, shard: int) -> "_ShardFile":
-        file = self._open.get(shard)
-        if file is None:
-            file = self._open[shard] = _ShardFile(self.path(shard), int(self.split.shard_bytes[shard]))
-            while len(self._open) > MAX_OPEN:  # whoever still reads from it holds a reference
-                self._open.popitem(last=False)
+        with self._lock:
+            file = self._open.get(shard)
+            if file is not None:
+                self._open.move_to_end(shard)
+                return file
+            self._close_all_but(self.max_open - 1)  # first, so that a full cache can let go of it
+        if self.split.remote:
+            file = _ShardFile(self.split.remote.open(self.split, shard))
+        else:
+            file = _ShardFile(_open_local(Path(self.path(shard)), int(self.split.shard_bytes[shard])))
+        with self._lock:
+            self._open[shard] = file
+            self._close_all_but(self.max_open)
         return file
+
+    def _close_all_but(self, num_open: int) -> None:
+        while len(self._open) > num_open:  # whoever still reads from one holds a reference
+            self._open.popitem(last=False)
 
 
 def sample_name(split: str, sample: int) -> str:
@@ -91,18 +119,22 @@ def sample_name(split: str, sample: int) -> str:
 class _ShardFile:
     """A descriptor that is closed when its last user lets go."""
 
-    def __init__(self, path: Path, num_bytes: int):
-        self.fd = -1
-        try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            found = os.fstat(self.fd).st_size
-        except OSError as error:
-            raise UserError(f"{path}: cannot open the shard: {error.strerror}.\n  "
-                            f"The index lists it: restore it, or see dist-train verify {path.parent}") from None  # fmt: skip
-        if found != num_bytes:
-            raise UserError(f"{path}: the shard has {found:,} bytes, the index says {num_bytes:,}.\n  "
-                            f"See all that is wrong with: dist-train verify {path.parent}")  # fmt: skip
+    def __init__(self, fd: int):
+        self.fd = fd
 
     def __del__(self):
-        if self.fd >= 0:
-            os.close(self.fd)
+        os.close(self.fd)
+
+
+def _open_local(path: Path, num_bytes: int) -> int:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UserError(f"{path}: cannot open the shard: {error.strerror}.\n  "
+                        f"The index lists it: restore it, or see dist-train verify {path.parent}") from None  # fmt: skip
+    found = os.fstat(fd).st_size
+    if found != num_bytes:
+        os.close(fd)
+        raise UserError(f"{path}: the shard has {found:,} bytes, the index says {num_bytes:,}.\n  "
+                        f"See all that is wrong with: dist-train verify {path.parent}")  # fmt: skip
+    return fd

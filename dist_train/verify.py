@@ -1,6 +1,7 @@
 """`dist-train verify` and `dist-train inspect`: is every byte of a set as it was written, and what is in it."""
 
 import argparse
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,7 +41,7 @@ def inspect_main(argv: list[str]) -> None:
     from dist_train.contact_sheet import draw_samples, print_facts
 
     print_facts(index)
-    print(f"samples of each class: {draw_samples(index, Path(options.out or Path(options.folder, 'inspect.png')))}")
+    print(f"samples of each class: {draw_samples(index, Path(options.out or Path(index.folder, 'inspect.png')))}")
 
 
 def find_damage(index: ShardIndex) -> list[str]:
@@ -78,6 +79,12 @@ def _check_table(index: ShardIndex, split: SplitIndex) -> list[str]:
 
 
 def _check_shard(split: SplitIndex, number: int) -> list[str]:
+    if split.remote:
+        try:
+            os.close(split.remote.open(split, number))  # fetched, and compared with the index
+            return []
+        except UserError as error:
+            return [str(error)]
     path = Path(split.folder, split.files[number])
     try:
         size = path.stat().st_size
@@ -128,6 +135,6 @@ def _advice(index: ShardIndex) -> str:
     if index.source.get("foreign"):
         return f"  Fetch the damaged files again, then: dist-train index {index.folder}"
     return (
-        f"  Write the set again with: dist-train shard datasets/{index.name}.yaml --overwrite true\n"
-        f"  or with the settings under `source` in {Path(index.folder, 'index.json')}."
+        f"  Write the damaged shards again with: dist-train shard datasets/{index.name}.yaml --repair\n"
+        f"  the whole set with --overwrite true, or with the settings under `source` in {Path(index.folder, 'index.json')}."
     )

@@ -81,6 +81,12 @@ def write_shard(task: ShardTask) -> ShardResult:
     return result
 
 
+def written_result(task: ShardTask) -> ShardResult | None:
+    """The result of a task that another process has finished; None if it has not. The shard's bytes are not read."""
+    done = _read_notes(task.path.with_name(f"{task.path.name}.done"), task.fingerprint())
+    return done if done and task.path.exists() and task.path.stat().st_size == done.size else None
+
+
 def _fill(tar: TarWriter, task: ShardTask) -> ShardResult:
     labels, rows, kept, bad, totals = task.source.labels.tolist(), [], [], [], []
     for place, payload, kind, height, width in _stored(task, bad, totals):

@@ -21,12 +21,13 @@ MODULES = sorted(p.stem for p in (ROOT / "dist_train").glob("*.py"))
 LAYERS = [
     ["errors", "settings", "config", "index", "order", "boxes"],  # no torch
     ["remote", "shard_cache", "store", "decode", "tars", "partition", "pictures", "sources", "tables", "torchsets", "workers",
-     "write_shard", "plan", "foreign_tar", "contact_sheet", "stop"],  # no torch either
+     "write_shard", "plan", "foreign_tar", "contact_sheet", "folds", "stop"],  # no torch either
     ["convert", "repair", "shard", "foreign", "verify", "draws", "colour", "mixing", "augment", "layers", "networks", "pretrained",
-     "models", "optim", "metrics", "wandb_file", "wandb_log", "track", "watch", "runtime", "plots"],
+     "models", "optim", "metrics", "wandb_file", "wandb_log", "track", "watch", "runtime", "plots", "bars", "page"],
     ["data", "checkpoint"],
     ["evaluate"],
     ["run", "train", "predict", "report"],
+    ["search", "trial", "study_report", "study", "compare"],
     ["cli"],
 ]  # fmt: skip
 LIGHT = ("config", "index", "order", "cli", "plan", "shard", "sources", "verify", "foreign", "report", "boxes")

@@ -150,3 +150,12 @@ def test_impossible_sizes_are_refused():
         Order(np.array([0]), 4)
     with pytest.raises(ValueError, match="batches of 0"):
         Order(np.array([5]), 0)
+
+
+def test_threads_that_are_epochs_apart_share_an_order():
+    from concurrent.futures import ThreadPoolExecutor
+
+    order = Order(np.array([2, 1]), 7)  # several epochs a batch
+    expected = [Order(np.array([2, 1]), 7).global_batch(step)[0].tolist() for step in range(300)]
+    with ThreadPoolExecutor(8) as pool:
+        assert [samples.tolist() for samples, _ in pool.map(order.global_batch, range(300))] == expected

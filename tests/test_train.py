@@ -210,3 +210,42 @@ def test_eval_and_predict_agree_with_the_run(calm, digits, tmp_path, capsys):
 def test_an_unfinished_run_is_no_model(tmp_path):
     with pytest.raises(UserError, match="not a finished run: there is no such folder"):
         load_run(tmp_path / "none")
+
+
+def test_tars_made_by_webdataset_are_indexed_and_train(tmp_path, capsys):
+    import io
+
+    import numpy as np
+    import webdataset
+    from PIL import Image
+
+    from dist_train import foreign
+
+    draw = np.random.default_rng(0)
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    with webdataset.ShardWriter(f"{folder}/train-%04d.tar", maxcount=16, verbose=0) as writer:
+        for i in range(48):  # pictures of many sizes, bright ones and dark ones
+            height, width = draw.integers(20, 60, 2)
+            pixels = draw.integers(0, 100, (height, width, 3)) + 150 * (i % 2)
+            buffer = io.BytesIO()
+            Image.fromarray(pixels.astype(np.uint8)).save(buffer, "JPEG")
+            writer.write({"__key__": f"their/{i:04d}", "jpg": buffer.getvalue(), "cls": i % 2})
+    foreign.main([str(folder)])
+    run = tmp_path / "run"
+    argv = ["--augment.crop", "random_resized", "--data.global_batch_size", "16", "--train.epochs", "8", "--optim.lr", "0.01"]
+    assert run_training(tiny_run(str(folder), run, *argv)) == 0  # without val and test splits, too
+    curve = losses(run)
+    assert sum(curve[-4:]) < sum(curve[:4])
+    predict_main([str(run), str(_first_picture(folder, tmp_path)), "--json"])
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["class"] in ("0", "1") and len(row["top"]) == 2
+
+
+def _first_picture(folder: Path, out: Path) -> Path:
+    from dist_train.index import load_index
+    from dist_train.store import Store
+
+    path = out / "picture.jpg"
+    path.write_bytes(Store(load_index(folder).split("train")).payload(0))
+    return path

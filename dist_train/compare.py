@@ -1,0 +1,189 @@
+"""Several runs side by side: `dist-train compare RUN RUN...` prints a table and writes a page with bars and curves.
+
+Runs that differ in their seed or fold alone count as one, with their mean and spread.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from dist_train import plots
+from dist_train.bars import Bar, bar_chart
+from dist_train.config import RunConfig
+from dist_train.errors import UserError
+from dist_train.page import Chart, Section, Table, write_page
+from dist_train.report import duration
+from dist_train.settings import flatten, from_dict, to_dict
+from dist_train.track import read_metrics
+
+_NO_DIFFERENCE = ("seed", "data.fold", "runtime.", "track.", "data.threads", "data.prefetch_mb", "train.keep_checkpoints",
+                  "train.checkpoint_every_steps", "train.log_every_steps")  # fmt: skip
+_COLOURS = ("one", "two", "three")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What is compared of one run. figures: split -> {"top1", "loss", ...}; seconds of running, stops left out."""
+
+    name: str
+    settings: dict
+    figures: dict[str, dict]
+    seconds: float
+    epochs: float
+    samples_per_s: float | None
+    curve: tuple[list[float], list[float]]  # epochs, validation accuracy
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs with the same settings but for seed and fold."""
+
+    name: str
+    runs: list[Finished]
+
+    def values(self, split: str, figure: str) -> list[float]:
+        """A figure of every run that has it."""
+        found = [run.figures.get(split, {}).get(figure) for run in self.runs]
+        return [value for value in found if value is not None]
+
+
+def main(argv: list[str]) -> None:
+    """Command `dist-train compare RUN RUN... [--out FILE]`."""
+    parser = argparse.ArgumentParser(prog="dist-train compare", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    parser.add_argument("--out", type=Path, help="page to write; default compare.html beside the first run")
+    options = parser.parse_args(argv)
+    groups = grouped(read_all(options.runs))
+    table = comparison(groups)
+    print(table.plain())
+    out = options.out or options.runs[0].resolve().parent / "compare.html"
+    write_comparison(out, groups, table)
+    print(f"page: {os.path.relpath(out) if out.is_relative_to(Path.cwd()) else out}")
+
+
+def read_all(folders: list[Path]) -> list[Finished]:
+    """Read finished runs. Raises UserError naming every folder that holds none."""
+    runs, problems = [], []
+    for folder in folders:
+        try:
+            runs.append(read_finished(folder))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return runs
+
+
+def read_finished(folder: Path) -> Finished:
+    """Read a run's settings and figures. Raises UserError if it is not finished, or a file of it is damaged."""
+    try:
+        config = from_dict(RunConfig, yaml.safe_load((folder / "config.yaml").read_text()))
+        result = json.loads((folder / "result.json").read_text())
+        figures = {split: values for split, values in result.items() if isinstance(values, dict) and "top1" in values}
+    except FileNotFoundError as error:
+        what = f"it has no {Path(error.filename).name}" if folder.is_dir() else "there is no such folder"
+        raise UserError(f"{folder}: not a finished run: {what}; expected the folder of one, such as runs/NAME.") from None
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"{folder}: the run cannot be read: {error}") from None
+    lines = read_metrics(folder / "metrics.jsonl")
+    rates = [line["images_per_s"] for line in lines if line.get("images_per_s")]
+    evals = [line for line in lines if line["kind"] == "eval" and line["split"] == config.data.val_split
+             and line.get("top1") is not None and "epoch" in line]  # fmt: skip
+    return Finished(
+        name=folder.resolve().name, settings=flatten(to_dict(config)), figures=figures,
+        seconds=max((line.get("time_s") or 0.0 for line in lines), default=0.0), epochs=float(result.get("epoch", 0)),
+        samples_per_s=statistics.median(rates) if rates else None,
+        curve=([line["epoch"] for line in evals], [line["top1"] for line in evals]),
+    )  # fmt: skip
+
+
+def grouped(runs: list[Finished]) -> list[Group]:
+    """Runs by their settings, seeds and folds together, in the order given."""
+    groups: dict[str, list[Finished]] = {}
+    for run in runs:
+        key = {name: value for name, value in run.settings.items() if not name.startswith(_NO_DIFFERENCE) or name == "data.folds"}
+        groups.setdefault(json.dumps(key, sort_keys=True), []).append(run)
+    return [Group(members[0].name + (f" and {len(members) - 1} more" if len(members) > 1 else ""), members)
+            for members in groups.values()]  # fmt: skip
+
+
+def differences(groups: list[Group]) -> dict[str, list]:
+    """Setting -> its value in each group, for those that are not the same in all."""
+    names = dict.fromkeys(name for group in groups for name in group.runs[0].settings)
+    values = {name: [group.runs[0].settings.get(name) for group in groups] for name in names}
+    return {
+        name: row for name, row in values.items()
+        if any(value != row[0] for value in row) and (not name.startswith(_NO_DIFFERENCE) or name == "data.folds")
+    }  # fmt: skip
+
+
+def comparison(groups: list[Group]) -> Table:
+    """A row a group: accuracies, losses, time, speed, and the settings in which the groups differ."""
+    splits = _splits(groups)
+    columns = [("run", False), ("runs", True)]
+    columns += [(f"{split} {name}", True) for split in splits for name in ("accuracy", "loss")]
+    columns += [("epochs", True), ("time", True), ("samples/s", True)]
+    differing = differences(groups)
+    columns += [(name, False) for name in differing]
+    rows = []
+    for i, group in enumerate(groups):
+        row = [group.name, str(len(group.runs))]
+        for split in splits:
+            row += [_spoken(group.values(split, "top1"), "{:.2%}"), _spoken(group.values(split, "loss"), "{:.4f}")]
+        rates = [run.samples_per_s for run in group.runs if run.samples_per_s]
+        row += [f"{statistics.fmean(run.epochs for run in group.runs):.3g}", duration(_seconds(group)),
+                f"{statistics.fmean(rates):,.0f}" if rates else "–"]  # fmt: skip
+        rows.append(row + [_value(values[i]) for values in differing.values()])
+    return Table(columns, rows)
+
+
+def write_comparison(out: Path, groups: list[Group], table: Table) -> None:
+    """Write the page: bars of accuracy and time, curves of the first three, the table."""
+    charts = []
+    for split in reversed(_splits(groups)):
+        bars = [Bar(group.name, statistics.fmean(values), _spread(values), _spoken(values, "{:.2%}"), colour="one")
+                for group in groups if (values := group.values(split, "top1"))]  # fmt: skip
+        charts.append(Chart(f"Accuracy, {split} split", bar_chart(bars, lambda y: f"{y * 100:g}%", zero=False)))
+    times = [Bar(group.name, _seconds(group), _spread([run.seconds for run in group.runs]), duration(_seconds(group)), "two")
+             for group in groups]  # fmt: skip
+    charts.append(Chart("Running time, seconds", bar_chart(times, lambda s: f"{s:g}")))
+    curves = [plots.Curve(group.name, *group.runs[0].curve, colour) for colour, group in enumerate(groups[: len(_COLOURS)])]
+    if svg := plots.line_chart(curves, "epoch", lambda y: f"{y * 100:g}%"):
+        names = [(group.name, colour) for group, colour in zip(groups, _COLOURS, strict=False)]
+        charts.append(Chart("Validation accuracy" + (" of the first three" if len(groups) > len(_COLOURS) else ""), svg, names))
+    note = "Lines show one standard deviation to both sides, where there are several runs."
+    sections = [Section("Figures", note, charts), Section("Table", "Settings are shown where the runs differ.", table=table)]
+    num_runs = sum(len(group.runs) for group in groups)
+    write_page(out, "Runs compared", f"{num_runs} runs · {time.strftime('%Y-%m-%d %H:%M')}", [], sections)
+
+
+def _splits(groups: list[Group]) -> list[str]:
+    found = dict.fromkeys(split for group in groups for run in group.runs for split in run.figures)
+    return sorted(found, key=lambda split: (split == "test", split))
+
+
+def _seconds(group: Group) -> float:
+    return statistics.fmean(run.seconds for run in group.runs)
+
+
+def _spread(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _spoken(values: list[float], form: str) -> str:
+    if not values:
+        return "–"
+    mean = form.format(statistics.fmean(values))
+    return f"{mean} ± {form.format(_spread(values))}" if len(values) > 1 else mean
+
+
+def _value(value) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_value, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value) if value != "" else "–"

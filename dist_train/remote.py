@@ -1,0 +1,206 @@
+"""Files behind a URL: fetched whole, tried again where that can help, proven by size and checksum.
+
+https:// and http:// need no package. s3://, gs:// and az:// are spoken by obstore (pip install 'dist_train[remote]'), whose
+settings are the usual environment variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, ...). Where
+it is missing, and for every other scheme, fsspec is asked.
+"""
+
+import http.client
+import os
+import random
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+from urllib.parse import urlsplit, urlunsplit
+
+import xxhash
+
+from dist_train.errors import UserError
+from dist_train.tars import writing
+
+TRIES = 3
+FIRST_WAIT_S = 0.5  # before the second try; doubled before the third
+SILENCE_S = 60  # a server that sends nothing for this long is taken to be gone
+_CHUNK = 1 << 20
+_PASSING = (408, 425, 429, 500, 502, 503, 504, 520, 522, 524)  # HTTP states that a later try may find changed
+_SECRETS = re.compile(r"(?<=://)[^/@\s]+@|(?<=\?)\S+")
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is a URL rather than a folder."""
+    return "://" in str(path)
+
+
+def join(url: str, name: str) -> str:
+    """The URL of a file below a URL; a query (a signature, say) stays at the end. A name that is a URL stands for itself."""
+    if is_remote(name):
+        return name
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+
+
+def shown(url: str) -> str:
+    """The URL without a password or signature in it, for messages."""
+    return _SECRETS.sub("", url).rstrip("?")
+
+
+def download(
+    url: str, file: BinaryIO, num_bytes: int | None = None, checksum: str | None = None, advice: str = "",
+    is_wanted: Callable[[], bool] = lambda: True,
+) -> str:  # fmt: skip
+    """Write what lies at the URL into an open file, from its start; return the xxh3_128, hex.
+
+    Three tries where the fault may pass: a busy or failing server, a broken connection, a body that is cut short or
+    whose size or checksum is not the one given. Raises UserError, naming the URL and the last reason, after them, and
+    at once where trying again is useless: no such file, no permission; InterruptedError once is_wanted() is false.
+    """
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))  # ranks must not come back as one
+        try:
+            return _fetch(url, file, num_bytes, checksum, is_wanted)
+        except _Passing as fault:
+            reason = str(fault)
+    raise UserError(
+        f"{shown(url)}: cannot be fetched: {reason} ({TRIES} tries).\n  {advice or 'Is the server well? Try again.'}"
+    )
+
+
+class _Passing(Exception):
+    """A fault that another try may not meet."""
+
+
+def _fetch(url: str, file: BinaryIO, num_bytes, checksum, is_wanted) -> str:
+    digest, received = xxhash.xxh3_128(), 0
+    file.seek(0)
+    for chunk in _chunks(url):
+        if not is_wanted():
+            raise InterruptedError(f"{shown(url)}: no longer wanted")
+        digest.update(chunk)
+        received += len(chunk)
+        if num_bytes is not None and received > num_bytes:
+            break  # whatever it is, it must not fill the disk
+        with writing(file.name):
+            view = memoryview(chunk)
+            while view:
+                view = view[file.write(view) :]
+    if num_bytes is not None and received != num_bytes:
+        found = "more" if received > num_bytes else f"{received:,}"
+        raise _Passing(f"{found} bytes came, the index says {num_bytes:,}")
+    if checksum is not None and digest.hexdigest() != checksum:
+        raise _Passing("the checksum of what came differs from the index")
+    file.truncate(received)
+    return digest.hexdigest()
+
+
+def _chunks(url: str) -> Iterator[bytes]:
+    """The file's bytes, piece by piece. Raises _Passing or UserError."""
+    scheme = urlsplit(url).scheme
+    if scheme in ("http", "https"):
+        return _http_chunks(url)
+    if scheme in ("s3", "gs", "gcs", "az", "abfs", "abfss"):
+        try:
+            import obstore  # noqa: F401
+        except ImportError:
+            return _fsspec_chunks(url)
+        return _object_chunks(url)
+    return _fsspec_chunks(url)
+
+
+def _http_chunks(url: str) -> Iterator[bytes]:
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "dist_train"})
+        with urllib.request.urlopen(request, timeout=SILENCE_S) as answer:
+            while chunk := answer.read(_CHUNK):
+                yield chunk
+            if getattr(answer, "length", None):  # of the bytes announced, so many did not come
+                raise _Passing(f"the connection ended {answer.length:,} bytes early")
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code in _PASSING:
+            raise _Passing(f"the server says {error.code} {error.reason}") from None
+        raise _refused(url, error.code, f"the server says {error.code} {error.reason}") from None
+    except http.client.InvalidURL as error:
+        raise UserError(f"{shown(url)}: is no URL: {error}.") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise _Passing(str(getattr(error, "reason", "") or error) or type(error).__name__) from None
+
+
+def _object_chunks(url: str) -> Iterator[bytes]:
+    from obstore import exceptions as faults
+    from obstore.store import from_url
+
+    parts = urlsplit(url)
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    client = {
+        "connect_timeout": f"{SILENCE_S}s",
+        "read_timeout": f"{SILENCE_S}s",
+        "timeout": "1 day",
+    }  # 30 s by default
+    if parts.scheme == "s3" and endpoint.startswith("http:"):
+        client["allow_http"] = True
+    options = {"endpoint": endpoint} if parts.scheme == "s3" and endpoint else {}
+    try:
+        store = from_url(
+            f"{parts.scheme}://{parts.netloc}", **options, client_options=client, retry_config={"max_retries": 0}
+        )
+        for chunk in store.get(parts.path.lstrip("/")).stream(min_chunk_size=_CHUNK):
+            yield memoryview(chunk)
+    except FileNotFoundError as error:
+        raise _refused(url, 404, _first_line(error)) from None
+    except (faults.PermissionDeniedError, faults.UnauthenticatedError) as error:
+        raise _refused(url, 403, _first_line(error)) from None
+    except faults.GenericError as error:
+        if "credential" in str(error).lower() or "metadata" in str(error).lower():
+            raise _refused(url, 401, _first_line(error)) from None
+        raise _Passing(_first_line(error)) from None
+    except (OSError, faults.BaseError) as error:
+        raise _Passing(_first_line(error)) from None
+
+
+def _fsspec_chunks(url: str) -> Iterator[bytes]:
+    import fsspec
+
+    scheme = urlsplit(url).scheme
+    try:
+        with fsspec.open(url, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+    except (ImportError, ValueError) as error:
+        package = (
+            "dist_train[remote]" if scheme in ("s3", "gs", "gcs", "az", "abfs", "abfss") else "the package it names"
+        )
+        raise UserError(f"{shown(url)}: nothing here speaks {scheme}://: {error}\n  Install {package}.") from None
+    except FileNotFoundError as error:
+        raise _refused(url, 404, _first_line(error)) from None
+    except PermissionError as error:
+        raise _refused(url, 403, _first_line(error)) from None
+    except Exception as error:  # each file system of fsspec has errors of its own
+        if "credential" in str(error).lower():
+            raise _refused(url, 401, _first_line(error)) from None
+        raise _Passing(f"{type(error).__name__}: {_first_line(error)}") from None
+
+
+class NotThere(UserError):
+    """There is no file at the URL."""
+
+
+def _refused(url: str, code: int, reason: str) -> UserError:
+    if code in (404, 410):
+        return NotThere(f"{shown(url)}: there is no such file ({reason}).\n  Expected the shards of a finished set, index.json "
+                        f"among them.")  # fmt: skip
+    if code in (401, 403):
+        return UserError(f"{shown(url)}: access is refused: {reason}.\n  Set credentials that may read it (s3: AWS_ACCESS_KEY_ID, "
+                         f"AWS_SECRET_ACCESS_KEY, AWS_REGION and, off Amazon, AWS_ENDPOINT_URL).")  # fmt: skip
+    return UserError(f"{shown(url)}: cannot be fetched: {reason}.")
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, without the dumps of structures that some bring along."""
+    code = re.search(r"<Code>(\w+)</Code>", str(error))
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = re.split(r": <\?xml| in [\d.]+[mµ]?s ", line)[0]
+    return _SECRETS.sub("", f"{line[:240]}{f' ({code[1]})' if code else ''}").rstrip(".")

@@ -1,0 +1,355 @@
+"""Shards of a remote set on the local disk: fetched when they are needed or before, bounded, shared by a node's processes.
+
+    CACHE/index-<hash>/          index.json and tables of a set, as they were fetched
+    CACHE/<checksum>.tar         a whole, proven shard; locked (shared) while a process has it open
+    CACHE/<checksum>.tar.partial one being fetched; locked (exclusive) by whoever fetches it, and of its final size at once
+
+Locks are flock's, so they end with their process: what a crash leaves behind is taken over or removed by the next.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from dist_train.errors import UserError
+from dist_train.index import ShardIndex, SplitIndex, load_index
+from dist_train.order import Order
+from dist_train.remote import NotThere, download, join, shown
+from dist_train.tars import writing
+
+DEFAULT_GB = 100.0
+PATIENCE_S = 5.0  # batches in the making let go of their shards sooner
+_POLL_S = 0.02
+_SAFE_NAME, _CHECKSUM = re.compile(r"\w[\w.-]*"), re.compile(r"[0-9a-f]{32}")
+
+
+def load_remote_index(url: str, cache_dir: str = "", cache_gb: float = DEFAULT_GB) -> ShardIndex:
+    """The index at URL/index.json; its small files are kept in the cache, its shards come when they are read.
+
+    Raises UserError if they cannot be fetched, or do not match each other.
+    """
+    if cache_gb <= 0:
+        raise UserError(f"data.cache_gb is {cache_gb}; expected the GB that fetched shards may take on the local disk.")
+    cache = ShardCache(default_folder(cache_dir), int(cache_gb * 1e9))
+    with writing(cache.folder):
+        cache.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with cache.locked("index.lock"):
+        scratch = cache.folder / "index.partial"
+        shutil.rmtree(scratch, ignore_errors=True)
+        with writing(scratch):
+            scratch.mkdir()
+            with open(scratch / "index.json", "wb", buffering=0) as file:
+                checksum = download(join(url, "index.json"), file)
+        try:
+            index = load_index(scratch)
+        except UserError as error:
+            raise UserError(f"{shown(url)}: {str(error).replace(str(scratch) + '/', '').splitlines()[0]}") from None
+        _check_names(url, index)
+        folder = cache.folder / f"index-{xxhash.xxh3_64_hexdigest((shown(url) + checksum).encode())}"
+        if not folder.exists():
+            for split in index.splits.values():
+                _fetch_tables(url, scratch, split)
+            with writing(folder):
+                os.rename(scratch, folder)
+        shutil.rmtree(scratch, ignore_errors=True)
+    index = load_index(folder)
+    splits = {name: dataclasses.replace(split, remote=RemoteShards(url, cache)) for name, split in index.splits.items()}
+    return dataclasses.replace(index, splits=splits)
+
+
+def default_folder(cache_dir: str = "") -> Path:
+    """Where shards are kept: cache_dir, or dist_train below the user's cache folder."""
+    return Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dist_train"))
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteShards:
+    """Where the shards of a split come from, and where they are kept."""
+
+    url: str
+    cache: "ShardCache"
+
+    def shown(self, split: SplitIndex, shard: int) -> str:
+        """The shard in messages: its URL, and the local copy."""
+        return f"{shown(join(self.url, split.files[shard]))} (kept as {self.cache.folder}/{split.shard_checksums[shard]}.tar)"
+
+    def open(self, split: SplitIndex, shard: int, is_wanted: Callable[[], bool] = lambda: True) -> int:
+        """A descriptor of the whole shard, as `ShardCache.open`."""
+        url, num_bytes = join(self.url, split.files[shard]), int(split.shard_bytes[shard])
+        return self.cache.open(url, split.shard_checksums[shard], num_bytes, is_wanted)
+
+
+class ShardCache:
+    """A folder that holds at most limit_bytes of shards; the least recently used go first, and none that is in use."""
+
+    def __init__(self, folder: Path, limit_bytes: int):
+        self.folder, self.limit_bytes = folder, limit_bytes
+
+    def open(self, url: str, checksum: str, num_bytes: int, is_wanted: Callable[[], bool] = lambda: True) -> int:
+        """A descriptor of the whole shard, fetched if it is not there; it is not removed until the descriptor is closed.
+
+        Raises UserError if it cannot be fetched or there is no room for it, InterruptedError once is_wanted() is false.
+        """
+        whole = self.folder / f"{checksum}.tar"
+        partial = self.folder / f"{checksum}.tar.partial"
+        while True:
+            fd = _open_whole(whole, num_bytes)
+            if fd is not None:
+                return fd
+            with writing(partial):
+                fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                if _try_lock(fd, fcntl.LOCK_EX, partial) and _is_at(fd, partial):
+                    if not whole.exists():
+                        self._fetch(fd, partial, whole, url, checksum, num_bytes, is_wanted)
+                        return fd
+                    partial.unlink()  # fetched by another process since we looked
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    if _try_lock(fd, fcntl.LOCK_EX, partial) and _is_at(fd, partial):
+                        partial.unlink()
+                os.close(fd)
+                raise
+            os.close(fd)
+            if not is_wanted():
+                raise InterruptedError(f"{shown(url)}: no longer wanted")
+            time.sleep(_POLL_S)
+
+    @contextlib.contextmanager
+    def locked(self, name: str):
+        """Hold one of the cache's own locks against all other processes and threads."""
+        path = self.folder / name
+        with writing(path):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            while not _try_lock(fd, fcntl.LOCK_EX, path):
+                time.sleep(_POLL_S)
+            yield
+        finally:
+            os.close(fd)
+
+    def _fetch(self, fd: int, partial: Path, whole: Path, url: str, checksum: str, num_bytes: int, is_wanted) -> None:
+        self._reserve(fd, partial, url, num_bytes, is_wanted)
+        with open(partial, "r+b", buffering=0) as file:
+            download(url, file, num_bytes, checksum, is_wanted=is_wanted)
+        with self.locked("room.lock"), writing(whole):  # whoever adds up the files must not miss it between its two names
+            os.rename(partial, whole)
+        fcntl.flock(fd, fcntl.LOCK_SH)  # should it be removed between the two locks, it can still be read through fd
+
+    def _reserve(self, fd: int, partial: Path, url: str, num_bytes: int, is_wanted) -> None:
+        """Make room for the shard, and take it: the file gets its final size before its bytes."""
+        deadline = time.monotonic() + PATIENCE_S
+        while is_wanted():
+            with self.locked("room.lock"):
+                others, taken = [], num_bytes
+                for entry in os.scandir(self.folder):
+                    if entry.name.endswith((".tar", ".tar.partial")) and entry.name != partial.name:
+                        with contextlib.suppress(FileNotFoundError):
+                            others.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
+                taken += sum(size for _, size, _ in others)
+                arriving = False
+                for _, size, path in sorted(others):
+                    if taken <= self.limit_bytes:
+                        break
+                    if _remove_unused(path):
+                        taken -= size
+                    else:
+                        arriving |= path.suffix == ".partial" and size > 0
+                if taken <= self.limit_bytes:
+                    with writing(partial):
+                        os.ftruncate(fd, num_bytes)
+                    return
+            if not arriving and time.monotonic() > deadline:  # nothing will become removable by itself
+                raise UserError(
+                    f"{self.folder}: no room to fetch {shown(url)} ({num_bytes:,} bytes): all shards there are in use, and "
+                    f"they may take {self.limit_bytes / 1e9:g} GB.\n  Raise data.cache_gb, or lower data.window_shards."
+                )
+            time.sleep(_POLL_S)
+        raise InterruptedError(f"{shown(url)}: no longer wanted")
+
+
+def shards_in_play(order: Order, world_size: int) -> int:
+    """Most shards that one of world_size ranks reads from at once: the windows of its lanes, and what they overlap."""
+    if order.window_shards >= order.num_shards:
+        return order.num_shards
+    lanes = -(-order.lanes // world_size) + bool(order.lanes % world_size)
+    return min(order.num_shards, lanes * (order.window_shards + 2))
+
+
+def read_ahead(store, upcoming: Iterator[np.ndarray], num_in_play: int, batches: Iterator) -> Iterator:
+    """The batches, while the shards that they need are fetched ahead of them.
+
+    upcoming: the sample numbers that will be asked of the store, (n,) int64 arrays, in order. Raises UserError if the
+    shards in play at once do not fit the cache.
+    """
+    limit, mean_bytes = store.split.remote.cache.limit_bytes, float(store.split.shard_bytes.mean())
+    in_play_bytes = int(num_in_play * mean_bytes)
+    if in_play_bytes > limit:
+        raise UserError(
+            f"data.cache_gb is {limit / 1e9:g}, but {num_in_play} shards of {mean_bytes / 1e6:,.1f} MB are in use at once on each "
+            f"rank: {in_play_bytes / 1e9:,.3g} GB.\n  Raise data.cache_gb, or lower data.window_shards."
+        )
+    store.max_open = min(store.max_open, num_in_play)
+    ahead_bytes = min(max(in_play_bytes, int(4 * mean_bytes)), (limit - in_play_bytes) // 2)
+
+    def generate():
+        with contextlib.closing(batches), ReadAhead(store, upcoming, ahead_bytes):
+            yield from batches
+
+    return generate()
+
+
+class ReadAhead:
+    """Fetches shards before they are asked for, in the order of their use; a context that ends with its threads.
+
+    upcoming: as of `read_ahead`. ahead_bytes: shards that may be fetched beyond those already asked for. A shard that cannot
+    be fetched is left to `locate`, which says so.
+    """
+
+    def __init__(self, store, upcoming: Iterator[np.ndarray], ahead_bytes: int, num_threads: int = 4):
+        self.store, self.upcoming, self.ahead_bytes = store, upcoming, ahead_bytes
+        self._first = store.num_located
+        self._ahead: list[tuple[int, int]] = []  # (samples before its first use, bytes) of shards fetched
+        self._open: OrderedDict[int, None] = OrderedDict()  # the shards that the store will have open by then
+        self._lock, self._stopped = threading.Lock(), threading.Event()
+        self._jobs = self._shards()
+        self._threads = [threading.Thread(target=self._work, name="fetch", daemon=True) for _ in range(num_threads)]
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._stopped.set()
+
+    def _is_wanted(self) -> bool:
+        return not self._stopped.is_set()
+
+    def _shards(self) -> Iterator[tuple[int, int]]:
+        """(samples located before its first use, shard) of every shard that the store will have to open."""
+        place = 0
+        for samples in self.upcoming:
+            for shard in dict.fromkeys(self.store.split.shard_of(samples).tolist()):
+                if shard not in self._open:
+                    yield place, shard
+                self._open[shard] = None
+                self._open.move_to_end(shard)
+                if len(self._open) > self.store.max_open:
+                    self._open.popitem(last=False)
+            place += len(samples)
+
+    def _work(self) -> None:
+        split = self.store.split
+        while self._is_wanted():
+            with self._lock:
+                job = next(self._jobs, None)
+                if job is None:
+                    return
+                place, num_bytes = job[0], int(split.shard_bytes[job[1]])
+                self._wait_for_room(num_bytes)
+                self._ahead.append((place, num_bytes))
+            with contextlib.suppress(UserError, InterruptedError):
+                os.close(split.remote.open(split, job[1], self._is_wanted))
+
+    def _wait_for_room(self, num_bytes: int) -> None:
+        while self._is_wanted():
+            located = self.store.num_located - self._first
+            self._ahead = [(place, size) for place, size in self._ahead if place >= located]
+            if not self._ahead or sum(size for _, size in self._ahead) + num_bytes <= self.ahead_bytes:
+                return
+            self._stopped.wait(0.05)
+
+
+def _open_whole(path: Path, num_bytes: int) -> int | None:
+    """A descriptor of a shard that is there, locked against removal; None if it is not, or is not whole."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be opened: {error.strerror}.\n  Set data.cache_dir to a folder of yours."
+        ) from None
+    while not _try_lock(fd, fcntl.LOCK_SH, path):
+        time.sleep(_POLL_S)
+    if os.fstat(fd).st_size == num_bytes and _is_at(fd, path):
+        os.utime(fd)  # the time of last use
+        return fd
+    os.close(fd)
+    _remove_unused(path, only_size_other_than=num_bytes)
+    return None
+
+
+def _remove_unused(path: Path, only_size_other_than: int = -1) -> bool:
+    """Remove a file that nobody has locked; says whether it is gone."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return not path.exists()
+    try:
+        if os.fstat(fd).st_size != only_size_other_than and _try_lock(fd, fcntl.LOCK_EX, path) and _is_at(fd, path):
+            path.unlink()
+            return True
+        return False
+    finally:
+        os.close(fd)
+
+
+def _try_lock(fd: int, kind: int, path: Path) -> bool:
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        what = f"{path}: its file system has no locks ({error.strerror})."
+        raise UserError(f"{what}\n  Set data.cache_dir to a folder on a local disk.") from None
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Whether the path still names the open file."""
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(fd), there)
+
+
+def _check_names(url: str, index: ShardIndex) -> None:
+    """Names from elsewhere become names of files here: raise UserError unless they are plain."""
+    bad = [name for name in index.splits if not _SAFE_NAME.fullmatch(name)]
+    bad += [
+        text for split in index.splits.values() for text in split.shard_checksums if not _CHECKSUM.fullmatch(str(text))
+    ]
+    if bad:
+        raise UserError(
+            f"{shown(url)}: index.json names {json.dumps(bad[0])}; expected plain split names and checksums."
+        )
+
+
+def _fetch_tables(url: str, folder: Path, split: SplitIndex) -> None:
+    checksum, _, names_checksum = split.table_checksum.partition(" ")
+    wanted = {f"{split.name}.samples.npy": checksum, f"{split.name}.names.txt": names_checksum or None}
+    for name, expected in wanted.items():
+        with writing(folder / name), open(folder / name, "wb", buffering=0) as file:
+            try:
+                download(
+                    join(url, name), file, checksum=expected, advice="See what is wrong there with dist-train verify."
+                )
+            except NotThere:
+                if name.endswith(".npy") or names_checksum:
+                    raise
+                os.unlink(folder / name)  # the names of the sources are optional

@@ -1,0 +1,296 @@
+"""Many trainings of one recipe, to find better settings: `dist-train study FILE`.
+
+Any number of processes may work on one study: start the same command on several machines, or as a SLURM array. What is
+to be done and what came of it lie in Optuna's journal; a trial whose process died is tried again by whoever comes next.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import xxhash
+import yaml
+
+from dist_train import runtime
+from dist_train.config import RunConfig, StudyConfig
+from dist_train.errors import UserError
+from dist_train.folds import fold_view
+from dist_train.index import load_index
+from dist_train.search import Space, changed, check_values, read_space, recipe_with
+from dist_train.settings import flatten, read_config, to_dict
+
+MAX_ATTEMPTS = 3  # a trial that has taken its process with it this often is given up
+
+
+def main(argv: list[str]) -> int:
+    """Work on a study until nothing is left to start; then write its report and its best recipe.
+
+    Returns 0, or runtime.EXIT_STOPPED where the process was asked to stop. Raises UserError if no trial could be trained.
+    """
+    from dist_train.study_report import write_study_report
+
+    plan = read_plan(argv)
+    refuse_ranks()
+    study = open_study(plan)
+    num_done, stopped = 0, ""
+    while not stopped:
+        with claimed_trial(plan, study) as trial:
+            if trial is None:
+                break
+            stopped = work_on(plan, study, trial)
+            num_done += not stopped
+    report = write_study_report(plan, study)
+    print(f"{plan.folder}: {num_done} trials done here{f', stopped by {stopped}' if stopped else ''}; {report.summary}", flush=True)
+    if report.best_recipe:
+        print(f"report: {report.page}\nbest:   dist-train train --config {report.best_recipe}", flush=True)
+    elif report.first_failure and not stopped:
+        raise UserError(f"{plan.folder}: no trial could be trained. The first one:\n  {report.first_failure}")
+    return runtime.EXIT_STOPPED if stopped else 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study's file says. shards: what the training split holds, so that results of other shards are not taken."""
+
+    path: str
+    folder: Path
+    config: StudyConfig
+    space: Space
+    base: RunConfig
+    shards: str
+
+    @property
+    def num_trials(self) -> int:
+        """Trials over all processes."""
+        if self.config.sampler == "grid":
+            return min(self.config.trials or 10**9, len(self.space.grid()))
+        return self.config.trials or 30
+
+    def trial_config(self, drawn: dict) -> RunConfig:
+        config = changed(self.base, self.space.settings(drawn))
+        return replace(config, train=replace(config.train, monitor=self.config.metric))
+
+    def trial_folder(self, config: RunConfig) -> Path:
+        """One for each set of settings: whoever trains them again finds the folds that are done."""
+        settings = sorted((k, v) for k, v in flatten(to_dict(config)).items() if not k.startswith(("runtime.", "track.")))
+        return self.folder / "trials" / xxhash.xxh3_64_hexdigest(f"{settings} {self.config.folds} {self.shards}".encode())
+
+    def identity(self) -> dict:
+        """What must not change while a study lasts; the number of trials, pruning and places may."""
+        config = to_dict(self.config) | {"recipe": None, "name": None, "trials": None, "storage": None, "prune": None}
+        base = {k: v for k, v in flatten(to_dict(self.base)).items() if not k.startswith(("runtime.", "track.", "data.shards"))}
+        space = {"ranges": self.space.ranges, "choices": self.space.choices, "variants": self.space.variants}
+        return json.loads(json.dumps({"study": config, "recipe": base, "space": space, "shards": self.shards}))
+
+
+def read_plan(argv: list[str]) -> Plan:
+    """`dist-train study FILE [--run FOLDER] [--trials N ...]` -> Plan. Raises UserError, all faults of a kind at once."""
+    parser = argparse.ArgumentParser(prog="dist-train study", description=__doc__.splitlines()[0])
+    parser.add_argument("file", help="YAML file with a `study:` part and a `search:` or `variants:` part")
+    parser.add_argument("--run", help="folder of the results; default runs/NAME")
+    options, overrides = parser.parse_known_args(argv)
+    path = options.file
+    try:
+        tree = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot read the study: {getattr(error, 'strerror', None) or error}") from None
+    unknown = sorted(map(str, set(tree) - {"study", "search", "variants"})) if isinstance(tree, dict) else [str(tree)[:20]]
+    if unknown or not isinstance(tree.get("study"), dict):
+        raise UserError(f"{path}: expected the parts study, search and variants; found {', '.join(unknown) or 'no study'}.")
+    words = [f"--{name}={value}" for name, value in tree["study"].items()]
+    try:
+        read_config(StudyConfig, words, "dist-train study")
+    except UserError as error:
+        raise UserError(str(error).replace("command line: ", f"{path}: study.")) from None
+    config = read_config(StudyConfig, words + [word.replace("--study.", "--") for word in overrides], "dist-train study")
+    if not Path(config.recipe).is_file():
+        raise UserError(f"{path}: study.recipe is {config.recipe!r}, which is no file; expected a recipe's path.")
+    if config.folds == 1 or config.folds < 0 or config.trials < 0:
+        raise UserError(f"{path}: study.folds is {config.folds} and study.trials {config.trials}; expected 0, or folds from 2 "
+                        f"and trials from 1.")  # fmt: skip
+    space = read_space(path, tree.get("search") or {}, tree.get("variants") or {}, config.sampler)
+    base = recipe_with(config.recipe, {})
+    if not base.data.shards:
+        raise UserError(f"{config.recipe}: data.shards is not set; a study's recipe has to name its shards.")
+    index = load_index(base.data.shards)
+    if config.folds:
+        fold_view(index, replace(base, data=replace(base.data, folds=config.folds)))
+    elif base.data.val_split not in index.splits:
+        raise UserError(f"{base.data.shards}: there is no split {base.data.val_split!r} to compare on; set study.folds, to 5 say.")
+    check_values(path, config.recipe, space)
+    folder = Path(options.run or f"runs/{config.name or Path(path).stem}")
+    return Plan(path, folder, config, space, base, index.split(base.data.train_split).fingerprint())
+
+
+def refuse_ranks() -> None:
+    if runtime.num_launched() > 1:
+        raise UserError(
+            "a study's trainings each take one process, and this job has several ranks.\n"
+            "  Start `dist-train study` without a launcher, as often as you like: all work on the same study."
+        )
+
+
+def open_study(plan: Plan):
+    """The Optuna study in the plan's journal, made if it is not there; every combination of a grid is queued.
+
+    Raises UserError if the folder holds another study.
+    """
+    optuna = _optuna()
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    journal = Path(plan.config.storage or plan.folder / "journal.log")
+    with locked(plan.folder / "lock"):
+        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
+        direction = "maximize" if plan.config.metric == "top1" else "minimize"
+        study = optuna.create_study(storage=storage, study_name=plan.folder.name, direction=direction, load_if_exists=True)
+        before, now = study.user_attrs.get("identity"), plan.identity()
+        if before is None:
+            if plan.config.sampler == "grid":
+                for drawn in plan.space.grid()[: plan.num_trials]:
+                    study.enqueue_trial(drawn)
+            study.set_user_attr("identity", now)
+        elif before != now:
+            old, new = flatten(before), flatten(now)
+            names = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+            raise UserError(
+                f"{plan.folder}: the folder holds another study; these differ: {', '.join(names)}.\n"
+                f"  Take another folder with --run, or put them back."
+            )
+    return study
+
+
+@contextlib.contextmanager
+def claimed_trial(plan: Plan, study):
+    """Yield the next trial to train, its settings drawn; None if there is nothing left to start.
+
+    One process at a time claims. The trial's lock is held until the block ends, and the kernel lets go of it if the
+    process dies: so the others know.
+    """
+    optuna = _optuna()
+    with contextlib.ExitStack() as holding:
+        with locked(plan.folder / "lock"):
+            queue_abandoned(plan, study)
+            trials = [t for t in study.get_trials(deepcopy=False) if "abandoned" not in t.user_attrs]
+            queued = [t for t in trials if t.state == optuna.trial.TrialState.WAITING]
+            trial = None
+            if queued or len(trials) < plan.num_trials:
+                study.sampler = sampler(plan, len(study.get_trials(deepcopy=False)))
+                study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5)
+                trial = study.ask()
+                holding.enter_context(locked(_trial_lock(plan, trial.number)))
+                plan.space.draw(trial)
+        yield trial
+
+
+def queue_abandoned(plan: Plan, study) -> None:
+    """Queue anew the trials whose processes have died: they stand as running, but nobody holds their locks."""
+    optuna = _optuna()
+    names = {*plan.space.ranges, *plan.space.choices, *(["variant"] if plan.space.variants else [])}
+    for dead in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        try:
+            with locked(_trial_lock(plan, dead.number), wait=False):
+                attempt = dead.user_attrs.get("attempt", 1)
+                trial = optuna.trial.Trial(study, dead._trial_id)
+                if attempt >= MAX_ATTEMPTS:
+                    trial.set_user_attr("why", f"its process died {attempt} times")
+                    study.tell(dead.number, state=optuna.trial.TrialState.FAIL)
+                else:
+                    drawn = dead.system_attrs.get("fixed_params", dead.params)
+                    queue_again(study, trial, drawn if names <= drawn.keys() else None, attempt + 1)
+        except BlockingIOError:
+            pass  # alive
+
+
+def queue_again(study, trial, drawn: dict | None, attempt: int) -> None:
+    """End a running trial and queue its settings anew; None where its process died before it had drawn them all."""
+    trial.set_user_attr("abandoned", True)
+    if drawn is not None:
+        study.enqueue_trial(drawn, user_attrs={"attempt": attempt})
+    study.tell(trial.number, state=_optuna().trial.TrialState.FAIL)
+
+
+def work_on(plan: Plan, study, trial) -> str:
+    """Train a trial and tell Optuna; returns why the process was asked to stop, or "" if it was not."""
+    import torch
+
+    from dist_train.trial import Stopped, mean_figures, run_trial
+
+    optuna = _optuna()
+    config, metric, newest = plan.trial_config(trial.params), plan.config.metric, -1
+    folder = plan.trial_folder(config)
+    trial.set_user_attr("folder", str(folder.relative_to(plan.folder)))
+
+    def watch(place: float, figures: dict) -> None:
+        nonlocal newest
+        percent = round(100 * place)  # of a fold; the median of the others is taken at the same place
+        if percent <= newest or figures[metric] is None:
+            return
+        newest = percent
+        if not plan.config.prune:
+            return
+        trial.report(figures[metric], percent)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder / "lock"):  # two trials may have drawn the same settings
+            results = run_trial(config, plan.config.folds, folder, watch)
+        value = mean_figures(results)[metric]
+        if value is None:
+            raise UserError(f"the validation loss is not finite: {results}")
+    except Stopped as stop:
+        queue_again(study, trial, trial.params, trial.user_attrs.get("attempt", 1))
+        return str(stop) or "a request"
+    except optuna.TrialPruned:
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        print(f"trial {trial.number:<4} pruned   {described(trial.params)}", flush=True)
+    except (UserError, torch.OutOfMemoryError) as error:  # these settings cannot be trained; others may
+        trial.set_user_attr("why", str(error))
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        print(f"trial {trial.number:<4} failed   {described(trial.params)}: {str(error).splitlines()[0]}", flush=True)
+    else:
+        trial.set_user_attr("folds", results)
+        study.tell(trial, value)
+        seconds = sum(result["train_s"] for result in results)
+        print(f"trial {trial.number:<4} {metric} {value:.4f}  {seconds:6.1f} s   {described(trial.params)}", flush=True)
+    return ""
+
+
+def described(params: dict) -> str:
+    return "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items())
+
+
+def sampler(plan: Plan, number: int):
+    """The sampler of one draw: seeded by the draw's number, so that processes never draw the same."""
+    optuna = _optuna()
+    seed = int(xxhash.xxh3_64_intdigest(f"{plan.config.seed} {number}".encode()) >> 32)
+    if plan.config.sampler == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(3, plan.num_trials // 3)))
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True):
+    """Hold an exclusive lock on a file. Raises BlockingIOError where wait is False and another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _trial_lock(plan: Plan, number: int) -> Path:
+    return plan.folder / "locks" / f"{number:05d}"
+
+
+def _optuna():
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna

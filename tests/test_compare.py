@@ -1,0 +1,75 @@
+"""Comparing runs: figures are read as they stand, seeds count together, differing settings are shown."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dist_train.bars import Bar, bar_chart
+from dist_train.compare import comparison, differences, grouped, main, read_all
+from dist_train.config import RunConfig
+from dist_train.errors import UserError
+from dist_train.settings import from_dict, to_dict
+
+
+def finished_run(folder: Path, top1: float, seconds: float = 10.0, **changes) -> Path:
+    """A run folder with the figures given; changes: section -> {setting: value}."""
+    tree = to_dict(RunConfig())
+    for section, values in changes.items():
+        tree[section] = tree[section] | values if isinstance(values, dict) else values
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(from_dict(RunConfig, tree))))
+    figures = {"samples": 100, "loss": 1 - top1, "top1": top1}
+    (folder / "result.json").write_text(json.dumps({"step": 20, "epoch": 2.0, "val": figures, "test": figures}))
+    lines = [{"kind": "train", "step": 10, "epoch": 1.0, "loss": 1.0, "images_per_s": 500.0, "time_s": seconds / 2},
+             {"kind": "eval", "split": "val", "step": 10, "epoch": 1.0, "top1": top1 / 2, "loss": 1.0, "time_s": seconds / 2},
+             {"kind": "eval", "split": "val", "step": 20, "epoch": 2.0, "top1": top1, "loss": 0.5, "time_s": seconds}]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_seeds_and_folds_count_together_and_differences_are_shown(tmp_path):
+    a = [finished_run(tmp_path / f"a{i}", 0.9 + 0.02 * i, seed=i, data={"fold": i, "folds": 3}) for i in range(3)]
+    b = finished_run(tmp_path / "b", 0.85, seconds=4.0, optim={"lr": 0.3}, data={"folds": 3})
+    groups = grouped(read_all([*a, b]))
+    assert [len(group.runs) for group in groups] == [3, 1]
+    assert differences(groups) == {"optim.lr": [0.01, 0.3]}
+    table = comparison(groups)
+    columns = [name for name, _ in table.columns]
+    rows = [dict(zip(columns, row, strict=True)) for row in table.rows]
+    spread = statistics.stdev([0.9, 0.92, 0.94])
+    assert rows[0]["test accuracy"] == f"92.00% ± {spread:.2%}" and rows[1]["test accuracy"] == "85.00%"
+    assert rows[0]["run"] == "a0 and 2 more" and rows[1]["time"] == "4.0 s" and rows[1]["samples/s"] == "500"
+
+
+def test_the_page_stands_alone(tmp_path, capsys):
+    runs = [finished_run(tmp_path / name, top1, model={"width": width})
+            for name, top1, width in (("small <b>", 0.8, 0.5), ("large", 0.9, 1.0))]  # fmt: skip
+    main([*map(str, runs), "--out", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 4 and "90.00%" in page and "model.width" in page
+    assert "small <b>" not in page and not re.search(r"""(?:src|href)=["'](?!data:)""", page)
+    told = capsys.readouterr().out
+    assert "large" in told and "page.html" in told
+
+
+def test_every_folder_that_is_no_finished_run_is_named(tmp_path):
+    unfinished = finished_run(tmp_path / "unfinished", 0.5)
+    (unfinished / "result.json").unlink()
+    damaged = finished_run(tmp_path / "damaged", 0.5)
+    (damaged / "result.json").write_text("{")
+    with pytest.raises(UserError) as told:
+        read_all([tmp_path / "absent", unfinished, damaged])
+    assert all(name in str(told.value) for name in ("absent: not a finished", "no result.json", "damaged: the run cannot"))
+
+
+def test_bars_are_as_long_as_their_values():
+    svg = bar_chart([Bar("one", 1.0), Bar("two", 2.0), Bar("none", float("nan"))], str)
+    lengths = [float(width) for width in re.findall(r'<rect[^>]* width="([\d.]+)"', svg)]
+    assert len(lengths) == 2 and lengths[1] == pytest.approx(2 * lengths[0], rel=1e-2)
+    dots = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', bar_chart([Bar("a", 0.97), Bar("b", 0.99, 0.005)], str, zero=False))]
+    assert dots[0] < dots[1]
+    assert bar_chart([], str) == ""
