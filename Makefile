@@ -1,5 +1,6 @@
 # make demo   install, convert the embedded digits, train, evaluate, report
 # make test   install, run the tests
+# make study-demo   what early stopping, folds, schedules, BatchNorm, dropout, activations and optimizers do on a table
 # make test-cluster   the tests on a real SLURM and on separate hosts; as root, it fetches their Debian packages
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 RECIPE ?= recipes/digits-alexnet.yaml
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test test-cluster lint clean
+.PHONY: install demo study-demo test test-cluster lint clean
 
 install: $(VENV)/installed
 
@@ -27,6 +28,14 @@ demo: install
 	accelerate launch --config_file accelerate_config.yaml -m dist_train.train --config $(RECIPE)
 	dist-train eval runs/digits-alexnet --split test
 	dist-train report runs/digits-alexnet
+
+study-demo: install
+	test -f shards/breast-cancer/index.json || dist-train shard datasets/breast-cancer.yaml
+	rm -rf runs/mlp-study runs/mlp-study-base runs/mlp-study-best
+	dist-train study recipes/mlp-study.yaml & other=$$!; dist-train study recipes/mlp-study.yaml && wait $$other
+	dist-train train --config recipes/mlp-base.yaml --run runs/mlp-study-base
+	dist-train train --config runs/mlp-study/best.yaml --run runs/mlp-study-best
+	dist-train compare runs/mlp-study-base runs/mlp-study-best
 
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

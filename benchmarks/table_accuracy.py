@@ -52,7 +52,10 @@ def main() -> None:
                 run_training(["--config", options.recipe, "--run", str(run), "--data.shards", shards, "--seed", str(seed),
                               "--track.wandb", "off", *options.overrides])  # fmt: skip
                 seconds.append(time.perf_counter() - began)
-            figures = {"dist_train": json.loads((run / "result.json").read_text())["test"]["top1"], **scikit_learn(shards, seed)}
+            figures = {
+                "dist_train": json.loads((run / "result.json").read_text())["test"]["top1"],
+                **scikit_learn(shards, seed),
+            }
             for name, value in figures.items():
                 accuracy.setdefault(name, []).append(value)
             test_rows = load_index(shards).split("test").num_samples
@@ -69,7 +72,11 @@ def main() -> None:
     }  # fmt: skip
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     runtime.write_json(Path(options.out), result)
-    print(json.dumps({key: result[key] for key in ("n", "mean", "standard_deviation", "training_seconds_median")}, indent=1))
+    print(
+        json.dumps(
+            {key: result[key] for key in ("n", "mean", "standard_deviation", "training_seconds_median")}, indent=1
+        )
+    )
 
 
 def scikit_learn(shards: str, seed: int) -> dict[str, float]:

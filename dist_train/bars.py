@@ -32,6 +32,8 @@ def bar_chart(bars: list[Bar], text, zero: bool = True) -> str:
         return ""
     low = 0.0 if zero else min(bar.value - bar.spread for bar in bars)
     high = max(bar.value + bar.spread for bar in bars)
+    if not high > low:
+        low = high - 0.02 * (abs(high) or 1)
     ticks = nice_ticks(low, high, 4)
     low, high = (0.0 if zero else min(low, ticks[0])), max(high, ticks[-1])
     left, height = 8.0, _TOP + len(bars) * (_ROW + 12) + _BOTTOM
@@ -50,7 +52,10 @@ def bar_chart(bars: list[Bar], text, zero: bool = True) -> str:
     for i, bar in enumerate(bars):
         y, colour = _TOP + i * (_ROW + 12), f"var(--{bar.colour})"
         name = bar.name if len(bar.name) <= 44 else bar.name[:43] + "…"
-        parts += [_text(left, y + 13, name, "start", "ink"), _text(WIDTH - 8, y + 13, bar.text or text(bar.value), "end", "faint")]
+        parts += [
+            _text(left, y + 13, name, "start", "ink"),
+            _text(WIDTH - 8, y + 13, bar.text or text(bar.value), "end", "faint"),
+        ]
         end, middle = x_at(bar.value), y + 25
         if zero:
             length = max(end - left, 1)

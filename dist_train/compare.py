@@ -88,7 +88,9 @@ def read_finished(folder: Path) -> Finished:
         figures = {split: values for split, values in result.items() if isinstance(values, dict) and "top1" in values}
     except FileNotFoundError as error:
         what = f"it has no {Path(error.filename).name}" if folder.is_dir() else "there is no such folder"
-        raise UserError(f"{folder}: not a finished run: {what}; expected the folder of one, such as runs/NAME.") from None
+        raise UserError(
+            f"{folder}: not a finished run: {what}; expected the folder of one, such as runs/NAME."
+        ) from None
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{folder}: the run cannot be read: {error}") from None
     lines = read_metrics(folder / "metrics.jsonl")
@@ -107,7 +109,11 @@ def grouped(runs: list[Finished]) -> list[Group]:
     """Runs by their settings, seeds and folds together, in the order given."""
     groups: dict[str, list[Finished]] = {}
     for run in runs:
-        key = {name: value for name, value in run.settings.items() if not name.startswith(_NO_DIFFERENCE) or name == "data.folds"}
+        key = {
+            name: value
+            for name, value in run.settings.items()
+            if not name.startswith(_NO_DIFFERENCE) or name == "data.folds"
+        }
         groups.setdefault(json.dumps(key, sort_keys=True), []).append(run)
     return [Group(members[0].name + (f" and {len(members) - 1} more" if len(members) > 1 else ""), members)
             for members in groups.values()]  # fmt: skip
@@ -153,12 +159,19 @@ def write_comparison(out: Path, groups: list[Group], table: Table) -> None:
     times = [Bar(group.name, _seconds(group), _spread([run.seconds for run in group.runs]), duration(_seconds(group)), "two")
              for group in groups]  # fmt: skip
     charts.append(Chart("Running time, seconds", bar_chart(times, lambda s: f"{s:g}")))
-    curves = [plots.Curve(group.name, *group.runs[0].curve, colour) for colour, group in enumerate(groups[: len(_COLOURS)])]
+    curves = [
+        plots.Curve(group.name, *group.runs[0].curve, colour) for colour, group in enumerate(groups[: len(_COLOURS)])
+    ]
     if svg := plots.line_chart(curves, "epoch", lambda y: f"{y * 100:g}%"):
         names = [(group.name, colour) for group, colour in zip(groups, _COLOURS, strict=False)]
-        charts.append(Chart("Validation accuracy" + (" of the first three" if len(groups) > len(_COLOURS) else ""), svg, names))
+        charts.append(
+            Chart("Validation accuracy" + (" of the first three" if len(groups) > len(_COLOURS) else ""), svg, names)
+        )
     note = "Lines show one standard deviation to both sides, where there are several runs."
-    sections = [Section("Figures", note, charts), Section("Table", "Settings are shown where the runs differ.", table=table)]
+    sections = [
+        Section("Figures", note, charts),
+        Section("Table", "Settings are shown where the runs differ.", table=table),
+    ]
     num_runs = sum(len(group.runs) for group in groups)
     write_page(out, "Runs compared", f"{num_runs} runs · {time.strftime('%Y-%m-%d %H:%M')}", [], sections)
 

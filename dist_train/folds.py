@@ -28,7 +28,9 @@ class Part(SplitIndex):
     """Some samples of a split, numbered 0..num_samples-1 in shard order."""
 
     whole: SplitIndex | None = None
-    members: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (N,) int64, ascending numbers in the whole
+    members: np.ndarray = field(
+        default_factory=lambda: np.zeros(0, np.int64)
+    )  # (N,) int64, ascending numbers in the whole
 
     @property
     def stored(self) -> SplitIndex:
@@ -71,10 +73,14 @@ def fold_view(index: ShardIndex, config: RunConfig) -> ShardIndex:
     if not 0 <= data.fold < data.folds:
         problems.append(f"data.fold is {data.fold}; expected 0 to {data.folds - 1}, since data.folds is {data.folds}.")
     if data.val_split in ("", data.train_split):
-        problems.append(f"data.val_split is {data.val_split!r}; with data.folds the fold takes its place: name it val, say.")
+        problems.append(
+            f"data.val_split is {data.val_split!r}; with data.folds the fold takes its place: name it val, say."
+        )
     whole = index.split(data.train_split)
     if whole.num_samples < data.folds:
-        problems.append(f"{index.folder}: {data.train_split} has {whole.num_samples} samples, too few for data.folds {data.folds}.")
+        problems.append(
+            f"{index.folder}: {data.train_split} has {whole.num_samples} samples, too few for data.folds {data.folds}."
+        )
     if problems:
         raise UserError("\n".join(problems))
     labels = np.asarray(whole.table()["label"])
@@ -91,7 +97,9 @@ def fold_of(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
     """
     draws = mix(np.arange(len(labels), dtype=np.uint64) ^ hash_words(seed, _FOLDS))
     folds = np.empty(len(labels), np.int64)
-    folds[np.lexsort((draws, labels))] = np.arange(len(labels)) % num_folds  # dealt class by class, shuffled inside a class
+    folds[np.lexsort((draws, labels))] = (
+        np.arange(len(labels)) % num_folds
+    )  # dealt class by class, shuffled inside a class
     return folds
 
 

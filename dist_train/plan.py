@@ -60,7 +60,8 @@ def _print_summary(order: Order, split: SplitIndex, options) -> None:
     reading_nodes = nodes if is_full else max(1, nodes / order.lanes)
     own = in_play if is_full else -(-in_play // min(nodes, order.lanes))
     print(f"shards in play at once: {in_play:,} in the job, about {own:,} a node")
-    print(f"each shard is read {'by every node' if is_full and nodes > 1 else f'by about {reading_nodes:.3g} node(s)'}, once an epoch")
+    readers = "by every node" if is_full and nodes > 1 else f"by about {reading_nodes:.3g} node(s)"
+    print(f"each shard is read {readers}, once an epoch")
     if per_node is not None:
         touched = [len(np.unique(row)) for row in per_node]
         print(f"shards touched in the {len(steps)} steps looked at: {min(touched):,} to {max(touched):,} a node")

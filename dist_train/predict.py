@@ -50,9 +50,10 @@ def load_run(folder: str | Path) -> Trained:
         config = from_dict(RunConfig, yaml.safe_load((folder / "config.yaml").read_text()))
         about = json.loads((folder / "inference.json").read_text())
     except FileNotFoundError as error:
-        what = "there is no such folder" if not folder.is_dir() else f"it has no {Path(error.filename).name}"
-        raise UserError(f"{folder}: not a finished run: {what}.\n  Finish it with: dist-train train --config "
-                        f"{folder / 'config.yaml'} --run {folder} --resume") from None  # fmt: skip
+        if not folder.is_dir():
+            raise UserError(f"{folder}: there is no such run folder.") from None
+        raise UserError(f"{folder}: not a finished run: it has no {Path(error.filename).name}.\n  Finish it with: "
+                        f"dist-train train --config {folder / 'config.yaml'} --run {folder} --resume") from None  # fmt: skip
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder}: the run cannot be read: {error}") from None
     size = tuple(about["image_size"]) if about["image_size"] else None

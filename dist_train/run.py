@@ -116,7 +116,8 @@ class Run:
         stop, bad = flags.tolist()
         if bad:
             raise UserError(
-                f"step {state.step}: the loss is not finite ({float(loss)} on rank {self.world.rank}); the weights were not changed.\n"
+                f"step {state.step}: the loss is not finite ({float(loss)} on rank {self.world.rank}); "
+                f"the weights were not changed.\n"
                 f"  Lower optim.lr, set optim.clip_norm, or go back with --resume from the last checkpoint. The step's "
                 f"samples: dist-train plan --shards {self.config.data.shards} --global-batch-size "
                 f"{self.config.data.global_batch_size} --seed {self.config.seed} --steps {state.step}:{state.step + 1}"

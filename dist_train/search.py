@@ -1,11 +1,11 @@
 """What a study searches: the `search:` and `variants:` parts of its YAML file, checked, and drawn by Optuna.
 
-    search:
-      optim.lr: {low: 0.001, high: 0.1, log: true}     a range; whole numbers if both ends are
-      model.hidden: [[64, 64], [128, 128, 128]]        choices
-    variants:                                          choices that set several things at once, by name
-      base: {}
-      early stopping: {train.patience: 10}
+search:
+  optim.lr: {low: 0.001, high: 0.1, log: true}     a range; whole numbers if both ends are
+  model.hidden: [[64, 64], [128, 128, 128]]        choices
+variants:                                          choices that set several things at once, by name
+  base: {}
+  early stopping: {train.patience: 10}
 """
 
 import itertools
@@ -16,7 +16,13 @@ from dist_train.config import RunConfig
 from dist_train.errors import UserError
 from dist_train.settings import from_dict, read_config, setting_names, to_dict
 
-FIXED = ("track.", "runtime.", "data.shards", "data.fold", "train.precision")  # the study's, the process's, or no result's
+FIXED = (
+    "track.",
+    "runtime.",
+    "data.shards",
+    "data.fold",
+    "train.precision",
+)  # the study's, the process's, or no result's
 VARIANT = "variant"
 _RANGE_KEYS = {"low", "high", "log", "step"}
 
@@ -61,7 +67,9 @@ def read_space(path: str, search: dict, variants: dict, sampler: str) -> Space:
     """The space that a study's file describes. Raises UserError, all faults at once."""
     problems, space = [], Space()
     if not isinstance(search, dict) or not isinstance(variants, dict):
-        raise UserError(f"{path}: search and variants are expected to hold `setting: choices` and `name: settings` lines.")
+        raise UserError(
+            f"{path}: search and variants are expected to hold `setting: choices` and `name: settings` lines."
+        )
     for name, values in search.items():
         values = _with_numbers(name, values)
         problems += _name_problems(f"{path}: search", name)

@@ -44,7 +44,10 @@ def main(argv: list[str]) -> int:
             stopped = work_on(plan, study, trial)
             num_done += not stopped
     report = write_study_report(plan, study)
-    print(f"{plan.folder}: {num_done} trials done here{f', stopped by {stopped}' if stopped else ''}; {report.summary}", flush=True)
+    print(
+        f"{plan.folder}: {num_done} trials done here{f', stopped by {stopped}' if stopped else ''}; {report.summary}",
+        flush=True,
+    )
     if report.best_recipe:
         print(f"report: {report.page}\nbest:   dist-train train --config {report.best_recipe}", flush=True)
     elif report.first_failure and not stopped:
@@ -76,13 +79,21 @@ class Plan:
 
     def trial_folder(self, config: RunConfig) -> Path:
         """One for each set of settings: whoever trains them again finds the folds that are done."""
-        settings = sorted((k, v) for k, v in flatten(to_dict(config)).items() if not k.startswith(("runtime.", "track.")))
-        return self.folder / "trials" / xxhash.xxh3_64_hexdigest(f"{settings} {self.config.folds} {self.shards}".encode())
+        settings = sorted(
+            (k, v) for k, v in flatten(to_dict(config)).items() if not k.startswith(("runtime.", "track."))
+        )
+        return (
+            self.folder / "trials" / xxhash.xxh3_64_hexdigest(f"{settings} {self.config.folds} {self.shards}".encode())
+        )
 
     def identity(self) -> dict:
         """What must not change while a study lasts; the number of trials, pruning and places may."""
         config = to_dict(self.config) | {"recipe": None, "name": None, "trials": None, "storage": None, "prune": None}
-        base = {k: v for k, v in flatten(to_dict(self.base)).items() if not k.startswith(("runtime.", "track.", "data.shards"))}
+        base = {
+            k: v
+            for k, v in flatten(to_dict(self.base)).items()
+            if not k.startswith(("runtime.", "track.", "data.shards"))
+        }
         space = {"ranges": self.space.ranges, "choices": self.space.choices, "variants": self.space.variants}
         return json.loads(json.dumps({"study": config, "recipe": base, "space": space, "shards": self.shards}))
 
@@ -98,15 +109,21 @@ def read_plan(argv: list[str]) -> Plan:
         tree = yaml.safe_load(Path(path).read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot read the study: {getattr(error, 'strerror', None) or error}") from None
-    unknown = sorted(map(str, set(tree) - {"study", "search", "variants"})) if isinstance(tree, dict) else [str(tree)[:20]]
+    unknown = (
+        sorted(map(str, set(tree) - {"study", "search", "variants"})) if isinstance(tree, dict) else [str(tree)[:20]]
+    )
     if unknown or not isinstance(tree.get("study"), dict):
-        raise UserError(f"{path}: expected the parts study, search and variants; found {', '.join(unknown) or 'no study'}.")
+        raise UserError(
+            f"{path}: expected the parts study, search and variants; found {', '.join(unknown) or 'no study'}."
+        )
     words = [f"--{name}={value}" for name, value in tree["study"].items()]
     try:
         read_config(StudyConfig, words, "dist-train study")
     except UserError as error:
         raise UserError(str(error).replace("command line: ", f"{path}: study.")) from None
-    config = read_config(StudyConfig, words + [word.replace("--study.", "--") for word in overrides], "dist-train study")
+    config = read_config(
+        StudyConfig, words + [word.replace("--study.", "--") for word in overrides], "dist-train study"
+    )
     if not Path(config.recipe).is_file():
         raise UserError(f"{path}: study.recipe is {config.recipe!r}, which is no file; expected a recipe's path.")
     if config.folds == 1 or config.folds < 0 or config.trials < 0:
@@ -120,7 +137,9 @@ def read_plan(argv: list[str]) -> Plan:
     if config.folds:
         fold_view(index, replace(base, data=replace(base.data, folds=config.folds)))
     elif base.data.val_split not in index.splits:
-        raise UserError(f"{base.data.shards}: there is no split {base.data.val_split!r} to compare on; set study.folds, to 5 say.")
+        raise UserError(
+            f"{base.data.shards}: there is no split {base.data.val_split!r} to compare on; set study.folds, to 5 say."
+        )
     check_values(path, config.recipe, space)
     folder = Path(options.run or f"runs/{config.name or Path(path).stem}")
     return Plan(path, folder, config, space, base, index.split(base.data.train_split).fingerprint())
@@ -145,7 +164,9 @@ def open_study(plan: Plan):
     with locked(plan.folder / "lock"):
         storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
         direction = "maximize" if plan.config.metric == "top1" else "minimize"
-        study = optuna.create_study(storage=storage, study_name=plan.folder.name, direction=direction, load_if_exists=True)
+        study = optuna.create_study(
+            storage=storage, study_name=plan.folder.name, direction=direction, load_if_exists=True
+        )
         before, now = study.user_attrs.get("identity"), plan.identity()
         if before is None:
             if plan.config.sampler == "grid":
@@ -261,7 +282,9 @@ def work_on(plan: Plan, study, trial) -> str:
 
 
 def described(params: dict) -> str:
-    return "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items())
+    return "  ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items()
+    )
 
 
 def sampler(plan: Plan, number: int):

@@ -51,6 +51,11 @@ class Row:
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     @property
+    def loss(self) -> float:
+        """Mean over the folds; it decides between equal accuracies."""
+        return statistics.fmean(math.inf if fold["loss"] is None else fold["loss"] for fold in self.folds)
+
+    @property
     def seconds(self) -> float:
         return sum(fold["train_s"] for fold in self.folds)
 
@@ -64,8 +69,10 @@ def write_study_report(plan, study) -> Found:
             plan.folder / t.user_attrs["folder"])
         for t in trials if t.state.name == "COMPLETE"
     ]  # fmt: skip
-    rows.sort(key=lambda row: row.mean if metric == "loss" else -row.mean)
-    counts = {name: sum(t.state.name == name for t in trials) for name in ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING")}
+    rows.sort(key=lambda row: row.mean if metric == "loss" else (-row.mean, row.loss))
+    counts = {
+        name: sum(t.state.name == name for t in trials) for name in ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING")
+    }
     words = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
     summary = ", ".join(f"{n} {words[name]}" for name, n in counts.items() if n)
     failures = [t.user_attrs["why"] for t in trials if "why" in t.user_attrs]
@@ -165,7 +172,9 @@ def _cards(rows: list[Row], metric: str) -> list[tuple[str, str]]:
     ]
 
 
-def _sections(plan, study, trials, rows: list[Row], table: Table, failures: list[str], best: Path | None) -> list[Section]:
+def _sections(
+    plan, study, trials, rows: list[Row], table: Table, failures: list[str], best: Path | None
+) -> list[Section]:
     metric, sections = plan.config.metric, []
     what = "Accuracy" if metric == "top1" else "Loss"
     if rows:
@@ -184,13 +193,17 @@ def _sections(plan, study, trials, rows: list[Row], table: Table, failures: list
     if shares:
         bars = [Bar(name, share, 0.0, f"{share:.0%}", "three") for name, share in shares.items()]
         note = "The share of the figure's variance over all finished trials that each setting explains (fANOVA)."
-        sections.append(Section("Which settings matter", note, [Chart("Importance", bar_chart(bars, lambda y: f"{y:.0%}"))]))
+        sections.append(
+            Section("Which settings matter", note, [Chart("Importance", bar_chart(bars, lambda y: f"{y:.0%}"))])
+        )
     if rows:
         sections.append(Section("Finished trials", table=table))
     if failures:
         sections.append(Section("Trials that failed", text="\n\n".join(failures)))
     if best:
-        sections.append(Section("The best recipe", f"Train it with: dist-train train --config {best}", text=best.read_text()))
+        sections.append(
+            Section("The best recipe", f"Train it with: dist-train train --config {best}", text=best.read_text())
+        )
     return sections
 
 
@@ -205,7 +218,9 @@ def _course(plan, trials, rows: list[Row], what: str, text) -> list[Chart]:
     each = plots.Curve("trial", numbers, [row.mean for row in by_number], 1, dots=True, band=True)
     charts = [Chart(f"{what} by trial", plots.line_chart([each, plots.Curve("best so far", numbers, so_far)], "trial", text),
                     [("best so far", "one"), ("trial", "two")])]  # fmt: skip
-    curves = [plots.Curve(_name(row), *mean_curve(row, metric), colour) for colour, row in enumerate(rows[:SHOWN_CURVES])]
+    curves = [
+        plots.Curve(_name(row), *mean_curve(row, metric), colour) for colour, row in enumerate(rows[:SHOWN_CURVES])
+    ]
     if svg := plots.line_chart(curves, "epoch", text):
         legend = [(_name(row), colour) for row, colour in zip(rows, ("one", "two", "three"), strict=False)]
         charts.append(Chart(f"{what} of the best by epoch", svg, legend))

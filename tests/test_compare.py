@@ -63,13 +63,16 @@ def test_every_folder_that_is_no_finished_run_is_named(tmp_path):
     (damaged / "result.json").write_text("{")
     with pytest.raises(UserError) as told:
         read_all([tmp_path / "absent", unfinished, damaged])
-    assert all(name in str(told.value) for name in ("absent: not a finished", "no result.json", "damaged: the run cannot"))
+    assert all(
+        name in str(told.value) for name in ("absent: not a finished", "no result.json", "damaged: the run cannot")
+    )
 
 
 def test_bars_are_as_long_as_their_values():
     svg = bar_chart([Bar("one", 1.0), Bar("two", 2.0), Bar("none", float("nan"))], str)
     lengths = [float(width) for width in re.findall(r'<rect[^>]* width="([\d.]+)"', svg)]
     assert len(lengths) == 2 and lengths[1] == pytest.approx(2 * lengths[0], rel=1e-2)
-    dots = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', bar_chart([Bar("a", 0.97), Bar("b", 0.99, 0.005)], str, zero=False))]
+    chart = bar_chart([Bar("a", 0.97), Bar("b", 0.99, 0.005)], str, zero=False)
+    dots = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', chart)]
     assert dots[0] < dots[1]
     assert bar_chart([], str) == ""

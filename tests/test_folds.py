@@ -77,7 +77,9 @@ def test_a_fold_reads_the_rows_and_names_of_the_stored_split(table):
     batch = next(open_stream(index, "train", 64, threads=1))
     assert [whole[name] for name in batch.keys] == list(zip(batch.images.tolist(), batch.labels.tolist(), strict=True))
     part = index.split("val")
-    assert part.names() == [load_index(table).split("train").names()[i] for i in part.stored_numbers(np.arange(part.num_samples))]
+    assert part.names() == [
+        load_index(table).split("train").names()[i] for i in part.stored_numbers(np.arange(part.num_samples))
+    ]
     assert part.class_counts.tolist() == np.bincount(part.table()["label"]).tolist()
 
 

@@ -81,7 +81,8 @@ def test_two_processes_give_the_curve_of_one(digits, tmp_path):
         assert abs(a["top1"] - b["top1"]) < 0.02 and abs(a["loss"] - b["loss"]) < 1e-2
 
     # the same weights count the same on any number of ranks
-    argv = [str(finished(two, tiny_run(digits, two, "--train.epochs", "4", "--optim.lr", "0.004", "--resume"))), "--split", "test", "--json"]
+    run = finished(two, tiny_run(digits, two, "--train.epochs", "4", "--optim.lr", "0.004", "--resume"))
+    argv = [str(run), "--split", "test", "--json"]
     ranks = start_ranks(2, ["eval", *argv], tmp_path, module="dist_train")
     assert finish_ranks(ranks, tmp_path) == [0, 0], (tmp_path / "rank0.log").read_text()
     on_two = json.loads((tmp_path / "rank0.log").read_text().splitlines()[-1])
@@ -208,8 +209,11 @@ def test_eval_and_predict_agree_with_the_run(calm, digits, tmp_path, capsys):
 
 
 def test_an_unfinished_run_is_no_model(tmp_path):
-    with pytest.raises(UserError, match="not a finished run: there is no such folder"):
+    with pytest.raises(UserError, match="there is no such run folder"):
         load_run(tmp_path / "none")
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    with pytest.raises(UserError, match="not a finished run: it has no inference.json"):
+        load_run(tmp_path)
 
 
 def test_tars_made_by_webdataset_are_indexed_and_train(tmp_path, capsys):
