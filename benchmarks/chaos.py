@@ -43,7 +43,12 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         counts = chaos(Path(folder), options.kills, options.ranks, options.epochs, options.seed, options.seconds)
-    counts |= {"host": platform.node(), "cores": len(os.sched_getaffinity(0)), "ranks": options.ranks, "seed": options.seed}
+    counts |= {
+        "host": platform.node(),
+        "cores": len(os.sched_getaffinity(0)),
+        "ranks": options.ranks,
+        "seed": options.seed,
+    }
     text = json.dumps(counts, indent=1)
     print(text)
     if options.out:
@@ -204,7 +209,8 @@ def compare(calm: Path, killed: Path) -> dict:
         "steps_repeated": len(found_keys) - len(set(found_keys)),
         # a sample lost or repeated inside a step would change its loss
         "steps_that_differ": sum(found.get(key) != value for key, value in expected.items()),
-        "weights_equal": first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first),
+        "weights_equal": first.keys() == second.keys()
+        and all(torch.equal(first[name], second[name]) for name in first),
     }
 
 

@@ -116,7 +116,9 @@ def write_checkpoint(path: Path, saved: Saved) -> None:
         (partial / "state.json").write_text(json.dumps({"step": saved.step, **saved.state}, indent=1))
         for file in partial.iterdir():
             _sync(file)
-        _write_synced(partial / "manifest.json", _manifest({f.name: file_checksum(f) for f in sorted(partial.iterdir())}))
+        _write_synced(
+            partial / "manifest.json", _manifest({f.name: file_checksum(f) for f in sorted(partial.iterdir())})
+        )
         if path.exists():  # the same step again, after a resume: the new one is whole, the old one may go
             shutil.rmtree(path)
         os.rename(partial, path)

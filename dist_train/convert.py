@@ -28,7 +28,9 @@ from dist_train.tars import writing
 from dist_train.workers import num_cores, run_tasks
 from dist_train.write_shard import ShardResult, ShardTask, write_shard, written_result
 
-_OURS = re.compile(r"(train|val|test)(-\d{6}\.tar|\.samples\.npy|\.names\.txt)|index\.json|inspect\.png|part-\d+-of-\d+\.lock")
+_OURS = re.compile(
+    r"(train|val|test)(-\d{6}\.tar|\.samples\.npy|\.names\.txt)|index\.json|inspect\.png|part-\d+-of-\d+\.lock"
+)
 _SMALL_BYTES = 16_000_000  # below this, starting worker processes takes longer than the work
 
 
@@ -180,7 +182,10 @@ def _written_parts(config: ShardConfig, source: Source, tasks: list, staging: Pa
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise UserError(f"{config.out}: {len(missing)} shards are not written, or of other raw data or settings: "
                         f"{', '.join(missing[:5])}{more}.\n  Shard K is written by --part I/N where I is K modulo N.")  # fmt: skip
-    _check_bad(config, [(source.names[tasks[k][2][place]], why) for k, result in enumerate(results) for place, why in result.bad])
+    _check_bad(
+        config,
+        [(source.names[tasks[k][2][place]], why) for k, result in enumerate(results) for place, why in result.bad],
+    )
     return results
 
 
@@ -229,7 +234,9 @@ def _staging_folder(out: Path, config: ShardConfig, shared: bool = False):
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{staging}: another process is writing this set.\n  Wait for it, or end it.") from None
-        if replaced.exists() and not shared:  # a swap was cut short: before its second step the old set is still the set
+        if (
+            replaced.exists() and not shared
+        ):  # a swap was cut short: before its second step the old set is still the set
             shutil.rmtree(replaced) if out.exists() else os.rename(replaced, out)
         _check_target(out, config.overwrite)
         yield staging

@@ -1,8 +1,8 @@
 """The stream: order + store + decode -> batches, decoded by threads ahead of the step that uses them.
 
-    from dist_train import open_stream
-    for batch in open_stream("shards/x", split="train", batch_size=64, image_size=224, crop="random_resized"):
-        batch.images  # uint8 (N, 3, H, W)
+from dist_train import open_stream
+for batch in open_stream("shards/x", split="train", batch_size=64, image_size=224, crop="random_resized"):
+    batch.images  # uint8 (N, 3, H, W)
 """
 
 import collections
@@ -108,7 +108,9 @@ def open_stream(
         return load(step, samples, epochs, sample_keys(seed, epochs, samples))
 
     steps = itertools.count(start_step) if stop_step is None else range(start_step, stop_step)
-    batches = _ahead(make, steps, _num_threads(threads), batch_size // world_size * _sample_bytes(index, size), prefetch_mb)
+    batches = _ahead(
+        make, steps, _num_threads(threads), batch_size // world_size * _sample_bytes(index, size), prefetch_mb
+    )
     if load.store.split.remote is None:
         return batches
     walk = replace(order)  # of its own: an order remembers two epochs, and this one is ahead
@@ -154,7 +156,9 @@ def open_evaluation(
     batches = _ahead(make, steps, _num_threads(threads), batch_bytes, prefetch_mb)
     if load.store.split.remote is None:
         return batches
-    upcoming = (source.stored_numbers(np.arange(share.start, share.stop)[s * batch_size : (s + 1) * batch_size]) for s in steps)
+    upcoming = (
+        source.stored_numbers(np.arange(share.start, share.stop)[s * batch_size : (s + 1) * batch_size]) for s in steps
+    )
     return read_ahead(load.store, upcoming, 4, batches)
 
 
@@ -243,7 +247,9 @@ def _output_size(index: ShardIndex, image_size: int) -> tuple[int, int] | None:
         return None
     size = (image_size, image_size) if image_size else index.image_size
     if size is None:
-        raise UserError(f"{index.folder}: the pictures differ in size, so a size is needed: --data.image_size 224, say.")
+        raise UserError(
+            f"{index.folder}: the pictures differ in size, so a size is needed: --data.image_size 224, say."
+        )
     return size
 
 

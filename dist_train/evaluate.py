@@ -61,7 +61,9 @@ def evaluate(
     return Evaluation(split, result, _worst(per_sample, world))
 
 
-def predict_logits(config: RunConfig, index, network: torch.nn.Module, values: torch.Tensor, accelerator) -> torch.Tensor:
+def predict_logits(
+    config: RunConfig, index, network: torch.nn.Module, values: torch.Tensor, accelerator
+) -> torch.Tensor:
     """Stored values -> float32 logits (N, K). values: uint8 (N, 3, H, W), or float32 (N, F) of a table.
 
     index needs mean, std, features and image_size only. With train.flip_test, the mean with the mirror image's.

@@ -1,9 +1,9 @@
 """What is in the shards: classes, counts, offsets, labels, checksums. Only this file knows how the index is stored.
 
-    shards/NAME/index.json            classes, statistics, and per split the shard files with counts and checksums
-    shards/NAME/train.samples.npy     one row (SAMPLE) a sample, in shard order
-    shards/NAME/train.names.txt       one line a sample: where it came from
-    shards/NAME/train-000000.tar ...  plain WebDataset
+shards/NAME/index.json            classes, statistics, and per split the shard files with counts and checksums
+shards/NAME/train.samples.npy     one row (SAMPLE) a sample, in shard order
+shards/NAME/train.names.txt       one line a sample: where it came from
+shards/NAME/train-000000.tar ...  plain WebDataset
 """
 
 import json
@@ -141,7 +141,9 @@ def load_index(folder: str | os.PathLike, cache_dir: str = "", cache_gb: float =
         found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
         raise UserError(f"{path}: format is {found!r}; this version reads {FORMAT!r}.\n  {_advice(folder)}")
     if raw.pop("checksum", None) != _json_checksum(raw):
-        raise UserError(f"{path}: its own checksum does not match: the file was changed or damaged.\n  {_advice(folder)}")
+        raise UserError(
+            f"{path}: its own checksum does not match: the file was changed or damaged.\n  {_advice(folder)}"
+        )
     splits = {
         name: SplitIndex(
             name=name, folder=str(folder), files=s["files"], shard_checksums=s["checksums"],

@@ -45,7 +45,9 @@ class Order:
                              f"{self.window_shards} shards and {self.lanes} lanes")  # fmt: skip
         object.__setattr__(self, "first", first)
         if not self.lanes:
-            object.__setattr__(self, "lanes", _default_lanes(self.num_shards, self.global_batch_size, self.window_shards))
+            object.__setattr__(
+                self, "lanes", _default_lanes(self.num_shards, self.global_batch_size, self.window_shards)
+            )
 
     @property
     def num_samples(self) -> int:
@@ -103,7 +105,9 @@ class Order:
             shard_order = np.argsort(draws, kind="stable")
             starts = np.concatenate([[0], np.cumsum(self.shard_samples[shard_order])[:-1]]).astype(np.int64)
             tape = self._epochs[epoch] = shard_order, starts
-            for old in sorted(self._epochs)[:-2]:  # threads may be epochs apart on a tiny split: each keeps its own tape
+            for old in sorted(self._epochs)[
+                :-2
+            ]:  # threads may be epochs apart on a tiny split: each keeps its own tape
                 self._epochs.pop(old, None)
         return tape
 
@@ -114,7 +118,9 @@ def rank_share(global_batch_size: int, rank: int, world_size: int) -> slice:
     Raises ValueError if the batch cannot be cut evenly.
     """
     if global_batch_size % world_size or not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of {world_size} cannot take an equal part of a global batch of {global_batch_size}")
+        raise ValueError(
+            f"rank {rank} of {world_size} cannot take an equal part of a global batch of {global_batch_size}"
+        )
     share = global_batch_size // world_size
     return slice(rank * share, (rank + 1) * share)
 

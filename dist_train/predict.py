@@ -73,7 +73,9 @@ def load_run(folder: str | Path) -> Trained:
 
 def main(argv: list[str]) -> int:
     """`dist-train predict RUN PATH... [--top 5] [--json]`: returns 2 if some files could not be read, else 0."""
-    parser = argparse.ArgumentParser(prog="dist-train predict", description="Classify picture files, or all in a folder.")
+    parser = argparse.ArgumentParser(
+        prog="dist-train predict", description="Classify picture files, or all in a folder."
+    )
     parser.add_argument("run", help="run folder")
     parser.add_argument("paths", nargs="+", help="picture files or folders; a CSV file for a run on a table")
     parser.add_argument("--top", type=int, default=5, help="classes shown per picture")
@@ -94,7 +96,9 @@ def main(argv: list[str]) -> int:
         if not names:
             continue
         with torch.no_grad():
-            logits = predict_logits(trained.config, trained, trained.network, values.to(accelerator.device), accelerator)
+            logits = predict_logits(
+                trained.config, trained, trained.network, values.to(accelerator.device), accelerator
+            )
         probabilities, labels = logits.softmax(1).topk(min(options.top, len(trained.classes)))
         for name, ps, ks in zip(names, probabilities.tolist(), labels.tolist(), strict=True):
             top = [{"class": trained.classes[k], "probability": round(p, 6)} for p, k in zip(ps, ks, strict=True)]
@@ -191,7 +195,9 @@ def _table_batches(trained: Trained, paths: list[str]):
             raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
         lacking = [f for f in trained.features if rows and f not in rows[0]]
         if lacking or not rows:
-            raise UserError(f"{path}: expected the columns {', '.join(trained.features)}; lacks {', '.join(lacking) or 'rows'}.")
+            raise UserError(
+                f"{path}: expected the columns {', '.join(trained.features)}; lacks {', '.join(lacking) or 'rows'}."
+            )
         names, values, complaints = [], [], []
         for number, row in enumerate(rows, 2):  # line 1 holds the column names
             try:

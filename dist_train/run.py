@@ -253,7 +253,9 @@ def standardised(values: torch.Tensor, index: ShardIndex) -> torch.Tensor:
 def micro_batch_size(config: RunConfig, world_size: int) -> int:
     """Samples through the network at once: the largest equal part of a rank's share below the limit."""
     share, limit = config.data.global_batch_size // world_size, config.train.micro_batch_size
-    return next(share // parts for parts in range(1, share + 1) if share % parts == 0 and (not limit or share // parts <= limit))
+    return next(
+        share // parts for parts in range(1, share + 1) if share % parts == 0 and (not limit or share // parts <= limit)
+    )
 
 
 def check_sizes(config: RunConfig, index: ShardIndex, world: runtime.World) -> None:
@@ -262,12 +264,18 @@ def check_sizes(config: RunConfig, index: ShardIndex, world: runtime.World) -> N
     batch, share = config.data.global_batch_size, config.data.global_batch_size // world.world_size
     for split in (config.data.train_split, config.data.val_split, config.data.test_split):
         if split not in index.splits and split == config.data.train_split:
-            problems.append(f"{index.folder}: there is no split {split!r} to train on; it has {', '.join(index.splits)}.")
+            problems.append(
+                f"{index.folder}: there is no split {split!r} to train on; it has {', '.join(index.splits)}."
+            )
     if batch < 1 or batch % world.world_size:
         problems.append(f"data.global_batch_size is {batch}, which {world.world_size} processes cannot share evenly.\n"
                         f"  Choose a multiple of {world.world_size}, or start another number of processes.")  # fmt: skip
-    if (config.augment.mixup or config.augment.cutmix) and (share % 2 or micro_batch_size(config, world.world_size) % 2):
-        problems.append(f"mixup and cutmix pair neighbours, so each rank's share ({share}) and micro-batch must be even.")
+    if (config.augment.mixup or config.augment.cutmix) and (
+        share % 2 or micro_batch_size(config, world.world_size) % 2
+    ):
+        problems.append(
+            f"mixup and cutmix pair neighbours, so each rank's share ({share}) and micro-batch must be even."
+        )
     if config.train.epochs <= 0:
         problems.append(f"train.epochs is {config.train.epochs}; expected more than 0.")
     if config.optim.lr <= 0:

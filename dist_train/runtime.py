@@ -64,7 +64,9 @@ def start(precision: str, threads: int, timeout_s: int):
             f"  Use launch/local.sh --cpu {world_size}, or put ACCELERATE_USE_CPU=true before the command."
         )
     if use_cpu and precision == "fp16":
-        raise UserError("train.precision is fp16, which needs a GPU; on the CPU use fp32, or bf16 where the CPU has it.")
+        raise UserError(
+            "train.precision is fp16, which needs a GPU; on the CPU use fp32, or bf16 where the CPU has it."
+        )
     asked = env.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", precision.replace("fp32", "no")):
         raise UserError(
@@ -214,7 +216,9 @@ def environment(world: World) -> dict:
     import torch
 
     packages = ("torch", "torchvision", "accelerate", "webdataset", "wandb", "numpy", "pillow", "simplejpeg")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if world.device.type == "cuda" else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if world.device.type == "cuda" else []
+    )
     return {
         "command": " ".join(sys.argv),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -281,7 +285,11 @@ def _cpu_name() -> str:
 def _git_revision() -> str | None:
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -144,7 +144,10 @@ class ShardCache:
         self._reserve(fd, partial, url, num_bytes, is_wanted)
         with open(partial, "r+b", buffering=0) as file:
             download(url, file, num_bytes, checksum, is_wanted=is_wanted)
-        with self.locked("room.lock"), writing(whole):  # whoever adds up the files must not miss it between its two names
+        with (
+            self.locked("room.lock"),
+            writing(whole),
+        ):  # whoever adds up the files must not miss it between its two names
             os.rename(partial, whole)
         fcntl.flock(fd, fcntl.LOCK_SH)  # should it be removed between the two locks, it can still be read through fd
 

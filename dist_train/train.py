@@ -1,6 +1,6 @@
 """Training: the loop, then how it is started.
 
-    accelerate launch --config_file accelerate_config.yaml -m dist_train.train --config recipes/digits-alexnet.yaml
+accelerate launch --config_file accelerate_config.yaml -m dist_train.train --config recipes/digits-alexnet.yaml
 """
 
 import contextlib
@@ -73,7 +73,9 @@ def judge(run: Run, state: State) -> bool:
         return True  # nothing to compare with: the newest is the best
     with state.average.swapped(run.network) if state.average else contextlib.nullcontext():
         result = run.evaluate(run.config.data.val_split).result
-    run.tracker.evaluation(state.step, run.config.data.val_split, {"epoch": run.epoch_of(state.step), **result.figures()})
+    run.tracker.evaluation(
+        state.step, run.config.data.val_split, {"epoch": run.epoch_of(state.step), **result.figures()}
+    )
     # of equal accuracies the lower loss is the better one
     value = [-result.loss] if run.config.train.monitor == "loss" else [result.top1, -result.loss]
     is_best = state.best_value is None or value > state.best_value
@@ -138,7 +140,9 @@ def parse(argv: list[str]) -> tuple[RunConfig, Path, bool]:
             break
     config = read_config(RunConfig, argv, "dist-train train")
     if not config.data.shards:
-        raise UserError("data.shards is not set: --data.shards shards/NAME, or a recipe that sets it (--config recipes/R.yaml).")
+        raise UserError(
+            "data.shards is not set: --data.shards shards/NAME, or a recipe that sets it (--config recipes/R.yaml)."
+        )
     recipes = [Path(argv[i + 1]).stem for i, word in enumerate(argv[:-1]) if word == "--config"]
     recipes += [Path(word.partition("=")[2]).stem for word in argv if word.startswith("--config=")]
     return config, Path(run or f"runs/{recipes[0] if recipes else Path(config.data.shards).name}"), resume
@@ -147,7 +151,9 @@ def parse(argv: list[str]) -> tuple[RunConfig, Path, bool]:
 def run_training(argv: list[str]) -> int:
     """`dist-train train`: returns 0 when the run is finished, runtime.EXIT_STOPPED when it was asked to stop."""
     config, folder, resume = parse(argv)
-    load_index(config.data.shards, config.data.cache_dir, config.data.cache_gb)  # a missing set is told before ranks meet
+    load_index(
+        config.data.shards, config.data.cache_dir, config.data.cache_gb
+    )  # a missing set is told before ranks meet
     accelerator, world = runtime.start(config.train.precision, config.runtime.threads, config.runtime.timeout_s)
     started = time.time()
     with contextlib.ExitStack() as leaving:

@@ -131,7 +131,9 @@ class Watch:
         silent = [rank for rank, heard in self._heard.items() if now - heard > limit_s and rank not in self._ended]
         if not silent:
             return ""
-        names = ", ".join(self._name(rank) for rank in silent[:8]) + (f" and {len(silent) - 8} more" if silent[8:] else "")
+        names = ", ".join(self._name(rank) for rank in silent[:8]) + (
+            f" and {len(silent) - 8} more" if silent[8:] else ""
+        )
         silence_s = max(now - self._heard[rank] for rank in silent)
         seen = min(self._steps[rank] for rank in silent)
         return (

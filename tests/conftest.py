@@ -38,7 +38,9 @@ def tiny_run(shards: str, run: Path, *argv: str) -> list[str]:
     ]  # fmt: skip
 
 
-def start_ranks(world_size: int, argv: list[str], log_folder: Path, module: str = "dist_train.train", **env: str) -> list:
+def start_ranks(
+    world_size: int, argv: list[str], log_folder: Path, module: str = "dist_train.train", **env: str
+) -> list:
     """Start world_size CPU processes that form one job, as a launcher would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

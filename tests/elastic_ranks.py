@@ -1,6 +1,6 @@
 """Train one run on changing numbers of ranks: run by test_elastic.py, in a process that imports torch once and forks them.
 
-    python tests/elastic_ranks.py LOG_FOLDER "1:8 2:16 4:24 1:32" -- SETTINGS...        ranks:steps, one start each
+python tests/elastic_ranks.py LOG_FOLDER "1:8 2:16 4:24 1:32" -- SETTINGS...        ranks:steps, one start each
 """
 
 import sys

@@ -74,7 +74,9 @@ def test_a_failed_write_leaves_the_previous_one_and_says_so(tmp_path, monkeypatc
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(saved(1), is_best=True)
     checkpoints.wait()
-    monkeypatch.setattr(checkpoint, "save_file", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        checkpoint, "save_file", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     checkpoints.save(saved(2), is_best=True)
     with pytest.raises(UserError, match="No space left on device.*\n.*previous one is untouched"):
         checkpoints.wait()
@@ -157,7 +159,9 @@ def test_an_optimizer_goes_on_as_if_never_stopped(make, tmp_path):
     second = network()
     second.load_state_dict(first.state_dict())
     second_optimizer = make(second.parameters())
-    restore_optimizer(second_optimizer, back.tensors["optimizer"], back.state["optimizer"], dict(second.named_parameters()))
+    restore_optimizer(
+        second_optimizer, back.tensors["optimizer"], back.state["optimizer"], dict(second.named_parameters())
+    )
     for i in range(2, 4):
         step(second, second_optimizer, i)
     assert all(torch.equal(a, b) for a, b in zip(calm.parameters(), second.parameters(), strict=True))

@@ -57,7 +57,9 @@ def test_augmented_pixels_are_the_same_on_one_rank_and_on_two(digits):
 
 def test_the_decoders_random_crop_is_keyed_too(digits):
     whole = next(open_stream(digits, batch_size=16, image_size=12, crop="random_resized"))
-    halves = [next(open_stream(digits, batch_size=16, image_size=12, crop="random_resized", world=(r, 2))) for r in range(2)]
+    halves = [
+        next(open_stream(digits, batch_size=16, image_size=12, crop="random_resized", world=(r, 2))) for r in range(2)
+    ]
     assert whole.images.shape == (16, 3, 12, 12) and whole.images.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(whole.images, torch.cat([half.images for half in halves]))
     plain = next(open_stream(digits, batch_size=16, image_size=12, crop="resize"))

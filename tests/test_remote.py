@@ -211,7 +211,10 @@ def test_the_cache_stays_below_its_limit_and_batches_are_the_same(many, server, 
 
     def watch():
         while not stop.wait(0.002):
-            with contextlib.suppress(FileNotFoundError), cache.locked("room.lock"):  # nothing is removed or added meanwhile
+            with (
+                contextlib.suppress(FileNotFoundError),
+                cache.locked("room.lock"),
+            ):  # nothing is removed or added meanwhile
                 found = [path.stat() for path in tmp_path.glob("*.tar*")]
                 most.append(sum({one.st_ino: one.st_size for one in found}.values()))  # a renaming may show both names
 

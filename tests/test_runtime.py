@@ -19,7 +19,14 @@ def job(monkeypatch):
     """The environment of a launcher's rank, on a machine whose GPUs can be set."""
 
     def set_environment(num_gpus=0, **values):
-        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"):
+        for name in (
+            "WORLD_SIZE",
+            "RANK",
+            "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE",
+            "ACCELERATE_USE_CPU",
+            "ACCELERATE_MIXED_PRECISION",
+        ):
             monkeypatch.delenv(name, raising=False)
         for name, value in values.items():
             monkeypatch.setenv(name, value)
@@ -113,5 +120,7 @@ def test_json_is_written_whole(tmp_path):
 def test_the_environment_is_recorded():
     world = runtime.World(0, 1, 0, 1, torch.device("cpu"))
     about = runtime.environment(world)
-    assert about["packages"]["torch"] == torch.__version__.split("+")[0] or about["packages"]["torch"] == torch.__version__
+    assert (
+        about["packages"]["torch"] == torch.__version__.split("+")[0] or about["packages"]["torch"] == torch.__version__
+    )
     assert about["cores"] >= 1 and about["device"] == "cpu" and json.dumps(about)

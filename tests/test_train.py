@@ -237,7 +237,16 @@ def test_tars_made_by_webdataset_are_indexed_and_train(tmp_path, capsys):
             writer.write({"__key__": f"their/{i:04d}", "jpg": buffer.getvalue(), "cls": i % 2})
     foreign.main([str(folder)])
     run = tmp_path / "run"
-    argv = ["--augment.crop", "random_resized", "--data.global_batch_size", "16", "--train.epochs", "8", "--optim.lr", "0.01"]
+    argv = [
+        "--augment.crop",
+        "random_resized",
+        "--data.global_batch_size",
+        "16",
+        "--train.epochs",
+        "8",
+        "--optim.lr",
+        "0.01",
+    ]
     assert run_training(tiny_run(str(folder), run, *argv)) == 0  # without val and test splits, too
     curve = losses(run)
     assert sum(curve[-4:]) < sum(curve[:4])

@@ -63,7 +63,9 @@ def wait_for(claim, what: str, timeout_s: float = 180) -> None:
 def _start(kind: str, programs: list[str], count: int):
     missing = [program for program in programs if not shutil.which(program)]
     if os.getuid() != 0 or missing:
-        pytest.skip(f"needs root and {', '.join(programs)}; missing: {', '.join(missing) or 'root'}. Try: make test-cluster")
+        pytest.skip(
+            f"needs root and {', '.join(programs)}; missing: {', '.join(missing) or 'root'}. Try: make test-cluster"
+        )
     folder = Path(tempfile.mkdtemp(prefix=f"{kind}-"))  # pytest's own folders are closed to others, which munge refuses
     subprocess.run([HERE / f"{kind}-up.sh", folder, str(count)], check=True)
     try:

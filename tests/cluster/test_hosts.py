@@ -28,7 +28,9 @@ def start_job(hosts, shards, folder):
         with open(folder / f"rank{rank}.log", "w") as log:
             ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=PROJECT))
     metrics = folder / "run/metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 5, lambda: words(folder, 0) + words(folder, 1))
+    wait_for(
+        lambda: metrics.exists() and metrics.read_text().count("\n") > 5, lambda: words(folder, 0) + words(folder, 1)
+    )
     return ranks
 
 

@@ -73,7 +73,9 @@ def assert_same_run(run, calm, num_restarts=1):
 
 
 def test_a_job_that_is_pushed_out_goes_on_where_it_was(slurm, digits, calm, tmp_path):
-    job = Job(slurm, digits, tmp_path, "--track.wandb", "offline", "--track.project", "cluster-test", WANDB_MODE="offline")
+    job = Job(
+        slurm, digits, tmp_path, "--track.wandb", "offline", "--track.project", "cluster-test", WANDB_MODE="offline"
+    )
     job.reach(5)
     slurm.run("ctl", "sbatch", "-p", "urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
     wait_for(lambda: slurm.state(job.id) != "RUNNING", job.log)

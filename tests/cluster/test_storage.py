@@ -43,7 +43,9 @@ def test_a_disk_that_takes_no_more_keeps_the_last_checkpoint(calm, digits, disk,
     run = disk / "run"
     argv = tiny_run(digits, run, "--train.checkpoint_every_steps", "2", "--resume")
     assert run_training([*argv, "--train.max_steps", "4"]) == 0
-    used = int(subprocess.run(["df", "--output=used", "-k", str(disk)], capture_output=True, text=True).stdout.split()[1])
+    used = int(
+        subprocess.run(["df", "--output=used", "-k", str(disk)], capture_output=True, text=True).stdout.split()[1]
+    )
     remount(disk, f"size={used + 64}k" if fault == "size" else "ro")
     # metrics and settings are small; the next checkpoint does not fit
     with pytest.raises((UserError, OSError)) as error:
