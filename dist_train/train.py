@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dist_train import runtime
+from dist_train.checkpoint import load_checkpoint
 from dist_train.config import RunConfig
 from dist_train.data import to_device
 from dist_train.errors import UserError
@@ -105,7 +106,7 @@ def finish(run: Run, state: State) -> None:
     config, index, folder = run.config, run.index, run.folder
     best = run.checkpoints.best_path() if run.world.is_main else None
     if run.world.is_main and best is not None:
-        weights = load_file(best / ("ema.safetensors" if state.average else "model.safetensors"))
+        weights = load_checkpoint(best).tensors["ema" if state.average else "model"]
         save_file(weights, folder / "weights.safetensors.partial")
         (folder / "weights.safetensors.partial").replace(folder / "weights.safetensors")
         runtime.write_json(folder / "inference.json", inference(config, index, run.input_size))
@@ -151,9 +152,8 @@ def parse(argv: list[str]) -> tuple[RunConfig, Path, bool]:
 def run_training(argv: list[str]) -> int:
     """`dist-train train`: returns 0 when the run is finished, runtime.EXIT_STOPPED when it was asked to stop."""
     config, folder, resume = parse(argv)
-    load_index(
-        config.data.shards, config.data.cache_dir, config.data.cache_gb
-    )  # a missing set is told before ranks meet
+    data = config.data
+    load_index(data.shards, data.cache_dir, data.cache_gb)  # a missing set is told before ranks meet
     accelerator, world = runtime.start(config.train.precision, config.runtime.threads, config.runtime.timeout_s)
     started = time.time()
     with contextlib.ExitStack() as leaving:
@@ -161,16 +161,20 @@ def run_training(argv: list[str]) -> int:
         watch = leaving.enter_context(Watch(world, config.runtime.timeout_s, runtime.master_address()))
 
         def claim_folder() -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            leaving.enter_context(contextlib.closing(runtime.RunLock(folder)))
-            open_run_folder(config, folder, resume)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                leaving.enter_context(contextlib.closing(runtime.RunLock(folder)))
+                open_run_folder(config, folder, resume)
+            except OSError as error:
+                raise UserError(f"{folder}: cannot write the run folder: {error.strerror}.") from None
 
         runtime.on_main(world, claim_folder)
         run = leaving.enter_context(contextlib.closing(Run(config, folder, accelerator, world)))
         state = run.new_state()
         watch.read_step = lambda: state.step
         complaints = run.resume(state) if resume else []
-        run.tracker = open_tracker(folder, config, world.is_main, run.num_steps, state.step if resume else None)
+        goes_on = resume and (folder / "metrics.jsonl").exists()
+        run.tracker = open_tracker(folder, config, world.is_main, run.num_steps, state.step if goes_on else None)
         leaving.push(lambda kind, error, trace: run.tracker.finish(kind is None))
         for complaint in complaints:
             run.tracker.message(complaint)

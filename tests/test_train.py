@@ -151,6 +151,12 @@ def test_resuming_a_finished_run_changes_nothing(calm, digits):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_run_folder_that_cannot_be_made_is_named(digits, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/run: cannot write the run folder: Not a directory"):
+        run_training(tiny_run(digits, tmp_path / "file" / "run"))
+
+
 def test_faults_of_the_set_up_are_named_together(digits, tmp_path):
     with pytest.raises(UserError) as error:
         run_training(tiny_run(digits, tmp_path / "x", "--optim.lr", "-1", "--train.epochs", "0", "--model.name", "mlp"))
