@@ -64,7 +64,11 @@ def machine(tmp_path):
 
 def start(script, words, env):
     command = [str(PROJECT / "launch" / script), *words]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=PROJECT)
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=PROJECT,
+        # a test run in the background inherits SIGINT as ignored, and a shell cannot trap what it inherits so
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def run(script, words, env):
