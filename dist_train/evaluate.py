@@ -69,8 +69,7 @@ def predict_logits(
     index needs mean, std, features and image_size only. With train.flip_test, the mean with the mirror image's.
     """
     if index.features is not None:
-        mean, std = (torch.tensor(v, dtype=values.dtype, device=values.device) for v in (index.mean, index.std))
-        inputs = (values - mean) / std
+        inputs = standardised(values, index)
     else:
         size = (config.data.image_size,) * 2 if config.data.image_size else tuple(index.image_size)
         inputs = evaluation_pixels(values, size, index.mean, index.std)
@@ -79,6 +78,12 @@ def predict_logits(
         if config.train.flip_test and index.features is None:
             logits = (logits + network(inputs.flip(3)).float()) / 2
     return logits
+
+
+def standardised(values: torch.Tensor, index: ShardIndex) -> torch.Tensor:
+    """A table's rows less the training split's mean, over its standard deviation. values: float32 (N, F)."""
+    mean, std = (torch.tensor(v, dtype=values.dtype, device=values.device) for v in (index.mean, index.std))
+    return (values - mean) / std
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:

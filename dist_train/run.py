@@ -17,7 +17,7 @@ from dist_train.checkpoint import Checkpoints, Saved, optimizer_tensors, restore
 from dist_train.config import RunConfig, conflicts
 from dist_train.data import Batch, open_stream
 from dist_train.errors import UserError
-from dist_train.evaluate import Evaluation, evaluate
+from dist_train.evaluate import Evaluation, evaluate, standardised
 from dist_train.folds import open_index
 from dist_train.index import ShardIndex
 from dist_train.layers import set_dropout_keys, use_keyed_dropout, use_sync_batchnorm
@@ -244,12 +244,6 @@ def decoder_crop(config: RunConfig, index: ShardIndex) -> tuple[str, int]:
     return ("random_resized" if config.augment.crop == "random_resized" else "resize"), config.data.image_size
 
 
-def standardised(values: torch.Tensor, index: ShardIndex) -> torch.Tensor:
-    """A table's rows less the training split's mean, over its standard deviation. values: float32 (N, F)."""
-    mean, std = (torch.tensor(v, dtype=values.dtype, device=values.device) for v in (index.mean, index.std))
-    return (values - mean) / std
-
-
 def micro_batch_size(config: RunConfig, world_size: int) -> int:
     """Samples through the network at once: the largest equal part of a rank's share below the limit."""
     share, limit = config.data.global_batch_size // world_size, config.train.micro_batch_size
@@ -262,11 +256,8 @@ def check_sizes(config: RunConfig, index: ShardIndex, world: runtime.World) -> N
     """Raise UserError, all faults at once, where settings, shards and ranks do not go together."""
     problems = []
     batch, share = config.data.global_batch_size, config.data.global_batch_size // world.world_size
-    for split in (config.data.train_split, config.data.val_split, config.data.test_split):
-        if split not in index.splits and split == config.data.train_split:
-            problems.append(
-                f"{index.folder}: there is no split {split!r} to train on; it has {', '.join(index.splits)}."
-            )
+    if (split := config.data.train_split) not in index.splits:
+        problems.append(f"{index.folder}: there is no split {split!r} to train on; it has {', '.join(index.splits)}.")
     if batch < 1 or batch % world.world_size:
         problems.append(f"data.global_batch_size is {batch}, which {world.world_size} processes cannot share evenly.\n"
                         f"  Choose a multiple of {world.world_size}, or start another number of processes.")  # fmt: skip
