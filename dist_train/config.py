@@ -233,6 +233,8 @@ class ShardConfig:
     """torchvision's or scikit-learn's name of the set: CIFAR10, SVHN, digits, breast_cancer"""
     classes: tuple[str, ...] = ()
     """folder: the class folders to take, in this order; empty takes all, sorted"""
+    merge: tuple[str, ...] = ()
+    """classes joined into one, such as cat+dog, in this order; classes that are not named are left out"""
     target: str = ""
     """csv: the column with the class"""
     drop: tuple[str, ...] = ()

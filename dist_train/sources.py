@@ -3,6 +3,7 @@
 `tables.py` makes sources of CSV files and scikit-learn's sets, `torchsets.py` of torchvision's.
 """
 
+import difflib
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,9 +73,39 @@ def open_source(config: ShardConfig) -> Source:
         from dist_train.tables import sklearn_source
 
         source = sklearn_source(config)
+    if config.merge:
+        source = merged(source, config.merge)
     if len(source.classes) < 2:
         raise UserError(f"{_where(config)}: one class only, {source.classes[0]!r}; a classifier needs at least two.")
     return source
+
+
+def merged(source: Source, groups: tuple[str, ...]) -> Source:
+    """The source with one class for each group, "cat+dog"; samples of classes in no group are left aside and counted.
+
+    Raises UserError where a group names a class that the source has not, or two groups name the same one.
+    """
+    number, problems = {}, []
+    for k, group in enumerate(groups):
+        for name in [group] if group in source.classes else group.split("+"):
+            if name not in source.classes:
+                near = difflib.get_close_matches(name, source.classes, n=1)
+                hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(source.classes[:30])}."
+                problems.append(f"merge: {group}: there is no class {name!r}. {hint}")
+            elif name in number:
+                problems.append(f"merge: the class {name!r} is named twice.")
+            number[name] = k
+    if problems:
+        raise UserError("\n".join(problems))
+    new = np.array([number.get(name, -1) for name in source.classes], np.int32)
+    rows = np.flatnonzero(new[source.labels] >= 0)
+    aside = len(source.names) - len(rows)
+    notes = [f"{aside:,} samples of classes that `merge` does not name were left aside"] if aside else []
+    kept = source.take(rows)
+    return replace(
+        kept, classes=list(groups), labels=new[kept.labels], left_out=source.left_out, notes=source.notes + notes,
+        preset=None if source.preset is None else source.preset[rows],
+    )  # fmt: skip
 
 
 def folder_source(config: ShardConfig) -> Source:

@@ -98,6 +98,24 @@ def test_classes_can_be_picked_and_ordered_and_may_be_called_train(tmp_path):
     assert source.classes == ["train", "bus"] and source.names == ["train/1.png", "bus/1.png"]
 
 
+def test_classes_are_joined_and_the_others_left_aside(tmp_path):
+    for k, name in enumerate(("dog", "cat", "ship", "c+d", "frog", "frog")):
+        picture(tmp_path / "raw" / name / f"{k}.png", seed=k)
+    config = ShardConfig(path=str(tmp_path / "raw"), merge=("ship", "cat+dog", "c+d"))
+    source = open_source(config)
+    assert source.classes == ["ship", "cat+dog", "c+d"]
+    assert dict(zip(source.names, source.labels.tolist(), strict=True)) == {
+        "dog/0.png": 1, "cat/1.png": 1, "ship/2.png": 0, "c+d/3.png": 2
+    }  # fmt: skip
+    assert [source.read(i) for i in range(4)] == [
+        ((tmp_path / "raw" / name).read_bytes(), "png") for name in source.names
+    ]
+    assert "2 samples" in source.notes[-1]
+    for groups, message in (("cat+dgo",), "Did you mean dog"), (("cat+dog", "dog+ship"), "'dog' is named twice"):
+        with pytest.raises(UserError, match=message):
+            open_source(ShardConfig(path=str(tmp_path / "raw"), merge=groups))
+
+
 def test_bytes_pass_untouched_and_other_formats_become_png(tmp_path):
     raw = {}
     for k, name in enumerate(("a/1.jpg", "a/2.png", "a/3.webp", "b/4.bmp", "b/really-a-png.jpg")):
