@@ -155,7 +155,11 @@ def write_comparison(out: Path, groups: list[Group], table: Table) -> None:
     for split in reversed(_splits(groups)):
         bars = [Bar(group.name, statistics.fmean(values), _spread(values), _spoken(values, "{:.2%}"), colour="one")
                 for group in groups if (values := group.values(split, "top1"))]  # fmt: skip
-        charts.append(Chart(f"Accuracy, {split} split", bar_chart(bars, lambda y: f"{y * 100:g}%", zero=False)))
+        best = max(bars, key=lambda bar: bar.value)
+        finding = f": highest with {best.name}" if len(bars) > 1 else ""
+        charts.append(
+            Chart(f"Accuracy, {split} split{finding}", bar_chart(bars, lambda y: f"{y * 100:g}%", zero=False))
+        )
     times = [Bar(group.name, _seconds(group), _spread([run.seconds for run in group.runs]), duration(_seconds(group)), "two")
              for group in groups]  # fmt: skip
     charts.append(Chart("Running time, seconds", bar_chart(times, lambda s: f"{s:g}")))

@@ -1,6 +1,6 @@
 """Curves and confusion matrices as SVG, coloured by the page's own variables, so that light and dark both suit them.
 
-The page defines --ink, --faint, --line, --paper, --one, --two and --three. Sizes are in CSS pixels at full width.
+The page defines --ink, --faint, --line, --paper and each of COLOURS. Sizes are in CSS pixels at full width.
 """
 
 import math
@@ -10,8 +10,8 @@ from html import escape
 import numpy as np
 
 WIDTH, HEIGHT = 440, 250  # narrow enough that letters stay readable on a phone
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 12, 34
-_COLOURS = ("var(--one)", "var(--two)", "var(--three)")
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 12, 34
+COLOURS = ("one", "two", "three", "four", "five", "six", "red", "green", "blue")  # a curve's colour is a place in it
 MAX_POINTS = 300  # more than this cannot be told apart at this width
 
 
@@ -51,16 +51,16 @@ def line_chart(curves: list[Curve], x_name: str, y_text, zero: bool = False, mar
 
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(_spoken(curves))}">']
     for tick in y_ticks:
-        parts.append(_segment(_LEFT, y_at(tick), WIDTH - _RIGHT, y_at(tick), "var(--line)"))
-        parts.append(_text(_LEFT - 7, y_at(tick) + 4, y_text(tick), "end"))
+        parts.append(segment(_LEFT, y_at(tick), WIDTH - _RIGHT, y_at(tick), "var(--line)"))
+        parts.append(text_at(_LEFT - 7, y_at(tick) + 4, y_text(tick), "end"))
     for tick in x_ticks:
-        parts.append(_text(x_at(tick), HEIGHT - _BOTTOM + 17, f"{tick:g}", "middle"))
-    parts.append(_text(WIDTH - _RIGHT, HEIGHT - 3, x_name, "end"))
+        parts.append(text_at(x_at(tick), HEIGHT - _BOTTOM + 17, f"{tick:g}", "middle"))
+    parts.append(text_at(WIDTH - _RIGHT, HEIGHT - 3, x_name, "end"))
     for mark in marks:
-        parts.append(_segment(x_at(mark), _TOP, x_at(mark), HEIGHT - _BOTTOM, "var(--faint)", "3 3"))
+        parts.append(segment(x_at(mark), _TOP, x_at(mark), HEIGHT - _BOTTOM, "var(--faint)", "3 3"))
     for curve in curves:
         x, y = thin(curve.x, curve.y)
-        colour = _COLOURS[curve.colour]
+        colour = f"var(--{COLOURS[curve.colour]})"
         points = " ".join(f"{x_at(a):.1f},{y_at(b):.1f}" for a, b in zip(x, y, strict=True))
         style = 'stroke-width="1" opacity="0.35"' if curve.band else 'stroke-width="2"'
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" {style} stroke-linejoin="round"/>')
@@ -92,16 +92,16 @@ def heat_map(counts: np.ndarray, names: list[str]) -> str:
     parts = [
         f'<svg class="matrix" viewBox="0 0 {width:.0f} {height:.0f}" style="{style}" role="img" aria-label="confusion">'
     ]
-    parts.append(_text(left + size / 2, 13, "predicted", "middle"))
+    parts.append(text_at(left + size / 2, 13, "predicted", "middle"))
     parts.append(
-        f'<g transform="rotate(-90 12 {top + size / 2:.0f})">{_text(12, top + size / 2, "true", "middle")}</g>'
+        f'<g transform="rotate(-90 12 {top + size / 2:.0f})">{text_at(12, top + size / 2, "true", "middle")}</g>'
     )
     for i, label in enumerate(labels):
         middle = i * cell + cell / 2
-        parts.append(_text(left - 7, top + middle + 4, label, "end"))
+        parts.append(text_at(left - 7, top + middle + 4, label, "end"))
         x, y = left + middle + (4 if slant else 0), top - 7
         turn = f' transform="rotate(-90 {x:.0f} {y:.0f})"' if slant else ""
-        parts.append(f"<g{turn}>{_text(x, y, label, 'start' if slant else 'middle')}</g>")
+        parts.append(f"<g{turn}>{text_at(x, y, label, 'start' if slant else 'middle')}</g>")
     for i in range(k):
         for j in range(k):
             x, y, part = left + j * cell, top + i * cell, float(share[i, j])
@@ -114,7 +114,7 @@ def heat_map(counts: np.ndarray, names: list[str]) -> str:
                 parts.append(f"<rect {box} {look}><title>{note}</title></rect>")
                 if k <= 12:
                     ink = "var(--paper)" if part > 0.35 else "var(--ink)"
-                    parts.append(_text(x + cell / 2 - 0.5, y + cell / 2 + 4, _short(counts[i, j]), "middle", ink))
+                    parts.append(text_at(x + cell / 2 - 0.5, y + cell / 2 + 4, _short(counts[i, j]), "middle", ink))
     return "".join([*parts, "</svg>"])
 
 
@@ -181,10 +181,10 @@ def _short(count: int) -> str:
     return str(count) if count < 10_000 else f"{count / 1000:.0f}k"
 
 
-def _segment(x1, y1, x2, y2, colour: str, dashes: str = "none") -> str:
+def segment(x1, y1, x2, y2, colour: str, dashes: str = "none") -> str:
     place = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
     return f'<line {place} stroke="{colour}" stroke-dasharray="{dashes}"/>'
 
 
-def _text(x: float, y: float, text: str, anchor: str, colour: str = "var(--faint)") -> str:
+def text_at(x: float, y: float, text: str, anchor: str, colour: str = "var(--faint)") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(str(text))}</text>'

@@ -1,31 +1,27 @@
 """A run as one page: settings, curves, confusion, the worst mistakes as pictures; a single file without requests."""
 
 import argparse
-import base64
-import io
+import dataclasses
 import json
 import math
-import os
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from dist_train import plots
 from dist_train.config import RunConfig
+from dist_train.confusion import MAX_MATRIX_CLASSES, class_table, confused_pairs, most_confused
 from dist_train.errors import UserError
 from dist_train.folds import fold_view
-from dist_train.index import load_index
+from dist_train.index import ShardIndex, SplitIndex, load_index
+from dist_train.mistakes import worst_mistakes
+from dist_train.page import Chart, Gallery, Section, write_template
+from dist_train.picture_plots import filter_gallery, first_filters, histogram_chart, sample_gallery
 from dist_train.settings import flatten, from_dict, to_dict
+from dist_train.table_plots import table_section
 from dist_train.track import read_metrics
-
-MAX_MATRIX_CLASSES = 40  # a larger matrix shows the most confused of them
-SHOWN_CLASSES = 30
-MAX_PICTURES = 24
-EMBED_BYTES = 40_000  # larger pictures are embedded as small copies
-THUMBNAIL = 256  # pixels, longer side of such a copy
 
 
 def main(argv: list[str]) -> None:
@@ -41,18 +37,9 @@ def write_report(run: Path) -> Path:
 
     Raises UserError if the folder is not a run's, or one of its files is damaged.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     run = Path(run)
-    facts = read_run(run)
-    jinja = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    page = jinja.get_template("report.html.j2").render(**facts)
-    path, partial = run / "report.html", run / "report.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    path = run / "report.html"
+    write_template(path, "report.html.j2", **read_run(run))
     return path
 
 
@@ -65,7 +52,8 @@ def read_run(run: Path) -> dict:
     inference = _read(run / "inference.json") or {}
     result = _read(run / "result.json")
     lines = read_metrics(run / "metrics.jsonl")
-    splits = [_evaluation(run, config, inference, path) for path in _evaluations(run)]
+    index, note = _open_shards(run, config, inference)
+    splits = [_evaluation(run, inference, index, path) for path in _evaluations(run)]
     return {
         "name": run.resolve().name,
         "written": time.strftime("%Y-%m-%d %H:%M"),
@@ -75,6 +63,8 @@ def read_run(run: Path) -> dict:
         "restarted": any(line["kind"] == "restart" for line in lines),
         "evaluations": [line for line in lines if line["kind"] == "eval"],
         "splits": splits,
+        "data": _data_section(config, index, note),
+        "filters": _filters(run, inference),
         "timings": _timings(lines, result),
         "settings": _settings(config),
         "environment": [(key, _shown(value)) for key, value in flatten(_read(run / "environment.json") or {}).items()],
@@ -127,11 +117,13 @@ def _cards(lines: list[dict], result) -> list[tuple[str, str]]:
     return cards
 
 
-def _charts(lines: list[dict]) -> list[dict]:
-    """Title, SVG and legend of every curve there is data for."""
+def _charts(lines: list[dict]) -> list[Chart]:
+    """Every curve there is data for."""
     trained = [line for line in lines if line["kind"] == "train"]
     evals = [line for line in lines if line["kind"] == "eval" and " " not in line["split"]]  # "final test" is no curve
-    x_name = "epoch" if all("epoch" in line for line in trained + evals) else "step"
+    x_name = "epoch" if all("epoch" in line for line in trained) else "step"
+    if x_name == "epoch":  # the evaluation of the test split, at the end, does not say its own
+        evals = [{"epoch": _epoch_of(line["step"], trained)} | line for line in evals]
     restarts = [line["step"] for line in lines if line["kind"] == "restart"]
     if x_name == "epoch":
         restarts = [_epoch_of(step, trained) for step in restarts]
@@ -149,21 +141,37 @@ def _charts(lines: list[dict]) -> list[dict]:
         accuracy.append(curve(rows, "top1", split, colour, dots=True))
     waits = [line for line in trained if line.get("data_wait") is not None]
     charts = [
-        ("Loss", loss, lambda y: f"{y:g}", True),
-        ("Accuracy", accuracy, lambda y: f"{y * 100:g}%", False),
-        ("Learning rate", [curve(trained, "lr", "learning rate")], _rate, True),
-        ("Samples a second", [curve(trained, "images_per_s", "samples a second")], lambda y: f"{y:,.0f}", True),
-    ]
+        ("Loss" + _best(evals, "loss", min, x_name, "{:.4f}"), loss, lambda y: f"{y:g}", True),
+        ("Accuracy" + _best(evals, "top1", max, x_name, "{:.2%}"), accuracy, lambda y: f"{y * 100:g}%", False),
+        ("Learning rate" + _summary(trained, "lr", max, "peak", "{:.3g}".format),
+         [curve(trained, "lr", "learning rate")], _rate, True),
+        ("Samples a second" + _summary(trained, "images_per_s", statistics.median, "median", "{:,.0f}".format),
+         [curve(trained, "images_per_s", "samples a second")], lambda y: f"{y:,.0f}", True),
+    ]  # fmt: skip
     if any(line["data_wait"] > 0.02 for line in waits):
-        charts.append(
-            ("Share of time waiting for data", [curve(waits, "data_wait", "wait", 1)], lambda y: f"{y:.0%}", True)
-        )
+        title = "Waiting for data" + _summary(waits, "data_wait", statistics.fmean, "mean share", "{:.1%}".format)
+        charts.append((title, [curve(waits, "data_wait", "wait", 1)], lambda y: f"{y * 100:g}%", True))
     drawn = []
     for title, curves, y_text, zero in charts:
         if svg := plots.line_chart(curves, x_name, y_text, zero, restarts):
-            names = [(c.name, c.colour) for c in curves if not c.band and c.x]
-            drawn.append({"title": title, "svg": svg, "legend": names if len(names) > 1 or title == "Accuracy" else []})
+            names = [(c.name, plots.COLOURS[c.colour]) for c in curves if not c.band and c.x]
+            drawn.append(Chart(title, svg, names if len(names) > 1 or curves is accuracy else []))
     return drawn
+
+
+def _best(evals: list[dict], key: str, better, x_name: str, form: str) -> str:
+    """The best figure of the first evaluated split, and when it was reached, as the end of a title."""
+    rows = [line for line in evals if line["split"] == evals[0]["split"] and line.get(key) is not None]
+    if not rows:
+        return ""
+    best = better(rows, key=lambda line: line[key])
+    return f": best {best['split']} {form.format(best[key])} at {x_name} {round(best[x_name], 1):,g}"
+
+
+def _summary(lines: list[dict], key: str, figure, name: str, text) -> str:
+    """One figure of a curve as the end of a title."""
+    values = [line[key] for line in lines if line.get(key) is not None]
+    return f": {name} {text(figure(values))}" if values else ""
 
 
 def _evaluations(run: Path) -> list[Path]:
@@ -171,19 +179,23 @@ def _evaluations(run: Path) -> list[Path]:
     return sorted(run.glob("evaluation-*.json"), key=lambda path: (path.stem != "evaluation-test", path.stem))
 
 
-def _evaluation(run: Path, config: dict, inference: dict, path: Path) -> dict:
+def _evaluation(run: Path, inference: dict, index: ShardIndex | None, path: Path) -> dict:
     raw = _read(path)
     try:
         counts = np.asarray(raw["confusion"], np.int64)
         names = [str(name) for name in inference.get("classes") or range(len(counts))]
         shown = most_confused(counts) if len(names) > MAX_MATRIX_CLASSES else np.arange(len(names))
-        mistakes, note = _mistakes(run, config, names, raw)
+        pairs = confused_pairs(counts, names)
+        split = index.splits.get(raw["split"]) if index else None
+        mistakes, note = worst_mistakes(raw, names, split if split and not index.features else None)
+        classes = class_table(counts, names)
+        curves, curves_note = _ranking(run, index, split, classes)
         return {
             "name": raw["split"], "samples": raw["samples"], "loss": raw.get("loss"), "top1": raw.get("top1"),
             "top5": raw.get("top5") if len(names) > 5 else None, "num_classes": len(names), "num_shown": len(shown),
             "matrix": plots.heat_map(counts[np.ix_(shown, shown)], [names[i] for i in shown]),
-            "pairs": confused_pairs(counts, names), "classes": class_table(counts, names),
-            "mistakes": mistakes, "note": note,
+            "finding": _finding(pairs), "pairs": pairs, "classes": classes, "mistakes": mistakes, "note": note,
+            "curves": curves, "curves_note": curves_note, "has_areas": any("roc" in row for row in classes),
         }  # fmt: skip
     except (KeyError, TypeError, IndexError, ValueError) as error:
         if isinstance(error, UserError):
@@ -194,109 +206,79 @@ def _evaluation(run: Path, config: dict, inference: dict, path: Path) -> dict:
         ) from None
 
 
-def class_table(counts: np.ndarray, names: list[str]) -> list[dict]:
-    """Precision, recall, F1 and number of samples of each class; None where undefined (0/0).
-
-    counts: (K, K) int, rows the true class. Definitions as in scikit-learn's precision_recall_fscore_support.
-    """
-    right, of_class, taken = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
-    rows = []
-    for i, name in enumerate(names):
-        precision = float(right[i] / taken[i]) if taken[i] else None
-        recall = float(right[i] / of_class[i]) if of_class[i] else None
-        f1 = float(2 * right[i] / (taken[i] + of_class[i])) if taken[i] + of_class[i] else None
-        rows.append({"name": name, "count": int(of_class[i]), "precision": precision, "recall": recall, "f1": f1})
-    return rows if len(rows) <= MAX_MATRIX_CLASSES else sorted(rows, key=lambda row: (row["f1"] is None, row["f1"]))
+def _finding(pairs: list[tuple[str, str, int, float]]) -> str:
+    if not pairs:
+        return "Confusion: none"
+    label, predicted, count, share = pairs[0]
+    return f"Confusion: most often {label} is taken for {predicted} ({count:,}, {share:.1%} of the class)"
 
 
-def most_confused(counts: np.ndarray, most: int = SHOWN_CLASSES) -> np.ndarray:
-    """Numbers of the classes with the most mistakes, given or received, in class order. counts: (K, K) int."""
-    wrong = counts - np.diag(np.diag(counts))
-    return np.sort(np.argsort(-(wrong.sum(axis=0) + wrong.sum(axis=1)), kind="stable")[:most])
+def _ranking(run: Path, index: ShardIndex | None, split: SplitIndex | None, classes: list[dict]) -> tuple[list, str]:
+    """ROC and precision-recall curves of a table's run; the areas are added to the rows of `classes`."""
+    if split is None or index.features is None or not (run / "weights.safetensors").exists():
+        return [], ""
+    from dist_train.scores import areas, ranking_charts, table_scores
 
-
-def confused_pairs(counts: np.ndarray, names: list[str], most: int = 8) -> list[tuple[str, str, int, float]]:
-    """(true class, predicted class, samples, share of the true class) of the most frequent mistakes, most first."""
-    wrong = counts - np.diag(np.diag(counts))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
-    places = [divmod(int(flat), len(names)) for flat in order]
-    return [(names[i], names[j], int(wrong[i, j]), wrong[i, j] / counts[i].sum()) for i, j in places if wrong[i, j]]
-
-
-def _mistakes(run: Path, config: dict, names: list[str], raw: dict) -> tuple[list[dict], str]:
-    """The worst mistakes with their pictures as data URIs, and a remark where pictures are missing."""
-    worst = raw.get("mistakes", [])[:MAX_PICTURES]
-    rows = [
-        {
-            "sample": m["sample"], "label": names[m["label"]], "predicted": names[m["predicted"]],
-            "probability": m.get("probability"), "loss": m.get("loss"), "picture": None, "name": "", "small": False,
-        }
-        for m in worst
-    ]  # fmt: skip
-    folder = str((config.get("data") or {}).get("shards") or "")
-    found = next(
-        (at for at in (Path(folder), run.resolve().parent.parent / folder) if (at / "index.json").exists()), None
-    )
-    if not rows:
-        return rows, ""
-    if not folder or found is None:
-        return (
-            rows,
-            f"The shards ({folder or 'not named in the settings'}) are not here, so there are no pictures to show.",
-        )
-    index = load_index(found)
-    if index.features is not None:
-        return rows, ""
     try:
-        # samples are numbered as they lie in the shards, also where a fold was evaluated
-        split = fold_view(index, from_dict(RunConfig, config)).split(raw["split"]).stored
-        table, sources = split.table(), split.names()
+        labels, probabilities = table_scores(run, split)
     except UserError as error:
-        return rows, f"No pictures: {error}"
-    changed = 0
-    for row in rows:
-        if not 0 <= row["sample"] < len(table):
-            changed += 1
-            continue
-        row["name"] = sources[row["sample"]] if sources else ""
-        payload = _payload(split, table[row["sample"]], row["sample"])
-        if payload is None:
-            changed += 1
-        else:
-            row["picture"], row["small"] = picture_uri(payload)
-    return rows, f"{changed} pictures are left out: the shards have changed since." if changed else ""
+        return [], f"No ROC and precision-recall curves: {error}"
+    for name, found in zip(index.classes, areas(labels, probabilities), strict=True):
+        row = next(row for row in classes if row["name"] == name)
+        row["roc"], row["precise"] = found or (None, None)
+    return ranking_charts(labels, probabilities, index.classes), ""
 
 
-def _payload(split, entry, sample: int) -> bytes | None:
-    """A sample's bytes from its tar file; None if they are not those of the index."""
-    file = Path(split.folder, split.files[int(split.shard_of(np.array([sample]))[0])])
+def _open_shards(run: Path, config: dict, inference: dict) -> tuple[ShardIndex | None, str]:
+    """The run's shards as it saw them, or None and why there are no pictures of them."""
+    data = config.get("data") or {}
+    folder = str(data.get("shards") or "")
+    places = [folder] if "://" in folder else [Path(folder), run.resolve().parent.parent / folder]
+    found = next((at for at in places if "://" in str(at) or (folder and (at / "index.json").exists())), None)
+    if found is None:
+        named = folder or "not named in the settings"
+        return None, f"The shards ({named}) are not here, so there are no pictures to show."
     try:
-        with open(file, "rb") as tar:
-            tar.seek(int(entry["offset"]))
-            data = tar.read(int(entry["size"]))
-    except OSError:
+        index = load_index(found, data.get("cache_dir") or "", data.get("cache_gb") or 100.0)
+        index = fold_view(index, from_dict(RunConfig, config))
+    except UserError as error:
+        return None, f"No pictures: {error}"
+    if not inference:  # the run is not finished
+        return index, ""
+    if inference["classes"] != index.classes:
+        return None, f"{folder} holds other classes than those trained on, so there are no pictures to show."
+    statistics_of_run = {name: inference[name] for name in ("mean", "std") if name in inference}  # those of its fold
+    return dataclasses.replace(index, **statistics_of_run), ""
+
+
+def _data_section(config: dict, index: ShardIndex | None, note: str) -> Section:
+    """What was trained on, in pictures, and what augmentation made of it."""
+    section = Section("The data", note)
+    if index is None:
+        return section
+    try:
+        settings = from_dict(RunConfig, config)
+        split = index.splits.get(settings.data.train_split)
+        if split is None:
+            return Section("The data", f"{index.folder} has no split {settings.data.train_split} to show.")
+        if index.features:
+            return table_section(index, split)
+        section = Section("The data", "", [histogram_chart(split)], galleries=[sample_gallery(index, split)])
+        from dist_train.preview import is_augmented, preview_gallery
+
+        if is_augmented(settings, index):
+            section.galleries.append(preview_gallery(settings, index))
+    except UserError as error:
+        return dataclasses.replace(section, note=f"Some pictures are missing: {error}")
+    return section
+
+
+def _filters(run: Path, inference: dict) -> Gallery | None:
+    weights = run / "weights.safetensors"
+    if inference.get("features") or not weights.exists():
         return None
-    return data if xxhash.xxh3_64_intdigest(data) == int(entry["checksum"]) else None
-
-
-def picture_uri(data: bytes) -> tuple[str | None, bool]:
-    """(data URI of a picture, whether it is small enough to be shown with hard pixels); (None, False) if it is none.
-
-    JPEG, PNG and WebP pass through; other kinds and large files become small JPEG copies.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            small, kind = max(image.size) <= 64, image.format
-            if kind not in ("JPEG", "PNG", "WEBP") or len(data) > EMBED_BYTES:
-                image.thumbnail((THUMBNAIL, THUMBNAIL))
-                copy = io.BytesIO()
-                image.convert("RGB").save(copy, "JPEG", quality=85)
-                data, kind = copy.getvalue(), "JPEG"
-    except Exception:  # whatever PIL cannot open is not shown
-        return None, False
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}", small
+    kernels = first_filters(weights)
+    return None if kernels is None else filter_gallery(kernels)
 
 
 def _timings(lines: list[dict], result) -> list[tuple[str, str]]:

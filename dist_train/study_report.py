@@ -95,7 +95,7 @@ def write_study_report(plan, study) -> Found:
 def trial_table(rows: list[Row], metric: str) -> Table:
     """The trials, best first: mean and spread of the metric, epoch of the best evaluation, training time, settings."""
     names = list(dict.fromkeys(name for row in rows for name in row.params))
-    columns = [("trial", True), ("accuracy" if metric == "top1" else "loss", True), ("+-", True), ("best epoch", True),
+    columns = [("trial", True), ("accuracy" if metric == "top1" else "loss", True), ("±", True), ("best epoch", True),
                ("seconds", True), *((name, False) for name in names)]  # fmt: skip
     cells = [
         [str(row.number), shown(row.mean, metric), shown(row.spread, metric) if len(row.values) > 1 else "",
@@ -186,7 +186,8 @@ def _sections(
         text = (lambda y: f"{y * 100:g}%") if metric == "top1" else (lambda y: f"{y:g}")
         title = f"The best {SHOWN_BARS}" if len(rows) > SHOWN_BARS else "The trials"
         sections.append(Section(title, note, [
-            Chart(what, bar_chart(figures, text, zero=False)), Chart("Training time, seconds", bar_chart(times, lambda s: f"{s:g}"))
+            Chart(f"{what}: best with {_name(rows[0])}", bar_chart(figures, text, zero=False)),
+            Chart("Training time, seconds", bar_chart(times, lambda s: f"{s:g}"))
         ]))  # fmt: skip
         sections.append(Section("How it went", "", _course(plan, trials, rows, what, text)))
     shares = importance(study) if rows else {}

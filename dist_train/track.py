@@ -46,6 +46,8 @@ def open_tracker(folder: str | os.PathLike, config: RunConfig, is_main: bool, nu
 class SilentTracker:
     """The tracker of every rank but zero."""
 
+    takes_figures = False  # whether pictures go anywhere, and so are worth drawing
+
     def train(self, step: int, values: dict) -> None: ...
 
     def evaluation(self, step: int, split: str, values: dict) -> None: ...
@@ -62,6 +64,7 @@ class Tracker:
 
     def __init__(self, metrics, console, wandb):
         self._metrics, self._console, self._wandb = metrics, console, wandb
+        self.takes_figures = wandb is not None
 
     def train(self, step: int, values: dict) -> None:
         """Record a step's figures: epoch, loss, lr, images_per_s, data_wait (share of the time, 0..1), any others."""
@@ -80,7 +83,7 @@ class Tracker:
         self._console.message(text)
 
     def figures(self, pictures: dict[str, Path]) -> None:
-        """Send picture files (PNG or JPEG) to Weights & Biases under the names given."""
+        """Send picture files (PNG or JPEG) to Weights & Biases under the names given; a name it has is not sent again."""
         if self._wandb:
             self._wandb.pictures(pictures)
 

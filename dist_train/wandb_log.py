@@ -67,6 +67,7 @@ class WandbRun:
         self._id = _run_id(folder, env)
         self._history = list(lines)
         self._sent = {}  # newest step of each series that the run has
+        self._shown = set()  # names of the pictures it has
         self._run = None
         self._queue, self._news = queue.SimpleQueue(), queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -135,19 +136,24 @@ class WandbRun:
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
         if mode == "online":
-            self._sent = _newest_steps([dict(run.summary)])
+            rows = [dict(run.summary)]
             for old in self._recordings("offline-run"):  # the server gets what they hold: nobody must send it again
                 shutil.rmtree(old, ignore_errors=True)
         else:
             files = [file for old in self._recordings("*run") for file in old.glob("*.wandb")]
-            self._sent = _newest_steps([row for file in files for row in recorded_rows(file)])
+            rows = [row for file in files for row in recorded_rows(file)]
+        self._sent = _newest_steps(rows)
+        self._shown = {name.removesuffix("._type") for row in rows for name in row}  # recordings take pictures apart
         self._run = run
 
     def _log(self, what: str, value: dict) -> None:
         if what == "pictures":
             import wandb
 
-            self._run.log({name: wandb.Image(str(path)) for name, path in value.items()})
+            fresh = {name: wandb.Image(str(path)) for name, path in value.items() if name not in self._shown}
+            if fresh:
+                self._run.log({"step": max(self._sent.values(), default=0), **fresh})
+            self._shown |= fresh.keys()
             return
         name = "train" if value["kind"] == "train" else value.get("split")
         if name is None or value["step"] <= self._sent.get(name, -1):

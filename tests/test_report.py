@@ -1,32 +1,55 @@
 """The report: one file without requests, right figures, and sense made of whatever a run has left."""
 
 import base64
+import dataclasses
+import http.server
 import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
+import threading
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
+import yaml
+from conftest import tiny_run
 from made_up_run import make_run
 from PIL import Image
-from sklearn.metrics import precision_recall_fscore_support
+from safetensors.torch import save_file
+from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
-from dist_train import plots, report
+from dist_train import mistakes, plots, report
+from dist_train.config import DataConfig, ModelConfig, RunConfig
+from dist_train.confusion import class_table, confused_pairs, most_confused
 from dist_train.errors import UserError
+from dist_train.figures import draw_figures
 from dist_train.index import load_index
+from dist_train.models import build_model
+from dist_train.settings import to_dict
+from dist_train.table_plots import read_rows
+from dist_train.train import run_training
 
 DIGITS = [str(i) for i in range(10)]
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    run = make_run(tmp_path_factory.mktemp("digits"), DIGITS)
+def made_up(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("made_up"), DIGITS)
     return run, report.write_report(run).read_text()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, digits):
+    """A run of an epoch on the digits."""
+    run = tmp_path_factory.mktemp("trained") / "runs/tiny"
+    assert run_training(tiny_run(digits, run, "--train.epochs", "1")) == 0
+    return run
 
 
 class Links(HTMLParser):
@@ -50,20 +73,20 @@ class Links(HTMLParser):
             assert self.open.pop() == tag, f"</{tag}> closes another element"
 
 
-def test_the_page_asks_for_nothing_from_outside(digits):
-    page = Links(digits[1])
+def test_the_page_asks_for_nothing_from_outside(made_up):
+    page = Links(made_up[1])
     assert page.links and all(link.startswith("data:") for link in page.links)
     assert page.open == []
-    assert "<script" not in digits[1] and "@import" not in digits[1] and "url(" not in digits[1]
+    assert "<script" not in made_up[1] and "@import" not in made_up[1] and "url(" not in made_up[1]
 
 
-def test_the_page_suits_phones_and_dark_rooms(digits):
-    assert 'name="viewport" content="width=device-width' in digits[1]
-    assert "prefers-color-scheme: dark" in digits[1]
+def test_the_page_suits_phones_and_dark_rooms(made_up):
+    assert 'name="viewport" content="width=device-width' in made_up[1]
+    assert "prefers-color-scheme: dark" in made_up[1]
 
 
-def test_the_page_shows_all_its_parts(digits):
-    run, page = digits
+def test_the_page_shows_all_its_parts(made_up):
+    run, page = made_up
     figures = json.loads((run / "result.json").read_text())["test"]
     assert f"{figures['top1']:.2%}" in page
     parts = ["Loss", "Accuracy", "Learning rate", "Samples a second", "Confusion", "Classes", "Worst mistakes",
@@ -74,14 +97,14 @@ def test_the_page_shows_all_its_parts(digits):
     assert set(changed) == {"shards", "global_batch_size", "lr", "schedule"}
 
 
-def test_pictures_of_mistakes_are_those_in_the_shards(digits):
-    run, page = digits
+def test_pictures_of_mistakes_are_those_in_the_shards(made_up):
+    run, page = made_up
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    mistakes = json.loads((run / "evaluation-test.json").read_text())["mistakes"][: report.MAX_PICTURES]
-    assert len(pictures) == len(mistakes) > 5
+    worst = json.loads((run / "evaluation-test.json").read_text())["mistakes"][: mistakes.MAX_MISTAKES]
+    assert len(pictures) == len(worst) > 5
     split = load_index(run.parent.parent / "shards/demo").split("test")
     tar = (run.parent.parent / "shards/demo/test-000000.tar").read_bytes()
-    for encoded, mistake in zip(pictures, mistakes, strict=True):
+    for encoded, mistake in zip(pictures, worst, strict=True):
         row = split.table()[mistake["sample"]]
         assert base64.b64decode(encoded) == tar[int(row["offset"]) :][: int(row["size"])]
 
@@ -129,6 +152,96 @@ def test_a_table_run_lists_its_mistakes(tmp_path):
     assert "<img" not in page and re.search(r"<td>\d+</td><td>malignant</td><td>benign</td>", page)
 
 
+def test_a_finished_run_on_a_table_has_its_pictures_and_the_right_areas(tmp_path):
+    run = make_run(tmp_path, ["benign", "malignant"], pictures=False)
+    config = RunConfig(
+        data=DataConfig(shards=str(tmp_path / "shards/demo"), train_split="test"),
+        model=ModelConfig(name="mlp", hidden=(4,)),
+    )
+    (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    about = {"classes": ["benign", "malignant"], "features": ["a", "b"], "mean": [0.4, 0.6], "std": [0.2, 0.3],
+             "image_size": None, "eval_crop": 0.0, "one_size": False}  # fmt: skip
+    (run / "inference.json").write_text(json.dumps(about))
+    network = build_model(config.model, 2, None, 2, seed=1)
+    save_file(network.state_dict(), run / "weights.safetensors")
+    index = load_index(tmp_path / "shards/demo")
+    values, labels = read_rows(index.split("test"), 2)
+    inputs = (torch.from_numpy(values) - torch.tensor(about["mean"])) / torch.tensor(about["std"])
+    with torch.no_grad():
+        logits = network.eval()(inputs).numpy()
+    area = roc_auc_score(labels, logits[:, 1] - logits[:, 0])
+    page = report.write_report(run).read_text()
+    for part in (
+        f"ROC curve for malignant: area {area:.4f}",
+        "Precision and recall",
+        "Correlation",
+        "In pairs",
+        "av. precision",
+    ):
+        assert part in page, part
+    assert page.count(f'<td class="number">{area:.4f}</td>') == 2  # of two classes, both have the same
+    assert Links(page).open == []
+    (run / "weights.safetensors").write_bytes(b"damaged")
+    page = report.write_report(run).read_text()
+    assert "No ROC and precision-recall curves" in page and "Correlation" in page
+
+
+def test_shards_behind_a_url_show_their_pictures(made_up, tmp_path):
+    folder = made_up[0].parent.parent / "shards/demo"
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(folder))
+
+        def log_message(self, *args): ...
+
+    run = tmp_path / "runs/demo"
+    shutil.copytree(made_up[0], run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    config["data"] |= {"shards": f"http://127.0.0.1:{server.server_address[1]}", "cache_dir": str(tmp_path / "cache")}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    try:
+        page = report.write_report(run).read_text()
+    finally:
+        server.shutdown()
+        server.server_close()
+    pictures = re.findall(r'src="(data:image/png[^"]+)"', page)
+    assert pictures == re.findall(r'src="(data:image/png[^"]+)"', made_up[1])
+    page = report.write_report(run).read_text()  # the server is gone
+    assert "No pictures: http://127.0.0.1" in page and "<img" not in page
+
+
+def test_a_trained_run_shows_its_data_its_augmentation_and_its_filters(trained):
+    page = report.write_report(trained).read_text()
+    for part in (
+        "Samples as stored",
+        "As the network sees them",
+        "epoch 3",
+        "Pixel values: grey",
+        "First layer: 8 filters of 3 × 3",
+    ):
+        assert part in page, part
+    assert Links(page).open == [] and len(page) < 1_000_000
+
+
+def test_the_pictures_of_a_run_are_written_once_each_and_named(trained):
+    index = load_index(yaml.safe_load((trained / "config.yaml").read_text())["data"]["shards"])
+    drawn, complaints = draw_figures(trained, index)
+    assert complaints == []
+    names = ["samples", "augmentation", "filters", "confusion-test", "mistakes-test", "confusion-val", "mistakes-val"]
+    assert sorted(drawn) == sorted(f"pictures/{name}" for name in names)
+    for path in drawn.values():
+        with Image.open(path) as image:
+            assert min(image.size) > 50 and len(np.unique(np.asarray(image.convert("L")))) > 10
+    gone = dataclasses.replace(index, splits={name: dataclasses.replace(split, files=["gone"] * split.num_shards)
+                                              for name, split in index.splits.items()})  # fmt: skip
+    drawn, complaints = draw_figures(trained, gone)
+    assert "pictures/filters" in drawn and "pictures/samples" not in drawn
+    assert any("samples is missing" in complaint for complaint in complaints)
+
+
 def test_a_thousand_classes_show_the_most_confused(tmp_path):
     page = report.write_report(make_run(tmp_path, [f"class {i}" for i in range(1000)], num_test=3000)).read_text()
     assert "30 most confused of 1000 classes" in page and "worst first" in page
@@ -169,14 +282,14 @@ def test_class_table_equals_scikit_learn():
     labels, predicted = rng.integers(6, size=500), rng.integers(6, size=500)
     counts = np.zeros((6, 6), int)
     np.add.at(counts, (labels, predicted), 1)
-    ours = report.class_table(counts, list("abcdef"))
+    ours = class_table(counts, list("abcdef"))
     theirs = precision_recall_fscore_support(labels, predicted)
     for name, column in zip(("precision", "recall", "f1", "count"), theirs, strict=True):
         np.testing.assert_allclose([row[name] for row in ours], column)
 
 
 def test_figures_that_are_undefined_are_not_zero():
-    empty, missed = report.class_table(np.array([[0, 0], [0, 3]]), ["empty", "right"])
+    empty, missed = class_table(np.array([[0, 0], [0, 3]]), ["empty", "right"])
     assert empty == {"name": "empty", "count": 0, "precision": None, "recall": None, "f1": None}
     assert missed["f1"] == 1.0
 
@@ -184,19 +297,19 @@ def test_figures_that_are_undefined_are_not_zero():
 def test_most_confused_classes_and_pairs():
     counts = np.diag([10, 10, 10, 10, 10])
     counts[1, 3], counts[4, 0] = 5, 2
-    assert report.most_confused(counts, 2).tolist() == [1, 3]
-    assert report.confused_pairs(counts, list("abcde")) == [("b", "d", 5, 5 / 15), ("e", "a", 2, 2 / 12)]
+    assert most_confused(counts, 2).tolist() == [1, 3]
+    assert confused_pairs(counts, list("abcde")) == [("b", "d", 5, 5 / 15), ("e", "a", 2, 2 / 12)]
 
 
 def test_large_pictures_are_embedded_small():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (600, 900, 3), np.uint8))
     file = io.BytesIO()
     noise.save(file, "PNG")
-    uri, small = report.picture_uri(file.getvalue())
+    uri, small = mistakes.picture_uri(file.getvalue())
     kind, _, data = uri.partition(",")
     assert kind == "data:image/jpeg;base64" and not small
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (256, 171)
-    assert report.picture_uri(b"no picture") == (None, False)
+    assert mistakes.picture_uri(b"no picture") == (None, False)
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0.97, 0.981), (0, 43210), (1e-6, 3e-5), (5, 5), (0, 0), (-2, 3)])

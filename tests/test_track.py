@@ -7,6 +7,7 @@ import time
 
 import psutil
 import pytest
+from PIL import Image
 from wandb_server import wandb_server
 
 from dist_train import track, wandb_log
@@ -213,6 +214,51 @@ def test_a_resumed_run_is_one_run_with_every_step_once(tmp_path, server, monkeyp
     assert second.rows[-1]["val/top1"] == 0.75 and second.rows[-1]["step"] == 100
     assert second.exit_code == 0
     assert second.config["optim"]["value"]["lr"] == AUTO.optim.lr
+
+
+def picture(folder, name):
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), "teal").save(folder / f"{name}.png")
+    return folder / f"{name}.png"
+
+
+def test_pictures_arrive_once_however_often_the_end_is_reached(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(wandb_log, "START_S", 20)
+    monkeypatch.setattr(wandb_log, "UPLOAD_S", 20)
+    run = tmp_path / "digits"
+    for names in (["samples", "filters"], ["samples", "filters", "confusion"]):
+        tracker = open_tracker(run, AUTO, True, 100, 50 if (run / "metrics.jsonl").exists() else None)
+        assert tracker.takes_figures
+        train(tracker, range(10, 51, 10))
+        tracker.figures({f"pictures/{name}": picture(tmp_path, name) for name in names})
+        tracker.finish(True)
+        ((_, arrived_run),) = server.runs.items()
+        arrived_run.summary = {key: value for row in arrived_run.rows for key, value in row.items()}
+    for name in ("samples", "filters", "confusion"):
+        rows = [row[f"pictures/{name}"] for row in arrived_run.rows if f"pictures/{name}" in row]
+        assert [row["_type"] for row in rows] == ["image-file"], name
+
+
+def test_pictures_of_a_run_without_a_server_are_recorded_once(tmp_path, machine):
+    machine.setattr(wandb_log, "START_S", 20)
+    machine.setattr(wandb_log, "UPLOAD_S", 20)
+    run = tmp_path / "digits"
+    for resume_step in (None, 50):
+        tracker = open_tracker(run, AUTO, True, 100, resume_step)
+        train(tracker, [50])
+        began = time.monotonic()
+        tracker.figures({"pictures/samples": picture(tmp_path, "samples")})
+        assert time.monotonic() - began < 0.5  # a thread of its own sends them
+        tracker.finish(True)
+    assert [row["step"] for row in recorded(run) if "pictures/samples._type" in row] == [50]
+    (kept,) = run.glob("wandb/offline-run-*/files/media/images/pictures/*.png")
+    assert kept.read_bytes() == (tmp_path / "samples.png").read_bytes()
+
+
+def test_nobody_draws_pictures_that_go_nowhere(tmp_path):
+    tracker = open_tracker(tmp_path, OFF, True, 100, None)
+    assert not tracker.takes_figures and not open_tracker(tmp_path, AUTO, False, 100, None).takes_figures
+    tracker.finish(True)
 
 
 @pytest.mark.parametrize("fault", ["hang", "reset", 503])

@@ -1,0 +1,84 @@
+"""What a run's network says of every row of a table, and the curves drawn from it."""
+
+from pathlib import Path
+
+import numpy as np
+
+from dist_train import plots
+from dist_train.index import SplitIndex
+from dist_train.page import Chart
+from dist_train.ranking import area_under_roc, average_precision, precision_recall_curve, roc_curve
+from dist_train.table_plots import read_vectors
+
+SHOWN_CLASSES = 3
+
+
+def table_scores(run: Path, split: SplitIndex) -> tuple[np.ndarray, np.ndarray]:
+    """Classes (N,) int64 and the network's probabilities (N, K) float64 of a split, in its order.
+
+    Raises UserError if the run is not finished or a row cannot be read.
+    """
+    import torch
+
+    from dist_train.evaluate import standardised
+    from dist_train.predict import load_run
+
+    trained = load_run(run)
+    values = read_vectors(split, np.arange(split.num_samples), len(trained.features))
+    with torch.no_grad():
+        logits = trained.network(standardised(torch.from_numpy(values), trained))
+    return split.table()["label"].astype(np.int64), logits.double().softmax(1).numpy()
+
+
+def areas(labels: np.ndarray, probabilities: np.ndarray) -> list[tuple[float, float] | None]:
+    """(area under the ROC curve, average precision) of each class against the rest; None where a class has no such.
+
+    labels: (N,) int; probabilities: (N, K).
+    """
+    found = []
+    for k in range(probabilities.shape[1]):
+        positive = labels == k
+        if positive.any() and not positive.all():
+            scores = probabilities[:, k]
+            found.append((area_under_roc(positive, scores), average_precision(positive, scores)))
+        else:
+            found.append(None)
+    return found
+
+
+def ranking_charts(labels: np.ndarray, probabilities: np.ndarray, classes: list[str]) -> list[Chart]:
+    """ROC and precision-recall curves: of the second class where there are two, else of the hardest against the rest."""
+    by_class = areas(labels, probabilities)
+    rankable = [k for k, found in enumerate(by_class) if found]
+    if not rankable:
+        return []
+    shown = [1] if len(classes) == 2 else sorted(rankable, key=lambda k: by_class[k])[:SHOWN_CLASSES]
+    whose = f" for {classes[1]}" if len(classes) == 2 else ""
+    note = "" if len(rankable) <= len(shown) or len(classes) == 2 else f"The {len(shown)} hardest classes; "
+    if len(classes) > 2:
+        note += "each class against the rest. The title has the mean over the classes."
+    roc, precise = [plots.Curve("by chance", [0, 1], [0, 1], band=True)], []
+    for colour, k in enumerate(shown):
+        positive, scores = labels == k, probabilities[:, k]
+        false, true = roc_curve(positive, scores)
+        roc.append(plots.Curve(classes[k], false.tolist(), true.tolist(), colour))
+        precise.append(plots.Curve(classes[k], *_steps(*precision_recall_curve(positive, scores)), colour))
+        if len(classes) == 2:
+            share = float(positive.mean())
+            precise.append(plots.Curve("by chance", [0, 1], [share, share], band=True))
+    means = np.mean([by_class[k] for k in (shown if len(classes) == 2 else rankable)], axis=0)
+    legends = [[(f"{classes[k]} {by_class[k][part]:.4f}", plots.COLOURS[colour]) for colour, k in enumerate(shown)]
+               if len(classes) > 2 else [] for part in (0, 1)]  # fmt: skip
+    percent = lambda y: f"{y:.0%}"  # noqa: E731
+    return [
+        Chart(f"ROC curve{whose}: area {means[0]:.4f}",
+              plots.line_chart(roc, "false positive rate", percent, zero=True), legends[0], note),
+        Chart(f"Precision and recall{whose}: average precision {means[1]:.4f}",
+              plots.line_chart(precise, "recall", percent, zero=True), legends[1], note),
+    ]  # fmt: skip
+
+
+def _steps(precision: np.ndarray, recall: np.ndarray) -> tuple[list[float], list[float]]:
+    """x and y of the steps under which the average precision lies."""
+    x = np.repeat(np.append(0.0, recall), 2)[1:-1]
+    return x.tolist(), np.repeat(precision, 2).tolist()

@@ -1,0 +1,151 @@
+"""Pictures of tables: figures equal to the references', drawn inside their frames, whatever the columns hold."""
+
+import csv
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from matplotlib.cbook import boxplot_stats
+from sklearn import metrics
+from sklearn.feature_selection import f_classif
+
+from dist_train import plots, ranking, scores, table_plots
+from dist_train.config import ShardConfig
+from dist_train.convert import convert
+from dist_train.folds import part_of
+from dist_train.index import load_index
+
+
+def table(num: int = 60, columns: int = 5, num_classes: int = 3):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(num_classes, size=num)
+    values = rng.normal(size=(num, columns)).astype(np.float32) + labels[:, None] * np.arange(columns)
+    return values.astype(np.float32), labels
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """A table of 60 rows, 5 columns and 3 classes as shards."""
+    folder = tmp_path_factory.mktemp("table")
+    values, labels = table()
+    with open(folder / "t.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*"abcde", "kind"])
+        writer.writerows(
+            [*map(repr, map(float, row)), f"kind <{label}>"] for row, label in zip(values, labels, strict=True)
+        )
+    out = str(folder / "set")
+    convert(ShardConfig(source="csv", path=str(folder / "t.csv"), target="kind", out=out, workers=1))
+    return load_index(out)
+
+
+def ranked(ties: bool):
+    rng = np.random.default_rng(1)
+    positive = rng.random(300) < 0.3
+    raw = rng.normal(size=300) + positive
+    return positive, np.round(raw) if ties else raw
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_roc_and_its_area_equal_scikit_learn(ties):
+    positive, raw = ranked(ties)
+    false, true, _ = metrics.roc_curve(positive, raw, drop_intermediate=False)
+    np.testing.assert_allclose(ranking.roc_curve(positive, raw), (false, true))
+    assert ranking.area_under_roc(positive, raw) == pytest.approx(metrics.roc_auc_score(positive, raw))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_precision_recall_and_its_average_equal_scikit_learn(ties):
+    positive, raw = ranked(ties)
+    precision, recall, _ = metrics.precision_recall_curve(positive, raw)
+    ours = ranking.precision_recall_curve(positive, raw)
+    np.testing.assert_allclose(ours[0], precision[:-1][::-1])  # theirs runs backwards and ends in a made-up point
+    np.testing.assert_allclose(ours[1], recall[:-1][::-1])
+    assert ranking.average_precision(positive, raw) == pytest.approx(metrics.average_precision_score(positive, raw))
+    x, y = scores._steps(*ours)
+    assert np.sum(np.diff(x) * y[1:]) == pytest.approx(ranking.average_precision(positive, raw))  # what is drawn
+
+
+def test_areas_of_many_classes_are_each_against_the_rest():
+    rng = np.random.default_rng(2)
+    labels, probabilities = rng.integers(4, size=200), rng.dirichlet(np.ones(5), size=200)
+    found = scores.areas(labels, probabilities)
+    assert found[4] is None  # no sample of it
+    for k in range(4):
+        assert found[k][0] == pytest.approx(metrics.roc_auc_score(labels == k, probabilities[:, k]))
+    titles = [chart.title for chart in scores.ranking_charts(labels, probabilities, list("abcde"))]
+    mean = np.mean([area for area, _ in found[:4]])
+    assert f"area {mean:.4f}" in titles[0]
+    assert scores.ranking_charts(np.zeros(5, int), np.full((5, 2), 0.5), ["a", "b"]) == []
+
+
+def test_separation_equals_scikit_learns_analysis_of_variance():
+    values, labels = table()
+    np.testing.assert_allclose(
+        table_plots.separation(values, labels), f_classif(values.astype(float), labels)[0], rtol=1e-5
+    )
+    constant = np.column_stack([np.ones(60), labels]).astype(np.float32)
+    assert table_plots.separation(constant, labels).tolist() == [0.0, np.inf]
+
+
+def test_correlation_equals_numpys_and_is_0_with_a_constant():
+    values, _ = table()
+    np.testing.assert_allclose(table_plots.correlation(values), np.corrcoef(values, rowvar=False), atol=1e-6)
+    values[:, 2] = 7
+    assert (table_plots.correlation(values)[2] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "values", [np.random.default_rng(3).standard_cauchy(80), np.array([5.0]), np.array([1.0, 1, 9])]
+)
+def test_boxes_equal_matplotlibs(values):
+    (theirs,) = boxplot_stats(values)
+    expected = [theirs[name] for name in ("whislo", "q1", "med", "q3", "whishi")]
+    np.testing.assert_allclose(table_plots.box_figures(values), expected)
+
+
+def test_features_that_say_the_same_are_paired_once():
+    values, _ = table(columns=3)
+    doubled = np.column_stack([values[:, 0], values[:, 0] * 2, values[:, 1], values[:, 2]])
+    assert table_plots.unlike(doubled, np.array([0, 1, 3, 2]), most=3, alike=0.999).tolist() == [0, 3, 2]
+    assert table_plots.unlike(doubled, np.array([0, 1]), most=2).tolist() == [0, 1]  # nothing else to take
+
+
+def test_rows_are_read_as_they_lie_also_of_a_fold(shards):
+    split = shards.split("train")
+    values, labels = table_plots.read_rows(split, 5)
+    assert values.shape == (split.num_samples, 5)
+    known = {tuple(row): label for row, label in zip(table()[0].tolist(), table()[1].tolist(), strict=True)}
+    assert [known[tuple(row)] for row in values.tolist()] == labels.tolist()
+    members = np.array([3, 4, 20])
+    part = part_of(split, "train", members, split.table()["label"])
+    np.testing.assert_array_equal(table_plots.read_rows(part, 5)[0], values[members])
+    assert len(table_plots.read_rows(split, 5, most=7)[0]) == 7
+
+
+def test_every_picture_of_a_table_is_well_formed_and_inside_its_frame(shards):
+    section = table_plots.table_section(shards, shards.split("train"))
+    charts = [*section.charts, *section.small_charts]
+    assert len(section.charts) == 2 and len(section.small_charts) == 5
+    assert section.small_charts[0].title == "e"  # whose classes lie furthest apart
+    for chart in charts:
+        root = ElementTree.fromstring(chart.svg)
+        assert "nan" not in chart.svg and "<0>" not in chart.svg
+        _, _, width, height = map(float, root.get("viewBox").split())
+        for path in root.iter("path"):
+            for x, y in re.findall(r"M([-\d.]+) ([-\d.]+)", path.get("d")):
+                assert 0 <= float(x) <= width and 0 <= float(y) <= height
+
+
+@pytest.mark.filterwarnings("error")
+def test_odd_tables_are_drawn():
+    values, labels = table(columns=1)
+    for odd in (values, np.zeros_like(values)):
+        ElementTree.fromstring(table_plots.box_plot(odd[:, 0], labels, ["a", "b", "c"]))
+    two = np.column_stack([values, np.zeros(60)])
+    ElementTree.fromstring(table_plots.pair_scatter(two, labels, ["a", "b"], list("xyz")))
+    ElementTree.fromstring(table_plots.correlation_map(table_plots.correlation(two), ["a", "b"]))
+    many = np.arange(60) % 12
+    assert "var(--faint)" in table_plots.box_plot(values[:, 0], many, [str(k) for k in range(12)])  # more than colours
+    assert len(plots.COLOURS) >= table_plots.MAX_CLASSES
