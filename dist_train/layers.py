@@ -31,9 +31,13 @@ def set_dropout_keys(model: nn.Module, keys: Tensor) -> None:
     keys: (N,) int64 from `order.sample_keys`, on the device of the activations. Call it before each forward pass in
     training, once a micro-batch.
     """
+    everyone = {}  # by group: the keys of the samples of all its ranks, for layers that are split over them
     for module in model.modules():
         if isinstance(module, KeyedDropout):
-            module.keys = keys
+            if module.is_split and module.group not in everyone:
+                everyone[module.group] = keys.new_empty(dist.get_world_size(module.group) * len(keys))
+                dist.all_gather_into_tensor(everyone[module.group], keys.contiguous(), module.group)
+            module.keys = everyone[module.group] if module.is_split else keys
 
 
 class KeyedDropout(nn.Module):
@@ -43,8 +47,11 @@ class KeyedDropout(nn.Module):
     2^-16, and the survivors' factor belongs to the rate that is used, so the mean is unbiased.
 
     units: "all" draws for each value of a sample; "channels" once a channel (nn.Dropout2d); "samples" once a sample
-    (stochastic depth). first_unit: number of the first unit held here, even; not 0 where a layer is split over ranks.
+    (stochastic depth). Where a layer is split over ranks (see `hybrid`), first_unit is the number of the first unit held
+    here, even, and the samples of all ranks of `group` pass through together.
     """
+
+    is_split, group = False, None
 
     def __init__(self, p: float = 0.5, layer: int = 0, units: str = "all", first_unit: int = 0):
         super().__init__()

@@ -7,28 +7,31 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config import OptimConfig
+from dist_train.finetune import layer_depths
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer over model's trainable parameters, at the peak rate.
+def build_optimizer(model: nn.Module, config: OptimConfig, head: str = "") -> torch.optim.Optimizer:
+    """The optimizer over model's trainable parameters, at the peak rate. head: name of the last layer.
 
-    Two groups: "decay" (matrices and kernels) and "no_decay" (biases and norms: all with fewer than two dimensions).
-    Each carries "lr_scale", 1.0, which `set_lr` multiplies by. Fused kernels are used where the class has them for
-    the device.
+    Two groups: "decay" (matrices and kernels) and "no_decay" (biases and norms: all with fewer than two dimensions);
+    with config.layer_decay two for each layer, with freeze_epochs two for the last one. Each carries "lr_scale", which
+    `set_lr` multiplies by: layer_decay to the power of the layers above. Fused kernels are used where the class has
+    them for the device.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    split = {"decay": [p for _, p in named if p.dim() >= 2], "no_decay": [p for _, p in named if p.dim() < 2]}
+    depths = layer_depths(model, head) if config.layer_decay != 1 or config.freeze_epochs else {}
+    split: dict[tuple[int, str], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            depth = depths.get(name, 0)
+            # what thaws must not share a group with the head: torch's fused SGD wants all first steps at once
+            group = depth if config.layer_decay != 1 else min(depth, 1)
+            split.setdefault((group, "decay" if p.dim() >= 2 else "no_decay"), []).append(p)
     groups = [
-        {
-            "params": params,
-            "name": name,
-            "lr_scale": 1.0,
-            "weight_decay": config.weight_decay if name == "decay" else 0.0,
-        }
-        for name, params in split.items()
-        if params
-    ]
-    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for _, p in named)
+        {"params": params, "name": name, "lr_scale": config.layer_decay**depth,
+         "weight_decay": config.weight_decay if name == "decay" else 0.0}
+        for (depth, name), params in sorted(split.items())
+    ]  # fmt: skip
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for group in groups for p in group["params"])
     betas = (config.momentum, config.beta2)
     if config.name == "sgd":
         nesterov = config.nesterov and config.momentum > 0
@@ -127,7 +130,9 @@ class WeightAverage:
         self.num_updates += 1
         new = _weights(model)
         floats = [name for name, t in self.weights.items() if t.is_floating_point()]
-        torch._foreach_lerp_([self.weights[n] for n in floats], [new[n].float() for n in floats], 1 - keep)
+        for of_type in {type(self.weights[n]): None for n in floats}:  # sharded weights do not go together with buffers
+            names = [n for n in floats if type(self.weights[n]) is of_type]
+            torch._foreach_lerp_([self.weights[n] for n in names], [new[n].detach().float() for n in names], 1 - keep)
         for name in self.weights.keys() - floats:
             self.weights[name].copy_(new[name])
 

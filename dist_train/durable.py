@@ -1,0 +1,27 @@
+"""What is on the disk stays there: files written aside, synced and renamed, so that a power cut leaves one or the other."""
+
+import os
+from pathlib import Path
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Put a text file in place of another, whole or not at all. Raises OSError."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    put_in_place(partial, path)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Rename a finished file or folder to its place; return when both bytes and name are on the disk. Raises OSError."""
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Return when a file's bytes, or a folder's names, are on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

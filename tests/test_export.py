@@ -1,0 +1,210 @@
+"""Exported files: the same predictions from the file alone, everything needed to use it inside, nothing left of a bad one."""
+
+import contextlib
+import importlib.util
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import tiny_run
+from safetensors.torch import save_file
+
+from dist_train import export as export_module
+from dist_train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from dist_train.errors import UserError
+from dist_train.export import FILES, export, load_exported, main
+from dist_train.index import load_index
+from dist_train.predict import load_run
+from dist_train.run import build_network, inference, input_size
+from dist_train.runtime import write_json
+from dist_train.settings import to_dict
+from dist_train.train import run_training
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny nets: on a busy machine two threads wait for each other many times longer than they compute."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory) -> Path:
+    """A real run, evaluated with mirror images as well."""
+    run = tmp_path_factory.mktemp("runs") / "trained"
+    assert run_training(tiny_run(digits, run, "--train.flip_test", "true")) == 0
+    return run
+
+
+def untrained(run: Path, shards: str, image_size: int = 0, **model) -> Path:
+    """A run folder as training leaves it, with weights as drawn and BatchNorm statistics of noise."""
+    config = RunConfig(
+        data=DataConfig(shards=shards, image_size=image_size, threads=1, global_batch_size=100),
+        model=ModelConfig(**model), train=TrainConfig(epochs=1),
+    )  # fmt: skip
+    index = load_index(shards)
+    network, size = build_network(config, index), input_size(config, index)
+    shape = (64, 3, *size) if size else (64, len(index.features))
+    for module in network.modules():
+        if hasattr(module, "keys"):
+            module.keys = torch.arange(64)
+    network.train()(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    for p in network.parameters():
+        p.data += 0.01  # no bias stays zero, no logits stay small
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    write_json(run / "inference.json", inference(config, index, size))
+    save_file(network.state_dict(), run / "weights.safetensors")
+    return run
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> str:
+    """breast_cancer, a table of 30 columns."""
+    from dist_train import shard
+
+    out = tmp_path_factory.mktemp("shards") / "table"
+    with contextlib.redirect_stdout(io.StringIO()):
+        shard.main(["--source", "sklearn", "--dataset", "breast_cancer", "--out", str(out), "--workers", "1"])
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> str:
+    """Three classes of JPEGs of several sizes."""
+    from PIL import Image
+
+    from dist_train import shard
+
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for k in range(48):
+        path = folder / "raw" / f"class{k % 3}" / f"{k}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (5 + k % 7, 6 + k % 5, 3), np.uint8)
+        Image.fromarray(pixels).resize((40 + k, 70 - k)).save(path)
+    with contextlib.redirect_stdout(io.StringIO()):
+        shard.main(["--source", "folder", "--path", str(folder / "raw"), "--out", str(folder / "shards"), "--workers", "1",
+                    "--split.test", "0.3"])  # fmt: skip
+    return str(folder / "shards")
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_trained_run_gives_the_same_predictions_from_the_file(trained, tmp_path, capsys, kind):
+    before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
+    main([str(trained), "--to", kind, "--out", str(tmp_path / "out")])
+    check = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert check["top1_run"] == check["top1_file"] > 0.2 and check["changed_predictions"] == 0
+    assert check["samples"] == load_index(str(yaml.safe_load((trained / "config.yaml").read_text())["data"]["shards"])
+                                          ).split("test").num_samples  # fmt: skip
+    assert 0 <= check["largest_logit_difference"] < 1e-5 < check["largest_logit"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {FILES[kind], f"{FILES[kind]}.json"}
+    about = json.loads((tmp_path / "out" / f"{FILES[kind]}.json").read_text())
+    assert about["classes"] == [str(k) for k in range(10)] and about["check"] == check
+    assert about["flip_test"].startswith("not in the file")
+    # digits are 8 x 8 px, the network takes 16: a graph enlarges them itself
+    shape, dtype = about["input"]["shape"], about["input"]["dtype"]
+    assert (shape, dtype) == (
+        (["batch", 3, 16, 16], "float32") if kind == "safetensors" else (["batch", 3, 8, 8], "uint8")
+    )
+    assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before
+
+
+def test_torchvisions_networks_export(digits, tmp_path):
+    run = untrained(tmp_path / "run", digits, 16, name="resnet18", stem="small")
+    check = export(run, "onnx", tmp_path / "out")["check"]
+    assert check["changed_predictions"] == 0
+    assert check["largest_logit_difference"] < 1e-5 * check["largest_logit"] + 1e-7
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_tables_are_standardised_inside_the_graph(table, tmp_path, kind):
+    run = untrained(tmp_path / "run", table, name="mlp", hidden=(16, 8), batchnorm=True, activation="selu")
+    about = export(run, kind, tmp_path / "out")
+    index = load_index(table)
+    assert about["input"]["columns"] == index.features and about["input"]["shape"] == ["batch", 30]
+    assert about["preprocessing"]["standardise"] == {
+        "rule": "(value - mean) / std", "mean": index.mean, "std": index.std, "is_in_the_file": kind != "safetensors"}  # fmt: skip
+    exported, network = load_exported(tmp_path / "out" / FILES[kind]), load_run(run).network
+    rows = torch.randn(5, 30)
+    with torch.no_grad():
+        logits = exported(rows * torch.tensor(index.std) + torch.tensor(index.mean))
+        torch.testing.assert_close(logits, network(rows), rtol=1e-4, atol=1e-4)
+
+
+def test_pictures_of_many_sizes_come_cropped_as_described(photos, tmp_path):
+    run = untrained(tmp_path / "run", photos, 32, name="alexnet_bn", width=0.0625)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["augment"]["crop"] = "random_resized"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    about = json.loads((run / "inference.json").read_text())
+    write_json(run / "inference.json", about | {"eval_crop": 0.875})
+    about = export(run, "onnx", tmp_path / "out")
+    resize = about["preprocessing"]["resize"]
+    assert (resize["shorter_side"], resize["size"]) == (37, [32, 32])
+    assert resize["rule"] == "shorter side to 37 px, then the central 32 x 32 px"
+    assert about["input"]["shape"] == ["batch", 3, 32, 32]
+
+    # by hand, from the file and the description alone
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(tmp_path / "out" / about["file"])
+    inside = json.loads(session.get_modelmeta().custom_metadata_map["dist_train"])
+    assert inside == {key: value for key, value in about.items() if key != "check"}
+    (entry,), (out,) = session.get_inputs(), session.get_outputs()
+    assert (entry.name, entry.shape, out.name, out.shape) == ("pictures", ["batch", 3, 32, 32], "logits", ["batch", 3])
+    (logits,) = session.run(None, {entry.name: np.zeros((7, 3, 32, 32), np.uint8)})
+    assert logits.shape == (7, 3)
+
+
+def test_a_file_that_computes_something_else_is_not_kept(digits, tmp_path, monkeypatch):
+    run = untrained(tmp_path / "run", digits, 16, name="alexnet", width=0.0625)
+    out = tmp_path / "out"
+
+    def shifted_mean(self, network, mean, std, size):
+        right(self, network, [m + 0.05 for m in mean], std, size)
+
+    right = export_module.Deployed.__init__
+    monkeypatch.setattr(export_module.Deployed, "__init__", shifted_mean)
+    with pytest.raises(UserError, match=r"logits differ by up to [\d.e-]+, where the largest is.*\n.*not kept"):
+        export(run, "safetensors", out)
+    assert not out.exists()
+    monkeypatch.undo()
+    export(run, "safetensors", out)
+    good = (out / "model.safetensors").read_bytes()
+    monkeypatch.setattr(export_module.Deployed, "__init__", shifted_mean)
+    with pytest.raises(UserError, match="not kept"):
+        export(run, "safetensors", out)
+    assert (out / "model.safetensors").read_bytes() == good and len(list(out.iterdir())) == 2
+
+
+def test_what_cannot_be_exported_is_said(digits, tmp_path, monkeypatch):
+    run = untrained(tmp_path / "run", digits, 16, name="alexnet", width=0.0625)
+    with pytest.raises(UserError, match="there is no such run folder"):
+        export(tmp_path / "absent", "safetensors", tmp_path / "out")
+    with pytest.raises(UserError, match="there is no split 'dev'; it has"):
+        export(run, "safetensors", tmp_path / "out", "dev")
+    with pytest.raises(UserError, match=r"as it was trained.*\n.*model.width: 0.0625 in the run, 1.0 now"):
+        export(run, "safetensors", tmp_path / "out", overrides=["--model.width", "1"])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        export(run, "safetensors", tmp_path / "file" / "out")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "onnx" in name else find(name))
+    with pytest.raises(UserError, match=r"onnx and onnxscript and onnxruntime.*\n.*pip install 'dist_train\[export\]'"):
+        export(run, "onnx", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shards_may_lie_elsewhere_and_the_default_folder_is_in_the_run(digits, tmp_path, capsys):
+    run = untrained(tmp_path / "run", digits, 16, name="alexnet", width=0.0625)
+    (tmp_path / "moved").symlink_to(digits)
+    main([str(run), "--to", "safetensors", "--split", "val", "--data.shards", str(tmp_path / "moved")])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["split"] == "val"
+    assert (run / "export" / "model.safetensors").exists()

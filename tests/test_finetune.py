@@ -1,0 +1,186 @@
+"""Fine-tuning: what is frozen stays bit for bit, rates fall layer by layer, a resume across the thaw changes nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import finish_ranks, start_ranks, tiny_run
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dist_train.config import ModelConfig, OptimConfig
+from dist_train.errors import UserError
+from dist_train.finetune import freeze_below_head, layer_depths
+from dist_train.models import build_model, head_name
+from dist_train.optim import build_optimizer, set_lr
+from dist_train.train import run_training
+
+THAW = 8  # the first step that trains all layers, of 15: half an epoch of the digits is 7.5 steps
+HEAD = "classifier.6"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny nets: on a busy machine two threads wait for each other many times longer than they compute."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> str:
+    """Weights of tiny_run's network for seven classes, BatchNorm statistics of its own included."""
+    model = build_model(ModelConfig(name="alexnet_bn", width=0.0625), 7, (16, 16), None, seed=5)
+    model(torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    path = tmp_path_factory.mktemp("weights") / "seven.safetensors"
+    save_file(model.state_dict(), path)
+    return str(path)
+
+
+def tuned(digits: str, run: Path, weights: str, freeze_epochs: float, *argv: str) -> list[str]:
+    more = ["--model.pretrained", weights, "--optim.freeze_epochs", str(freeze_epochs), "--train.epochs", "1"]
+    return tiny_run(digits, run, *more, *argv)
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def checkpoint(run: Path, step: int, file: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(run / f"checkpoints/step-{step:08d}/{file}.safetensors")
+
+
+def below_head(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in state.items() if not name.startswith(HEAD)}
+
+
+@pytest.fixture(scope="module")
+def thawed(digits, weights, tmp_path_factory) -> Path:
+    """Half an epoch frozen, half not, with a checkpoint at every step around the thaw."""
+    run = tmp_path_factory.mktemp("runs") / "thawed"
+    more = ["--train.checkpoint_every_steps", "1", "--train.keep_checkpoints", "100"]
+    assert run_training(tuned(digits, run, weights, 0.5, *more)) == 0
+    return run
+
+
+def test_all_below_a_new_head_stays_bit_for_bit_for_the_whole_run(digits, weights, tmp_path):
+    run = tmp_path / "frozen"
+    assert run_training(tuned(digits, run, weights, 1, "--optim.weight_decay", "0.1", "--optim.lr", "0.1")) == 0
+    before, after = load_file(weights), load_file(run / "weights.safetensors")  # the average of the weights, at that
+    assert below_head(before).keys() == below_head(after).keys()
+    assert all(torch.equal(t, after[name]) for name, t in below_head(before).items())
+    assert after[f"{HEAD}.weight"].shape[0] == 10 and before[f"{HEAD}.weight"].shape[0] == 7
+    curve = losses(run)
+    assert sum(curve[-5:]) < sum(curve[:5])
+
+
+def test_weights_and_statistics_stay_until_the_thaw_and_move_from_then_on(thawed, weights):
+    before = below_head(load_file(weights))
+    at_thaw, after = checkpoint(thawed, THAW), checkpoint(thawed, THAW + 1)
+    assert all(torch.equal(t, at_thaw[name]) for name, t in before.items())
+    assert [name for name, t in before.items() if torch.equal(t, after[name])] == []
+    average = checkpoint(thawed, THAW, "ema")
+    assert all(torch.equal(t, average[name]) for name, t in before.items())
+
+
+def test_the_optimizer_holds_nothing_for_frozen_weights(thawed):
+    def owners(step):
+        return {key.rpartition("/")[0] for key in checkpoint(thawed, step, "optimizer")}
+
+    assert owners(THAW) == {f"{HEAD}.weight", f"{HEAD}.bias"}
+    assert len(owners(THAW + 1)) > 10
+
+
+@pytest.mark.parametrize("step", [THAW, THAW + 1])
+def test_resuming_around_the_thaw_gives_the_same_bits(digits, weights, thawed, tmp_path, step):
+    run = tmp_path / "stopped"
+    argv = tuned(digits, run, weights, 0.5)
+    assert run_training([*argv, "--train.max_steps", str(step)]) == 0
+    assert not (run / "result.json").exists()
+    assert run_training([*argv, "--resume"]) == 0
+    first, second = load_file(thawed / "weights.safetensors"), load_file(run / "weights.safetensors")
+    assert all(torch.equal(t, second[name]) for name, t in first.items())
+    assert losses(run) == losses(thawed)
+
+
+@pytest.mark.two_process
+def test_two_processes_give_the_curve_of_one_across_the_thaw(digits, weights, tmp_path):
+    # frozen, the ranks' gradients are averaged here; thawed, by DistributedDataParallel, with the same wrapper
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = ["--train.max_steps", "8", "--optim.lr", "0.004", "--optim.layer_decay", "0.8", "--optim.clip_norm", "1"]
+    ranks = start_ranks(2, tuned(digits, two, weights, 0.25, *more), tmp_path)
+    assert finish_ranks(ranks, tmp_path) == [0, 0], (tmp_path / "rank0.log").read_text()
+    assert run_training(tuned(digits, one, weights, 0.25, *more)) == 0
+    assert len(losses(one)) == 8 and losses(one) == pytest.approx(losses(two), abs=1e-3)
+    before, after = below_head(load_file(weights)), checkpoint(two, 8)
+    assert [name for name, t in before.items() if torch.equal(t, after[name])] == []
+
+
+def small_net():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Flatten())
+    return nn.Sequential(body, nn.Linear(8 * 36, 5)).train()
+
+
+def test_the_backward_pass_ends_at_the_head_and_comes_back_with_the_thaw():
+    net, x = small_net(), torch.randn(4, 3, 8, 8)
+    freeze_below_head(net, "1", is_frozen=True)
+    assert not net[0](x).requires_grad and net[0][3].training
+    net(x).square().mean().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is not None] == ["1.weight", "1.bias"]
+    assert net[0][1].num_batches_tracked == 0
+    net.train()
+    freeze_below_head(net, "1", is_frozen=False)
+    net(x).square().mean().backward()
+    assert all(p.grad is not None for p in net.parameters()) and net[0][1].num_batches_tracked == 1
+
+
+# number of layers, and what lies how deep; for ResNet and ViT as timm counts them
+@pytest.mark.parametrize("name, num_layers, expected", [
+    ("alexnet", 8, {"features.0.bias": 7, "features.10.weight": 3, "classifier.1.weight": 2, "classifier.6.bias": 0}),
+    ("vgg11_bn", 11, {"features.0.weight": 10, "features.1.bias": 10, "features.4.weight": 9, "classifier.3.bias": 1}),
+    ("resnet18", 10, {"conv1.weight": 9, "bn1.bias": 9, "layer1.0.conv2.weight": 8, "layer4.0.downsample.0.weight": 2,
+                      "layer4.1.bn2.bias": 1, "fc.weight": 0}),
+    ("convnext_tiny", 23, {"features.0.0.weight": 22, "features.0.1.bias": 22, "features.1.0.layer_scale": 21,
+                           "features.7.2.block.0.weight": 1, "classifier.0.weight": 1, "classifier.2.weight": 0}),
+    ("vit_b_32", 14, {"class_token": 13, "conv_proj.bias": 13, "encoder.pos_embedding": 13,
+                      "encoder.layers.encoder_layer_0.ln_1.weight": 12, "encoder.ln.bias": 1, "heads.head.weight": 0}),
+])  # fmt: skip
+def test_layers_are_counted_down_from_the_head(name, num_layers, expected):
+    import torchvision
+
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, weights=None, num_classes=3)
+    depths = layer_depths(model, head_name(model, 3))
+    assert depths.keys() == dict(model.named_parameters()).keys()
+    assert set(depths.values()) == set(range(num_layers))
+    assert {parameter: depths[parameter] for parameter in expected} == expected
+
+
+def test_each_layer_learns_at_the_rate_of_the_one_above_times_layer_decay():
+    model = build_model(ModelConfig(name="vgg11_bn", width=0.125), 5, (16, 16), None, 0)
+    head = head_name(model, 5)
+    optimizer = build_optimizer(model, OptimConfig(lr=1.0, layer_decay=0.5, weight_decay=0.1), head)
+    set_lr(optimizer, 0.2)
+    names = {id(p): name for name, p in model.named_parameters()}
+    depths = layer_depths(model, head)
+    seen = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            seen[names[id(p)]] = group["lr"]
+            assert group["weight_decay"] == (0.1 if p.dim() >= 2 else 0)
+    assert seen == {name: pytest.approx(0.2 * 0.5 ** depths[name]) for name in names.values()}
+    assert seen["features.0.weight"] < seen["features.25.weight"] < seen[f"{head}.weight"] == 0.2
+
+
+@pytest.mark.parametrize("setting, message", [
+    (("--optim.layer_decay", "0"), "layer_decay is 0.0; expected more than 0, at most 1"),
+    (("--optim.freeze_epochs", "-1"), "freeze_epochs is -1.0; expected 0 or more"),
+    (("--optim.freeze_epochs", "1"), "Set model.pretrained"),
+])  # fmt: skip
+def test_settings_without_a_meaning_are_refused(digits, tmp_path, setting, message):
+    with pytest.raises(UserError, match=message):
+        run_training(tiny_run(digits, tmp_path / "run", *setting))
