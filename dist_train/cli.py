@@ -10,15 +10,18 @@ COMMANDS = {
     "shard": ("dist_train.shard:main", "convert a dataset into tar shards and an index"),
     "verify": ("dist_train.verify:main", "check every byte of the shards and name what is wrong"),
     "inspect": ("dist_train.verify:inspect_main", "counts, classes, sizes, and a picture of samples per class"),
-    "index": ("dist_train.foreign:main", "index WebDataset tars made by others, in place"),
+    "index": ("dist_train.foreign:main", "index WebDataset tars made by others, in place or behind URLs"),
     "plan": ("dist_train.plan:main", "print which samples each rank reads at which step"),
     "train": ("dist_train.train:run_training", "train a network from a recipe; resume with --resume"),
     "stop": ("dist_train.stop:main", "ask a training to write a checkpoint and end; --resume goes on"),
     "eval": ("dist_train.predict:eval_main", "figures of a run on a split, every sample counted once"),
     "predict": ("dist_train.predict:main", "classify picture files or folders with a run"),
+    "export": ("dist_train.export:main", "a run's network as safetensors, ONNX or torch.export, proven on a split"),
     "study": ("dist_train.study:main", "many trainings of one recipe, to find better settings; k-fold"),
     "compare": ("dist_train.compare:main", "a table and bar pictures of several runs"),
+    "augment-preview": ("dist_train.preview:main", "pictures as the network sees them, epoch after epoch"),
     "report": ("dist_train.report:main", "one HTML page about a run"),
+    "doctor": ("dist_train.doctor:main", "what this machine has, lacks, and what costs speed"),
 }
 
 
@@ -71,7 +74,7 @@ def _error_prefix() -> str:
 
 
 def _overview() -> str:
-    lines = [f"  {name:9} {what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:15} {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join([
         "dist-train: a dataset into shards once, then image classifiers on any number of processes.", "",
         "usage: dist-train COMMAND ...          dist-train COMMAND --help", "", *lines, "",

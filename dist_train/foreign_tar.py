@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from dist_train.dali_index import Member, check_dali_index
 from dist_train.errors import UserError
 from dist_train.index import SAMPLE, file_checksum
 
@@ -27,6 +28,8 @@ class Parsed:
     bad: list[tuple[str, str]]
     repeated: int
     checksum: str
+    num_bytes: int
+    key_counts: set[int]  # what other tools may give as the number of samples: distinct keys, or runs of them
 
 
 @dataclass
@@ -42,8 +45,9 @@ class _Group:
 
 
 def parse_tar(path: Path) -> Parsed:
-    """Read a tar from end to end. Raises UserError where it is no tar, compressed, or cut short."""
+    """Read a tar from end to end. Raises UserError where it is no tar, compressed, cut short, or differs from its .idx."""
     groups: list[_Group] = []
+    members: list[Member] = []
     size = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
@@ -53,6 +57,7 @@ def parse_tar(path: Path) -> Parsed:
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError(f"member {member.name} at byte {member.offset_data:,} is cut off")
                 _add_member(groups, member, file)
+                members.append((member.name, member.offset_data, member.size))
             file.seek(tar.offset)
             if file.read(512).strip(b"\0"):  # tarfile takes whatever is no header for the end
                 raise tarfile.ReadError(f"no header where one belongs, at byte {tar.offset:,}")
@@ -63,6 +68,7 @@ def parse_tar(path: Path) -> Parsed:
         raise UserError(f"{path}: cannot be read as a tar: {why}.") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
+    check_dali_index(path, members)
     rows, keys, labels, bad = [], [], [], []
     with open(path, "rb") as file:
         for group in _completed(groups):
@@ -77,16 +83,30 @@ def parse_tar(path: Path) -> Parsed:
                 rows.append(row)
                 keys.append(group.key)
                 labels.append(group.label)
-    return Parsed(np.array(rows, SAMPLE), keys, labels, bad, len(keys) - len(set(keys)), file_checksum(path))
+    return Parsed(
+        np.array(rows, SAMPLE), keys, labels, bad, repeated=len(keys) - len(set(keys)), checksum=file_checksum(path),
+        num_bytes=size, key_counts=_key_counts(members),
+    )  # fmt: skip
+
+
+def _key_counts(members: list[Member]) -> set[int]:
+    keys = [_split_name(name)[0] for name, _, _ in members if _split_name(name)[0]]
+    runs = sum(key != before for before, key in zip([None, *keys], keys, strict=False))
+    return {runs, len(set(keys))}
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """(key, extension) of a member: at the first dot of its file name; an empty key for hidden files and those without one."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    return (folder + slash + stem if stem and dot else ""), extension
 
 
 def _add_member(groups: list[_Group], member: tarfile.TarInfo, file) -> None:
-    folder, _, base = member.name.rpartition("/")
-    stem, dot, extension = base.partition(".")
+    key, extension = _split_name(member.name)
     extension = extension.lower()
-    if not stem or not dot or extension not in (*_PAYLOADS, "cls", "json"):
+    if not key or extension not in (*_PAYLOADS, "cls", "json"):
         return
-    key = f"{folder}/{stem}" if folder else stem
     kind = "payload" if extension in _PAYLOADS else "label"
     if not groups or groups[-1].key != key or extension in groups[-1].seen:
         groups.append(_Group(key))

@@ -120,10 +120,11 @@ class ShardIndex:
 def load_index(folder: str | os.PathLike, cache_dir: str = "", cache_gb: float = 100.0) -> ShardIndex:
     """Read shards/NAME/index.json. Raises UserError if it is missing, damaged, or of another format.
 
-    folder may be a URL; its shards are then kept in cache_dir, up to cache_gb of them (data.cache_dir, data.cache_gb).
+    folder may be a URL, or hold an index of tars behind URLs; its shards are then kept in cache_dir, up to cache_gb of them
+    (data.cache_dir, data.cache_gb).
     """
     if "://" in str(folder):
-        from dist_train.shard_cache import load_remote_index
+        from dist_train.remote_index import load_remote_index
 
         return load_remote_index(str(folder), cache_dir, cache_gb)
     path = Path(folder, "index.json")
@@ -152,11 +153,16 @@ def load_index(folder: str | os.PathLike, cache_dir: str = "", cache_gb: float =
         )
         for name, s in raw["splits"].items()
     }  # fmt: skip
-    return ShardIndex(
+    index = ShardIndex(
         folder=str(folder), name=raw["name"], classes=raw["classes"], splits=splits, mean=raw["mean"], std=raw["std"],
         image_size=tuple(raw["image_size"]) if raw["image_size"] else None, features=raw["features"],
         left_out=raw["left_out"], source=raw["source"],
     )  # fmt: skip
+    if any("://" in file for split in splits.values() for file in split.files):
+        from dist_train.remote_index import behind_urls
+
+        return behind_urls(index, cache_dir, cache_gb)
+    return index
 
 
 def save_table(folder: str | os.PathLike, split: str, rows: np.ndarray, names: list[str]) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 from dist_train.errors import UserError
 from dist_train.index import SplitIndex, load_index, simulated_split
 from dist_train.order import Order, rank_share
+from dist_train.remote import shown
 from dist_train.store import sample_name
 
 
@@ -38,7 +39,7 @@ def _print_json(order: Order, split: SplitIndex, options) -> None:
             print(json.dumps({
                 "step": step, "rank": rank,
                 "samples": [sample_name(split.name, s) for s in samples[mine].tolist()],
-                "shards": [split.files[k] for k in np.unique(shards[mine]).tolist()],
+                "shards": [shown(split.files[k]) for k in np.unique(shards[mine]).tolist()],
             }))  # fmt: skip
 
 

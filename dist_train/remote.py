@@ -1,11 +1,13 @@
-"""Files behind a URL: fetched whole, tried again where that can help, proven by size and checksum.
+"""Files behind a URL: fetched whole or in part, tried again where that can help, proven by size and checksum.
 
 https:// and http:// need no package. s3://, gs:// and az:// are spoken by obstore (pip install 'dist_train[remote]'), whose
 settings are the usual environment variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, ...). Where
 it is missing, and for every other scheme, fsspec is asked.
 """
 
+import contextlib
 import http.client
+import importlib.util
 import os
 import random
 import re
@@ -25,6 +27,7 @@ TRIES = 3
 FIRST_WAIT_S = 0.5  # before the second try; doubled before the third
 SILENCE_S = 60  # a server that sends nothing for this long is taken to be gone
 _CHUNK = 1 << 20
+_OBJECT_SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "abfss")
 _PASSING = (408, 425, 429, 500, 502, 503, 504, 520, 522, 524)  # HTTP states that a later try may find changed
 _SECRETS = re.compile(r"(?<=://)[^/@\s]+@|(?<=\?)\S+")
 
@@ -43,8 +46,8 @@ def join(url: str, name: str) -> str:
 
 
 def shown(url: str) -> str:
-    """The URL without a password or signature in it, for messages."""
-    return _SECRETS.sub("", url).rstrip("?")
+    """The URL without a password or signature in it, for messages; a path as it is."""
+    return _SECRETS.sub("", url).rstrip("?") if is_remote(url) else url
 
 
 def download(
@@ -57,11 +60,47 @@ def download(
     whose size or checksum is not the one given. Raises UserError, naming the URL and the last reason, after them, and
     at once where trying again is useless: no such file, no permission; InterruptedError once is_wanted() is false.
     """
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))  # ranks must not come back as one
+    return _tried(url, lambda: _fetch(url, file, num_bytes, checksum, is_wanted), advice)
+
+
+def read_range(url: str, offset: int, num_bytes: int) -> bytes | None:
+    """The num_bytes > 0 bytes of a file from offset on; None where only the whole can be had. Tried, and raises, as `download`.
+
+    None: the server does not know ranges (it answers 200 instead of 206; RFC 9110, section 14), or the file ends before.
+    """
+
+    def attempt() -> bytes | None:
         try:
-            return _fetch(url, file, num_bytes, checksum, is_wanted)
+            found = b"".join(_chunks(url, (offset, offset + num_bytes)))
+        except _NoRange:
+            return None
+        if len(found) != num_bytes:
+            raise _Passing(f"{len(found):,} bytes came, {num_bytes:,} were asked for")
+        return found
+
+    return _tried(url, attempt)
+
+
+def read_small(url: str) -> bytes:
+    """All bytes of a file that fits into memory. Tried, and raises, as `download`."""
+    return _tried(url, lambda: b"".join(_chunks(url)))
+
+
+def file_size(url: str) -> int | None:
+    """Bytes of the file, without fetching it; None where the server does not say. Tried, and raises, as `download`."""
+    scheme = urlsplit(url).scheme
+    if scheme in _OBJECT_SCHEMES and _has_obstore():
+        return _tried(url, lambda: _object_size(url))
+    return _tried(url, lambda: _http_size(url)) if scheme in ("http", "https") else None
+
+
+def _tried(url: str, attempt: Callable, advice: str = ""):
+    """attempt(), again where the fault may pass. Raises UserError, naming the URL and the last reason."""
+    for number in range(TRIES):
+        if number:
+            time.sleep(FIRST_WAIT_S * 2 ** (number - 1) * random.uniform(0.8, 1.2))  # ranks must not come back as one
+        try:
+            return attempt()
         except _Passing as fault:
             reason = str(fault)
     raise UserError(
@@ -71,6 +110,10 @@ def download(
 
 class _Passing(Exception):
     """A fault that another try may not meet."""
+
+
+class _NoRange(Exception):
+    """The server sends the whole file only, or the file ends before the range does."""
 
 
 def _fetch(url: str, file: BinaryIO, num_bytes, checksum, is_wanted) -> str:
@@ -89,37 +132,55 @@ def _fetch(url: str, file: BinaryIO, num_bytes, checksum, is_wanted) -> str:
                 view = view[file.write(view) :]
     if num_bytes is not None and received != num_bytes:
         found = "more" if received > num_bytes else f"{received:,}"
-        raise _Passing(f"{found} bytes came, the index says {num_bytes:,}")
+        raise _Passing(f"{found} bytes came, {num_bytes:,} were expected")
     if checksum is not None and digest.hexdigest() != checksum:
         raise _Passing("the checksum of what came differs from the index")
     file.truncate(received)
     return digest.hexdigest()
 
 
-def _chunks(url: str) -> Iterator[bytes]:
-    """The file's bytes, piece by piece. Raises _Passing or UserError."""
+def _chunks(url: str, span: tuple[int, int] | None = None) -> Iterator[bytes]:
+    """The file's bytes, or those of a span (first, stop), piece by piece. Raises _Passing, _NoRange or UserError."""
     scheme = urlsplit(url).scheme
     if scheme in ("http", "https"):
-        return _http_chunks(url)
-    if scheme in ("s3", "gs", "gcs", "az", "abfs", "abfss"):
-        try:
-            import obstore  # noqa: F401
-        except ImportError:
-            return _fsspec_chunks(url)
-        return _object_chunks(url)
-    return _fsspec_chunks(url)
+        return _http_chunks(url, span)
+    if scheme in _OBJECT_SCHEMES and _has_obstore():
+        return _object_chunks(url, span)
+    return _fsspec_chunks(url, span)
 
 
-def _http_chunks(url: str) -> Iterator[bytes]:
+def _has_obstore() -> bool:
+    return importlib.util.find_spec("obstore") is not None
+
+
+def _http_chunks(url: str, span: tuple[int, int] | None) -> Iterator[bytes]:
+    with _http_answer(url, span) as answer:
+        if span and not (answer.headers.get("Content-Range") or "").startswith(f"bytes {span[0]}-{span[1] - 1}/"):
+            raise _NoRange
+        while chunk := answer.read(_CHUNK):
+            yield chunk
+        if getattr(answer, "length", None):  # of the bytes announced, so many did not come
+            raise _Passing(f"the connection ended {answer.length:,} bytes early")
+
+
+def _http_size(url: str) -> int | None:
+    with contextlib.suppress(_NoRange), _http_answer(url, (0, 1)) as answer:  # a GET: some servers refuse HEAD
+        headers = answer.headers
+        total = (headers.get("Content-Range") or "").rpartition("/")[2] or headers.get("Content-Length") or ""
+        return int(total) if total.isdigit() else None
+    return None
+
+
+@contextlib.contextmanager
+def _http_answer(url: str, span: tuple[int, int] | None):
+    headers = {"User-Agent": "dist_train"} | ({"Range": f"bytes={span[0]}-{span[1] - 1}"} if span else {})
     try:
-        request = urllib.request.Request(url, headers={"User-Agent": "dist_train"})
-        with urllib.request.urlopen(request, timeout=SILENCE_S) as answer:
-            while chunk := answer.read(_CHUNK):
-                yield chunk
-            if getattr(answer, "length", None):  # of the bytes announced, so many did not come
-                raise _Passing(f"the connection ended {answer.length:,} bytes early")
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=SILENCE_S) as answer:
+            yield answer
     except urllib.error.HTTPError as error:
         error.close()
+        if error.code == 416:
+            raise _NoRange from None
         if error.code in _PASSING:
             raise _Passing(f"the server says {error.code} {error.reason}") from None
         raise _refused(url, error.code, f"the server says {error.code} {error.reason}") from None
@@ -129,7 +190,20 @@ def _http_chunks(url: str) -> Iterator[bytes]:
         raise _Passing(str(getattr(error, "reason", "") or error) or type(error).__name__) from None
 
 
-def _object_chunks(url: str) -> Iterator[bytes]:
+def _object_chunks(url: str, span: tuple[int, int] | None) -> Iterator[bytes]:
+    with _object_store(url) as (store, path):
+        for chunk in store.get(path, options={"range": span} if span else {}).stream(min_chunk_size=_CHUNK):
+            yield memoryview(chunk)
+
+
+def _object_size(url: str) -> int:
+    with _object_store(url) as (store, path):
+        return store.head(path)["size"]
+
+
+@contextlib.contextmanager
+def _object_store(url: str):
+    """(obstore's store of the URL, path in it); its faults become ours."""
     from obstore import exceptions as faults
     from obstore.store import from_url
 
@@ -147,8 +221,7 @@ def _object_chunks(url: str) -> Iterator[bytes]:
         store = from_url(
             f"{parts.scheme}://{parts.netloc}", **options, client_options=client, retry_config={"max_retries": 0}
         )
-        for chunk in store.get(parts.path.lstrip("/")).stream(min_chunk_size=_CHUNK):
-            yield memoryview(chunk)
+        yield store, parts.path.lstrip("/")
     except FileNotFoundError as error:
         raise _refused(url, 404, _first_line(error)) from None
     except (faults.PermissionDeniedError, faults.UnauthenticatedError) as error:
@@ -161,18 +234,20 @@ def _object_chunks(url: str) -> Iterator[bytes]:
         raise _Passing(_first_line(error)) from None
 
 
-def _fsspec_chunks(url: str) -> Iterator[bytes]:
+def _fsspec_chunks(url: str, span: tuple[int, int] | None) -> Iterator[bytes]:
     import fsspec
 
     scheme = urlsplit(url).scheme
     try:
         with fsspec.open(url, "rb") as file:
+            if span:
+                file.seek(span[0])
+                yield file.read(span[1] - span[0])
+                return
             while chunk := file.read(_CHUNK):
                 yield chunk
     except (ImportError, ValueError) as error:
-        package = (
-            "dist_train[remote]" if scheme in ("s3", "gs", "gcs", "az", "abfs", "abfss") else "the package it names"
-        )
+        package = "dist_train[remote]" if scheme in _OBJECT_SCHEMES else "the package it names"
         raise UserError(f"{shown(url)}: nothing here speaks {scheme}://: {error}\n  Install {package}.") from None
     except FileNotFoundError as error:
         raise _refused(url, 404, _first_line(error)) from None
@@ -190,8 +265,8 @@ class NotThere(UserError):
 
 def _refused(url: str, code: int, reason: str) -> UserError:
     if code in (404, 410):
-        return NotThere(f"{shown(url)}: there is no such file ({reason}).\n  Expected the shards of a finished set, index.json "
-                        f"among them.")  # fmt: skip
+        return NotThere(f"{shown(url)}: there is no such file ({reason}).\n  Expected the folder of a finished set, with "
+                        f"index.json, or tars by their full names.")  # fmt: skip
     if code in (401, 403):
         return UserError(f"{shown(url)}: access is refused: {reason}.\n  Set credentials that may read it (s3: AWS_ACCESS_KEY_ID, "
                          f"AWS_SECRET_ACCESS_KEY, AWS_REGION and, off Amazon, AWS_ENDPOINT_URL).")  # fmt: skip

@@ -27,6 +27,9 @@ def repair(config: ShardConfig) -> list[str]:
     """
     check_settings(config)
     index = load_index(config.out)
+    if index.source.get("foreign"):
+        raise UserError(f"{config.out}: is an index of tars made elsewhere; they cannot be written again from here.\n"
+                        f"  See what is damaged, and what to do, with: dist-train verify {config.out}")  # fmt: skip
     damaged = damaged_shards(index)
     if damaged:
         _rewrite(config, index, damaged)

@@ -1,6 +1,5 @@
 """Shards of a remote set on the local disk: fetched when they are needed or before, bounded, shared by a node's processes.
 
-    CACHE/index-<hash>/          index.json and tables of a set, as they were fetched
     CACHE/<checksum>.tar         a whole, proven shard; locked (shared) while a process has it open
     CACHE/<checksum>.tar.partial one being fetched; locked (exclusive) by whoever fetches it, and of its final size at once
 
@@ -10,10 +9,8 @@ Locks are flock's, so they end with their process: what a crash leaves behind is
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
-import re
-import shutil
+import secrets
 import threading
 import time
 from collections import OrderedDict
@@ -21,52 +18,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from dist_train.errors import UserError
-from dist_train.index import ShardIndex, SplitIndex, load_index
+from dist_train.index import SplitIndex
 from dist_train.order import Order
-from dist_train.remote import NotThere, download, join, shown
+from dist_train.remote import download, file_size, join, read_range, shown
 from dist_train.tars import writing
 
 DEFAULT_GB = 100.0
 PATIENCE_S = 5.0  # batches in the making let go of their shards sooner
 _POLL_S = 0.02
-_SAFE_NAME, _CHECKSUM = re.compile(r"\w[\w.-]*"), re.compile(r"[0-9a-f]{32}")
-
-
-def load_remote_index(url: str, cache_dir: str = "", cache_gb: float = DEFAULT_GB) -> ShardIndex:
-    """The index at URL/index.json; its small files are kept in the cache, its shards come when they are read.
-
-    Raises UserError if they cannot be fetched, or do not match each other.
-    """
-    if cache_gb <= 0:
-        raise UserError(f"data.cache_gb is {cache_gb}; expected the GB that fetched shards may take on the local disk.")
-    cache = ShardCache(default_folder(cache_dir), int(cache_gb * 1e9))
-    with writing(cache.folder):
-        cache.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with cache.locked("index.lock"):
-        scratch = cache.folder / "index.partial"
-        shutil.rmtree(scratch, ignore_errors=True)
-        with writing(scratch):
-            scratch.mkdir()
-            with open(scratch / "index.json", "wb", buffering=0) as file:
-                checksum = download(join(url, "index.json"), file)
-        try:
-            index = load_index(scratch)
-        except UserError as error:
-            raise UserError(f"{shown(url)}: {str(error).replace(str(scratch) + '/', '').splitlines()[0]}") from None
-        _check_names(url, index)
-        folder = cache.folder / f"index-{xxhash.xxh3_64_hexdigest((shown(url) + checksum).encode())}"
-        if not folder.exists():
-            for split in index.splits.values():
-                _fetch_tables(url, scratch, split)
-            with writing(folder):
-                os.rename(scratch, folder)
-        shutil.rmtree(scratch, ignore_errors=True)
-    index = load_index(folder)
-    splits = {name: dataclasses.replace(split, remote=RemoteShards(url, cache)) for name, split in index.splits.items()}
-    return dataclasses.replace(index, splits=splits)
 
 
 def default_folder(cache_dir: str = "") -> Path:
@@ -76,7 +37,7 @@ def default_folder(cache_dir: str = "") -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class RemoteShards:
-    """Where the shards of a split come from, and where they are kept."""
+    """Where the shards of a split come from, and where they are kept. url: empty where all files are URLs themselves."""
 
     url: str
     cache: "ShardCache"
@@ -89,6 +50,14 @@ class RemoteShards:
         """A descriptor of the whole shard, as `ShardCache.open`."""
         url, num_bytes = join(self.url, split.files[shard]), int(split.shard_bytes[shard])
         return self.cache.open(url, split.shard_checksums[shard], num_bytes, is_wanted)
+
+    def is_kept(self, split: SplitIndex, shard: int) -> bool:
+        """Whether the shard is on the local disk."""
+        return (self.cache.folder / f"{split.shard_checksums[shard]}.tar").exists()
+
+    def read_range(self, split: SplitIndex, shard: int, offset: int, num_bytes: int) -> bytes | None:
+        """A part of a shard that is not on the local disk, as `remote.read_range`."""
+        return read_range(join(self.url, split.files[shard]), offset, num_bytes)
 
 
 class ShardCache:
@@ -108,8 +77,7 @@ class ShardCache:
             fd = _open_whole(whole, num_bytes)
             if fd is not None:
                 return fd
-            with writing(partial):
-                fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = self._create(partial)
             try:
                 if _try_lock(fd, fcntl.LOCK_EX, partial) and _is_at(fd, partial):
                     if not whole.exists():
@@ -128,11 +96,40 @@ class ShardCache:
             time.sleep(_POLL_S)
 
     @contextlib.contextmanager
+    def fetched(self, url: str):
+        """The path of a file of which only the URL is known, fetched and kept as a shard; not removed inside the context.
+
+        Raises UserError if it cannot be fetched or there is no room for it.
+        """
+        partial = self.folder / f"{secrets.token_hex(16)}.tar.partial"
+        num_bytes = file_size(url)  # where the server does not say, the next file makes room for this one
+        fd = self._create(partial)
+        while not (_try_lock(fd, fcntl.LOCK_EX, partial) and _is_at(fd, partial)):  # taken for another's leavings
+            os.close(fd)
+            fd = self._create(partial)
+        try:
+            self._reserve(fd, partial, url, num_bytes or 0, lambda: True)
+            with open(partial, "r+b", buffering=0) as file:
+                checksum = download(url, file, num_bytes)
+            whole = self.folder / f"{checksum}.tar"
+            with self.locked("room.lock"), writing(whole):
+                os.replace(partial, whole)
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            yield whole
+        finally:
+            partial.unlink(missing_ok=True)
+            os.close(fd)
+
+    def _create(self, path: Path) -> int:
+        with writing(path):
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    @contextlib.contextmanager
     def locked(self, name: str):
         """Hold one of the cache's own locks against all other processes and threads."""
         path = self.folder / name
-        with writing(path):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = self._create(path)
         try:
             while not _try_lock(fd, fcntl.LOCK_EX, path):
                 time.sleep(_POLL_S)
@@ -204,7 +201,7 @@ def read_ahead(store, upcoming: Iterator[np.ndarray], num_in_play: int, batches:
             f"data.cache_gb is {limit / 1e9:g}, but {num_in_play} shards of {mean_bytes / 1e6:,.1f} MB are in use at once on each "
             f"rank: {in_play_bytes / 1e9:,.3g} GB.\n  Raise data.cache_gb, or lower data.window_shards."
         )
-    store.max_open = min(store.max_open, num_in_play)
+    store.max_open, store.is_read_ahead = min(store.max_open, num_in_play), True
     ahead_bytes = min(max(in_play_bytes, int(4 * mean_bytes)), (limit - in_play_bytes) // 2)
 
     def generate():
@@ -283,9 +280,8 @@ def _open_whole(path: Path, num_bytes: int) -> int | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be opened: {error.strerror}.\n  Set data.cache_dir to a folder of yours."
-        ) from None
+        what = f"{path}: cannot be opened: {error.strerror}."
+        raise UserError(f"{what}\n  Set data.cache_dir to a folder of yours.") from None
     while not _try_lock(fd, fcntl.LOCK_SH, path):
         time.sleep(_POLL_S)
     if os.fstat(fd).st_size == num_bytes and _is_at(fd, path):
@@ -329,30 +325,3 @@ def _is_at(fd: int, path: Path) -> bool:
     except FileNotFoundError:
         return False
     return os.path.samestat(os.fstat(fd), there)
-
-
-def _check_names(url: str, index: ShardIndex) -> None:
-    """Names from elsewhere become names of files here: raise UserError unless they are plain."""
-    bad = [name for name in index.splits if not _SAFE_NAME.fullmatch(name)]
-    bad += [
-        text for split in index.splits.values() for text in split.shard_checksums if not _CHECKSUM.fullmatch(str(text))
-    ]
-    if bad:
-        raise UserError(
-            f"{shown(url)}: index.json names {json.dumps(bad[0])}; expected plain split names and checksums."
-        )
-
-
-def _fetch_tables(url: str, folder: Path, split: SplitIndex) -> None:
-    checksum, _, names_checksum = split.table_checksum.partition(" ")
-    wanted = {f"{split.name}.samples.npy": checksum, f"{split.name}.names.txt": names_checksum or None}
-    for name, expected in wanted.items():
-        with writing(folder / name), open(folder / name, "wb", buffering=0) as file:
-            try:
-                download(
-                    join(url, name), file, checksum=expected, advice="See what is wrong there with dist-train verify."
-                )
-            except NotThere:
-                if name.endswith(".npy") or names_checksum:
-                    raise
-                os.unlink(folder / name)  # the names of the sources are optional

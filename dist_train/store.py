@@ -4,6 +4,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import xxhash
 from dist_train.errors import UserError
 from dist_train.index import SplitIndex
 
+MOST_SINGLY = 32  # round trips to a server, 20 to 100 ms each, that take about as long as fetching a usual shard
+_AT_ONCE = 8  # requests in flight
 MAX_OPEN = 512  # shard files kept open per process; a usual limit for all files is 1,024
 
 
@@ -32,6 +35,8 @@ class Store:
     """The shards of one split, opened on demand; at most max_open at a time. Safe to share between threads.
 
     Shards of a remote set are fetched into the local cache when they are opened; `shard_cache.ReadAhead` does so earlier.
+    Where nothing is read ahead, `payload` and `payloads` ask the server for single payloads first: a shard is fetched whole
+    once more than 32 of its payloads, or more than a quarter of its bytes, would be asked for.
 
     Payloads are read with pread, not through a mapping: a shard truncated under a running job is then a short read
     with a name, not a SIGBUS.
@@ -41,6 +46,8 @@ class Store:
         self.split, self.max_open = split, max_open or MAX_OPEN
         self.table = split.table()
         self.num_located = 0  # samples so far: how far the reading has come
+        self.is_read_ahead = False
+        self._singly: dict[int, tuple[int, float]] = {}  # shard: payloads, bytes asked of the server singly
         self._lock = threading.Lock()
         self._open: OrderedDict[int, _ShardFile] = OrderedDict()
 
@@ -66,15 +73,58 @@ class Store:
 
     def payloads(self, samples: np.ndarray, verify: bool = True) -> Iterator[bytes]:
         """The payloads of many samples, one after the other; as `payload` otherwise. samples: (n,) int64."""
-        at = self.locate(samples)
-        columns = (samples, at.fds, at.offsets, at.sizes, at.checksums)
-        for sample, fd, offset, size, checksum in zip(*(column.tolist() for column in columns), strict=True):
+        few = self._few_of_a_shard(samples)
+        singly = self._fetch_singly(samples[few])
+        at = self.locate(samples[~few])
+        columns = (at.fds, at.offsets, at.sizes, at.checksums)
+        places = zip(*(column.tolist() for column in columns), strict=True)
+        for sample, is_one_of_few in zip(samples.tolist(), few.tolist(), strict=True):
+            if is_one_of_few:
+                yield next(singly)
+                continue
+            fd, offset, size, checksum = next(places)
             payload = os.pread(fd, size, offset)
             if len(payload) < size:
                 raise self.fault(sample, f"ends after {len(payload):,} of {size:,} bytes")
             if verify and xxhash.xxh3_64_intdigest(payload) != checksum:
                 raise self.fault(sample, "checksum differs from the index")
             yield payload
+
+    def _few_of_a_shard(self, samples: np.ndarray) -> np.ndarray:
+        """(n,) bool: which samples are better asked of the server one by one than with their whole shards."""
+        if self.split.remote is None or self.is_read_ahead:
+            return np.zeros(len(samples), bool)
+        shards, place, counts = np.unique(self.split.shard_of(samples), return_inverse=True, return_counts=True)
+        sizes = np.bincount(place, weights=self.table["size"][samples], minlength=len(shards))
+        few = np.zeros(len(shards), bool)
+        for k, (shard, num, num_bytes) in enumerate(zip(shards.tolist(), counts.tolist(), sizes.tolist(), strict=True)):
+            num_before, bytes_before = self._singly.get(shard, (0, 0))
+            num, num_bytes = num + num_before, num_bytes + bytes_before
+            is_little = num <= MOST_SINGLY and num_bytes <= self.split.shard_bytes[shard] / 4
+            if is_little and shard not in self._open and not self.split.remote.is_kept(self.split, shard):
+                few[k] = True
+                self._singly[shard] = num, num_bytes
+        return few[place]
+
+    def _fetch_singly(self, samples: np.ndarray) -> Iterator[bytes]:
+        if len(samples):
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                for first in range(0, len(samples), _AT_ONCE):  # in portions: an executor would run far ahead otherwise
+                    yield from pool.map(self._fetched, samples[first : first + _AT_ONCE].tolist())
+
+    def _fetched(self, sample: int) -> bytes:
+        """A payload alone; where the server has no ranges, or sends something else, from the whole, proven shard."""
+        offset, size, checksum = (int(self.table[sample][name]) for name in ("offset", "size", "checksum"))
+        shard = int(self.split.shard_of(np.array([sample]))[0])
+        if shard not in self._open:
+            payload = self.split.remote.read_range(self.split, shard, offset, size)
+            if payload is not None and xxhash.xxh3_64_intdigest(payload) == checksum:
+                return payload
+        file = self._shard_file(shard)
+        payload = os.pread(file.fd, size, offset)
+        if xxhash.xxh3_64_intdigest(payload) != checksum:
+            raise self.fault(sample, "checksum differs from the index")
+        return payload
 
     def fault(self, sample: int, reason: str) -> UserError:
         """The error for a sample that cannot be used, naming shard, sample, byte, and what to do."""

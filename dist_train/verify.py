@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ import xxhash
 
 from dist_train.errors import UserError
 from dist_train.index import SAMPLE, ShardIndex, SplitIndex, file_checksum, load_index
+from dist_train.remote import shown
 from dist_train.tars import BLOCK, is_header
 from dist_train.workers import num_cores
 
@@ -35,13 +37,16 @@ def inspect_main(argv: list[str]) -> None:
     """`dist-train inspect shards/NAME [--out FILE]`: counts, classes, sizes, and a picture of samples per class."""
     parser = argparse.ArgumentParser("dist-train inspect", description="Show what is in a set of shards.")
     parser.add_argument("folder", metavar="shards/NAME")
-    parser.add_argument("--out", metavar="FILE", help="the picture to write; default shards/NAME/inspect.png")
+    parser.add_argument("--out", metavar="FILE", help="FILE.png or FILE.html; default shards/NAME/inspect.png, of a table both")
     options = parser.parse_args(argv)
     index = load_index(options.folder)
     from dist_train.contact_sheet import draw_samples, print_facts
 
     print_facts(index)
-    print(f"samples of each class: {draw_samples(index, Path(options.out or Path(index.folder, 'inspect.png')))}")
+    out = Path(options.out or Path(index.folder, "inspect.png"))
+    print(f"samples of each class: {draw_samples(index, out)}")
+    if index.features and not options.out:
+        print(f"correlations and pairs of features: {draw_samples(index, out.with_suffix('.html'))}")
 
 
 def find_damage(index: ShardIndex) -> list[str]:
@@ -53,10 +58,16 @@ def find_damage(index: ShardIndex) -> list[str]:
         with ThreadPoolExecutor(num_cores()) as pool:  # reading and hashing leave the interpreter lock alone
             problems += [line for lines in pool.map(lambda k, s=split: _check_shard(s, k), range(split.num_shards))
                          for line in lines]  # fmt: skip
+    return problems + [f"{path}: not in the index; expected only the shards it lists." for path in _strays(index)]
+
+
+def _strays(index: ShardIndex) -> list[str]:
+    """Tars beside those of a set that owns its folder: not of one indexed elsewhere, or named tar by tar."""
+    if "tars" in index.source or any(split.remote for split in index.splits.values()):
+        return []
     known = {str(Path(index.folder, file)) for split in index.splits.values() for file in split.files}
     folders = {Path(index.folder), *(Path(path).parent for path in known)}
-    strays = sorted(str(path) for folder in folders for path in folder.glob("*.tar") if str(path) not in known)
-    return problems + [f"{path}: not in the index; expected only the shards it lists." for path in strays]
+    return sorted(str(path) for folder in folders for path in folder.glob("*.tar") if str(path) not in known)
 
 
 def _check_table(index: ShardIndex, split: SplitIndex) -> list[str]:
@@ -133,7 +144,9 @@ def _damaged(split: SplitIndex, number: int) -> Iterator[tuple[str, int, str, in
 
 def _advice(index: ShardIndex) -> str:
     if index.source.get("foreign"):
-        return f"  Fetch the damaged files again, then: dist-train index {index.folder}"
+        named = [shlex.quote(shown(name)) for name in index.source.get("tars", [])]
+        command = " ".join(["dist-train index", *named, "--out" * bool(named), index.folder])
+        return f"  Fetch the damaged files again, or index them as they are now: {command}"
     return (
         f"  Write the damaged shards again with: dist-train shard datasets/{index.name}.yaml --repair\n"
         f"  the whole set with --overwrite true, or with the settings under `source` in {Path(index.folder, 'index.json')}."

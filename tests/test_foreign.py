@@ -1,8 +1,11 @@
 """Tars made by others: indexed in place, whatever their habits, and left as they are."""
 
 import gc
+import hashlib
 import io
 import json
+import re
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -209,3 +212,174 @@ def test_a_set_of_our_own_needs_no_index(digits):
     with pytest.raises(UserError, match="a finished set"):
         shard.main(["--source", "sklearn", "--dataset", "digits", "--out", digits])
     assert json.loads(Path(digits, "index.json").read_text())["name"] == "digits"
+
+
+def pairs(*keys: int) -> list[tuple[str, bytes]]:
+    """Members of samples k, labelled k % 3."""
+    return [member for k in keys for member in ((f"{k:04d}.jpg", jpeg(k)), (f"{k:04d}.cls", b"%d" % (k % 3)))]
+
+
+def four_tars(folder: Path) -> list[Path]:
+    names = ("train-000000.tar", "train-000001.tar", "train-000002.tar", "val-000000.tar")
+    return [write_tar(folder / name, pairs(*range(k * 5, k * 5 + 5))) for k, name in enumerate(names)]
+
+
+def test_files_and_brace_patterns_name_the_tars_and_the_index_lies_beside_them(tmp_path, capsys):
+    four_tars(tmp_path / "tars")
+    pattern = f"{tmp_path}/tars/train-{{000000..000001}}.tar"
+    index = foreign.index_tars([pattern, f"{tmp_path}/tars/val-000000.tar"])
+    assert index.folder == f"{tmp_path}/tars"
+    assert index.split("train").files == ["train-000000.tar", "train-000001.tar"]
+    assert samples_of(tmp_path / "tars") == [(jpeg(k), k % 3) for k in range(10)]
+    verify.main([index.folder])  # train-000002.tar is no stray: the tars were named one by one
+    (tmp_path / "tars/val-000000.tar").unlink()
+    with pytest.raises(
+        UserError, match=r"missing(.|\n)*dist-train index .*train-\{000000..000001\}.tar' .*val-000000.tar --out"
+    ):
+        verify.main([index.folder])
+
+
+def test_out_takes_the_index_elsewhere_and_the_tars_stay_where_they_are(tmp_path, capsys):
+    tars = four_tars(tmp_path / "tars")
+    before = sorted((tmp_path / "tars").iterdir())
+    foreign.main([str(tmp_path / "tars"), "--out", str(tmp_path / "index")])
+    assert sorted((tmp_path / "tars").iterdir()) == before
+    index = load_index(tmp_path / "index")
+    assert index.split("train").files == [str(path) for path in tars[:3]]
+    assert samples_of(tmp_path / "index") == [(jpeg(k), k % 3) for k in range(15)]
+    beside = foreign.index_tars(tmp_path / "tars")
+    assert (index.mean, index.std) == (beside.mean, beside.std)
+    assert index.split("train").fingerprint() == beside.split("train").fingerprint()
+    verify.main([str(tmp_path / "index")])
+
+
+NAMES = {
+    "missing": ("x-{0..3}.tar", r"x-0.tar: there is no such file \(and 3 more of 4\)"),
+    "braces": ("x-{0..3.tar", "braces do not match"),
+    "twice": ("train-{000000,000000}.tar", "named twice"),
+    "mixed": ("train-000000.tar https://h/x.tar", "one kind"),
+    "command": ("pipe:cat", "commands are not run"),
+    "a page": ("https://h/set", "is no .tar"),
+    "no out": ("https://h/x.tar", "name a folder for it with --out"),
+}
+
+
+@pytest.mark.parametrize("fault", NAMES)
+def test_names_at_fault_are_refused_before_a_tar_is_read(tmp_path, monkeypatch, fault):
+    four_tars(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    words, message = NAMES[fault]
+    with pytest.raises(UserError, match=message):
+        foreign.index_tars(words.split())
+
+
+def wids_list(folder: Path, tars: list[Path], **changes) -> Path:
+    """A list of shards with the keys that widsindex gives each."""
+    shards = [{"url": path.name, "md5sum": hashlib.md5(path.read_bytes()).hexdigest(), "nsamples": 5,
+               "filesize": path.stat().st_size} for path in tars]  # fmt: skip
+    shards[0] |= changes
+    path = folder / "shards.json"
+    path.write_text(
+        json.dumps({"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards, "name": "x"})
+    )
+    return path
+
+
+def test_a_wids_list_names_the_tars_and_is_held_against_them(tmp_path):
+    tars = four_tars(tmp_path)
+    listed = wids_list(tmp_path, [tars[2], tars[0]])
+    index = foreign.index_tars(listed)
+    assert index.split("train").files == ["train-000002.tar", "train-000000.tar"] and "val" not in index.splits
+    faults = [
+        ({"nsamples": 6}, "5 samples, not 6"), ({"filesize": 7}, "bytes, not 7"), ({"md5sum": "ab"}, "not ab"),
+        ({"url": "gone.tar"}, "gone.tar: there is no such file"), ({"nsamples": "x"}, "cannot be read as a list"),
+    ]  # fmt: skip
+    for changes, message in faults:
+        with pytest.raises(UserError, match=message):
+            foreign.index_tars(wids_list(tmp_path, [tars[2], tars[0]], **changes))
+    (tmp_path / "other.json").write_text('{"shardlist": []}')
+    with pytest.raises(UserError, match="expected a list of shards as wids writes it"):
+        foreign.index_tars(tmp_path / "other.json")
+
+
+def test_a_wids_list_may_name_tars_from_the_working_folder_on(tmp_path, monkeypatch):
+    tars = four_tars(tmp_path / "tars")
+    monkeypatch.chdir(tmp_path)
+    listed = wids_list(tmp_path / "tars", tars[:2], url="tars/train-000000.tar")
+    assert foreign.index_tars(listed).split("train").num_samples == 10
+
+
+def dali_index(tar: Path) -> Path:
+    """The index of a tar as DALI's readers take it (format v1.2), from GNU tar's listing rather than from our own reading."""
+    listing = subprocess.run(
+        ["tar", "--list", "--verbose", "--block-number", "-f", tar], capture_output=True, text=True, check=True
+    )
+    found = re.findall(r"^block (\d+): -\S+ +\S+ +(\d+) \S+ \S+ (.*)$", listing.stdout, flags=re.M)
+    samples: dict[str, list[str]] = {}
+    for block, size, name in found:
+        key, _, extension = name.partition(".")
+        samples.setdefault(key, []).append(f"{extension} {(int(block) + 1) * 512} {size} {name}")
+    path = tar.with_suffix(".idx")
+    path.write_text(f"v1.2 {len(samples)}\n" + "".join(f"{' '.join(parts)}\n" for parts in samples.values()))
+    return path
+
+
+def test_dalis_index_beside_a_tar_is_held_against_it(tmp_path):
+    tar = write_tar(tmp_path / "x.tar", [*pairs(0, 1, 2), ("a b.jpg", jpeg(9)), ("a b.cls", b"1")])
+    listed = dali_index(tar)
+    assert listed.read_text().startswith("v1.2 4\njpg 512 ")
+    assert foreign.index_tars(tmp_path).split("train").num_samples == 4
+    whole = listed.read_text()
+    for old, new, message in ((" 512 ", " 1024 ", "no such member there"), ("jpg 512", "png 512", "0000.jpg there"),
+                              ("v1.2 4", "v1.2 3", "of 3 samples, but the tar has 8 members")):  # fmt: skip
+        listed.write_text(whole.replace(old, new, 1))
+        with pytest.raises(UserError, match=f"x.idx: does not fit x.tar: .*{message}"):
+            foreign.index_tars(tmp_path)
+    listed.write_text(whole.rsplit("\n", 2)[0] + "\n")
+    with pytest.raises(UserError, match="lists 6 members in 3 of 4 samples, but the tar has 8"):
+        foreign.index_tars(tmp_path)
+    old = re.sub(r"(\S+ \d+ \d+) \d+\.\w+", r"\1", whole.replace("v1.2 4", "v1.1 3").replace("a b", "0003"))
+    listed.write_text(old)
+    write_tar(tar, pairs(0, 1, 2))
+    listed.write_text("".join(old.splitlines(True)[:4]))  # before v1.2 there were no names
+    assert foreign.index_tars(tmp_path).split("train").num_samples == 3
+    listed.write_text("something else\n")
+    foreign.index_tars(tmp_path)
+
+
+def test_mean_and_std_weigh_every_tar_by_its_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(foreign, "_STATISTICS_SAMPLES", 4)
+    for name, grey, count in (("a.tar", 40, 6), ("b.tar", 200, 2)):
+        picture = io.BytesIO()
+        Image.new("RGB", (8, 8), (grey, grey, grey)).save(picture, "PNG")
+        write_tar(
+            tmp_path / name,
+            [pair for k in range(count) for pair in ((f"{k}.png", picture.getvalue()), (f"{k}.cls", b"0"))],
+        )
+    index = foreign.index_tars(tmp_path)
+    values = np.repeat([40, 200], [6, 2]) / 255
+    np.testing.assert_allclose(index.mean, [values.mean()] * 3, rtol=1e-12)
+    np.testing.assert_allclose(index.std, [values.std()] * 3, rtol=1e-12)
+
+
+def test_names_that_are_no_text_and_members_that_are_no_files_do_no_harm(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, kind in (("a.jpg", tarfile.SYMTYPE), ("b.jpg", tarfile.LNKTYPE), ("c", tarfile.DIRTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+        for name, payload in ((b"\xe9t\xe9.jpg", jpeg(1)), (b"\xe9t\xe9.cls", b"0"), (b"a.cls", b"1")):
+            member = tarfile.TarInfo(name.decode("utf-8", "surrogateescape"))
+            member.size = len(payload)
+            tar.addfile(member, io.BytesIO(payload))
+    index = foreign.index_tars(tmp_path, max_bad=1)
+    assert [entry["name"] for entry in index.left_out] == ["x.tar: a"]  # its picture is a link
+    assert samples_of(tmp_path) == [(jpeg(1), 0)] and len(index.split("train").names()) == 1
+    verify.main([str(tmp_path)])
+
+
+def test_tars_of_others_are_not_repaired(tmp_path):
+    four_tars(tmp_path)
+    foreign.index_tars(tmp_path)
+    with pytest.raises(UserError, match="tars made elsewhere"):
+        shard.main(["--source", "sklearn", "--dataset", "digits", "--out", str(tmp_path), "--repair", "true"])

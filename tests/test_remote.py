@@ -5,6 +5,7 @@ import fcntl
 import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import tiny_run
+from test_foreign import pairs, write_tar
 
-from dist_train import remote, shard, shard_cache
+from dist_train import foreign, plan, remote, shard, shard_cache, verify
+from dist_train import store as store_module
 from dist_train.data import open_evaluation, open_stream
 from dist_train.errors import UserError
 from dist_train.index import file_checksum, load_index
@@ -33,6 +37,7 @@ class FaultyServer(http.server.ThreadingHTTPServer):
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), _Answer)
         self.folder, self.faults, self.requests = folder, {}, []
+        self.has_ranges, self.ranges = True, []  # ranges: (name, first, stop) of those that were answered
         self.url = f"http://127.0.0.1:{self.server_address[1]}/set"
 
     def count(self, ending: str) -> int:
@@ -56,9 +61,22 @@ class _Answer(http.server.BaseHTTPRequestHandler):
             body = body[:-700] + bytes([body[-700] ^ 1]) + body[-699:]
         if fault == "longer":
             body += b"x" * 3_000_000
-        self.send_response(200)
+        span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "") if server.has_ranges else None
+        if span:
+            first, stop, total = int(span[1]), int(span[2]) + 1, len(body)
+            if first >= total:
+                return self.send_error(416)
+            server.ranges.append((name, first, stop))
+            body = body[first:stop] if fault != "other part" else body[first:stop][::-1]
+        self.send_response(206 if span else 200)
+        if span:
+            self.send_header("Content-Range", f"bytes {first}-{first + len(body) - 1}/{total}")
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", '"1"')  # the two that S3 sends, and its clients ask for
+        self.send_header("Last-Modified", "Mon, 01 Jan 2024 00:00:00 GMT")
         self.end_headers()
+        if self.command == "HEAD":
+            return None
         if fault == "truncated":
             self.wfile.write(body[: len(body) // 2])
         elif fault == "reset":
@@ -69,11 +87,13 @@ class _Answer(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(part.tobytes())
                 time.sleep(0.05)
         elif fault == "stuck":
-            self.wfile.write(body[:1000])
+            self.wfile.write(body[: min(1000, len(body) // 2)])
             time.sleep(30)
         else:
             self.wfile.write(body)
         return None
+
+    do_HEAD = do_GET  # noqa: N815
 
     def log_message(self, *words):
         pass
@@ -162,7 +182,7 @@ def test_lasting_faults_end_the_run_with_the_url_and_the_reason(server, tmp_path
     index = load_index(server.url, str(tmp_path))
     server.faults["test-000000.tar"] = [fault] * 10
     with pytest.raises(UserError, match=f"(?s){server.url}/test-000000.tar: .*({reason})"):
-        Store(index.split("test")).payload(0)
+        Store(index.split("test")).locate(np.array([0]))
     assert server.count("test-000000.tar") == tries
     assert not list(tmp_path.glob("*.tar*"))
 
@@ -221,7 +241,7 @@ def test_the_cache_stays_below_its_limit_and_batches_are_the_same(many, server, 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        assert batches_of(index, 100, lanes=2) == batches_of(many, 100, lanes=2)
+        assert batches_of(index, 100, lanes=2, cache="none") == batches_of(many, 100, lanes=2)
     finally:
         stop.set()
         watcher.join()
@@ -268,11 +288,11 @@ def cache_open(cache, server, split, k) -> int:
 def test_many_threads_and_processes_fetch_a_shard_once(many, server, tmp_path):
     code = ("import sys; from dist_train.index import load_index; from dist_train.store import Store; import numpy as np;"
             "split = load_index(sys.argv[1], sys.argv[2]).split('train'); store = Store(split, 4);"
-            "print(sum(len(store.payload(s)) for s in range(0, split.num_samples, 7)))")  # fmt: skip
+            "print(sum(len(p) for p in store.payloads(np.arange(split.num_samples))))")  # fmt: skip
     command = [sys.executable, "-c", code, server.url, str(tmp_path)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     store = Store(load_index(many).split("train"))
-    expected = sum(len(store.payload(s)) for s in range(0, store.split.num_samples, 7))
+    expected = int(store.table["size"].sum())
     assert [int(process.communicate()[0]) for process in processes] == [expected] * 4
     assert server.count(".tar") == store.split.num_shards == 24
     assert server.count(".samples.npy") == 3
@@ -319,7 +339,7 @@ def test_verify_and_inspect_work_on_a_url(server, tmp_path, monkeypatch, capsys)
 
 def test_damage_in_the_cache_names_the_url_and_the_kept_file(many, server, tmp_path):
     store = Store(load_index(server.url, str(tmp_path)).split("test"))
-    store.payload(0)
+    store.locate(np.array([0]))
     kept = tmp_path / f"{store.split.shard_checksums[0]}.tar"
     at = int(store.table[0]["offset"])
     with open(kept, "r+b") as file:
@@ -389,3 +409,186 @@ def test_a_lock_is_freed_by_its_holder_alone(tmp_path):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with open(tmp_path / "x.lock") as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_few_payloads_of_a_shard_come_alone_and_many_bring_the_shard(many, server, tmp_path):
+    local = Store(load_index(many).split("train"))
+    store = Store(load_index(server.url, str(tmp_path)).split("train"))
+    few = np.array([5, 80, 6, 900])
+    assert list(store.payloads(few)) == list(local.payloads(few))
+    rows = [local.table[k] for k in few.tolist()]
+    files = [local.split.files[k] for k in local.split.shard_of(few)]
+    wanted = [(file, row["offset"], row["offset"] + row["size"]) for file, row in zip(files, rows, strict=True)]
+    assert sorted(server.ranges) == sorted(wanted)
+    assert not list(tmp_path.glob("*.tar")) and server.count(".tar") == 4
+    first = np.arange(local.split.first[1])  # all of a shard
+    assert list(store.payloads(first)) == list(local.payloads(first))
+    assert [path.stem for path in tmp_path.glob("*.tar")] == [local.split.shard_checksums[0]]
+    assert store.payload(7) == local.payload(7) and server.count(".tar") == 5  # which is there now
+
+
+def test_payloads_asked_for_one_by_one_bring_the_shard_in_the_end(many, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "MOST_SINGLY", 3)
+    store = Store(load_index(server.url, str(tmp_path)).split("train"))
+    assert len({store.payload(k) for k in range(6)}) == 6
+    assert len(server.ranges) == 3 and server.count(".tar") == 4
+
+
+def test_a_server_without_ranges_sends_the_shard_once(many, server, tmp_path):
+    local, server.has_ranges = Store(load_index(many).split("test")), False
+    store = Store(load_index(server.url, str(tmp_path)).split("test"))
+    assert [store.payload(k) for k in range(9)] == [local.payload(k) for k in range(9)]
+    assert not server.ranges and server.count(".tar") == 2  # asked for a part, answered with the whole; then fetched
+
+
+def test_a_part_that_differs_from_its_checksum_is_taken_from_the_proven_shard(many, server, tmp_path):
+    local = Store(load_index(many).split("test"))
+    store = Store(load_index(server.url, str(tmp_path)).split("test"))
+    server.faults["test-000000.tar"] = ["other part"]
+    assert store.payload(3) == local.payload(3)
+    assert server.count(".tar") == 2 and len(list(tmp_path.glob("*.tar"))) == 1
+
+
+@pytest.mark.parametrize("fault", [503, "truncated", "reset", "stuck"])
+def test_a_part_is_asked_for_again_where_that_helps(many, server, tmp_path, fault):
+    store = Store(load_index(server.url, str(tmp_path)).split("test"))
+    server.faults["test-000000.tar"] = [fault]
+    assert store.payload(3) == Store(load_index(many).split("test")).payload(3)
+    assert server.count(".tar") == 2 and not list(tmp_path.glob("*.tar"))
+    server.faults["test-000000.tar"] = [403]
+    with pytest.raises(UserError, match="access is refused"):
+        store.payload(4)
+
+
+def test_a_contact_sheet_of_a_set_behind_a_url_leaves_its_shards_there(many, server, tmp_path, monkeypatch):
+    from dist_train.contact_sheet import draw_samples
+
+    index = load_index(server.url, str(tmp_path))
+    monkeypatch.setattr("dist_train.contact_sheet._PER_CLASS", 1)
+    there = draw_samples(index, tmp_path / "remote.png").read_bytes()
+    assert there == draw_samples(load_index(many), tmp_path / "local.png").read_bytes()
+    assert len(server.ranges) == server.count(".tar") == 10 and not list(tmp_path.glob("*.tar"))
+
+
+# Tars made by others, behind a URL
+
+
+@pytest.fixture
+def foreign_tars(server, tmp_path) -> Path:
+    server.folder = tmp_path / "tars"
+    for k, name in enumerate(("train-000000.tar", "train-000001.tar", "train-000002.tar", "val-000000.tar")):
+        write_tar(server.folder / name, pairs(*range(k * 20, k * 20 + 20)))
+    return server.folder
+
+
+def test_tars_behind_urls_are_indexed_and_give_the_batches_of_the_same_tars_here(
+    foreign_tars, server, tmp_path, capsys
+):
+    cache = tmp_path / "cache"
+    names = [f"{server.url}/train-{{000000..000002}}.tar", f"{server.url}/val-000000.tar"]
+    foreign.main([*names, "--out", str(tmp_path / "index"), "--cache-dir", str(cache)])
+    local = foreign.index_tars(foreign_tars)
+    index = load_index(tmp_path / "index", str(cache))
+    assert (index.mean, index.std, index.classes) == (local.mean, local.std, local.classes)
+    assert index.split("train").files[1] == f"{server.url}/train-000001.tar"
+    assert index.split("train").fingerprint() == local.split("train").fingerprint()
+    before = server.count(".tar")
+    settings = {"batch_size": 8, "num_steps": 20, "image_size": 8, "crop": "random_resized"}
+    assert batches_of(index, **settings) == batches_of(foreign_tars, **settings)
+    assert server.count(".tar") == before  # what was fetched for the index is still there
+    elsewhere = load_index(tmp_path / "index", str(tmp_path / "other cache"))
+    assert batches_of(elsewhere, **settings) == batches_of(foreign_tars, **settings)
+    assert server.count(".tar") == before + 3
+
+
+def test_a_run_trains_on_tars_behind_urls(foreign_tars, server, tmp_path, capsys):
+    from dist_train.train import run_training
+
+    out, cache = str(tmp_path / "index"), str(tmp_path / "cache")
+    foreign.main([f"{server.url}/{{train-000000,train-000001,val-000000}}.tar", "--out", out, "--cache-dir", cache])
+    argv = ["--data.cache_dir", cache, "--data.global_batch_size", "8", "--train.max_steps", "2"]
+    assert run_training(tiny_run(out, tmp_path / "run", *argv)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] and "step" in str(lines)
+
+
+def test_verify_inspect_and_plan_know_tars_behind_urls(foreign_tars, server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = str(tmp_path / "index")
+    foreign.main([f"{server.url}/train-000000.tar", "--out", out])
+    verify.main([out])
+    verify.inspect_main([out])
+    plan.main(["--shards", out, "--global-batch-size", "4", "--json"])
+    said = capsys.readouterr().out
+    assert "whole. 20 samples in 1 shards" in said and f"{out}/inspect.png" in said
+    assert f'"shards": ["{server.url}/train-000000.tar"]' in said
+    write_tar(foreign_tars / "train-000000.tar", pairs(*range(20, 40)))
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(
+        UserError, match=f"(?s)train-000000.tar: cannot be fetched: .*dist-train index {server.url}.* --out {out}"
+    ):
+        verify.main([out])
+
+
+def test_indexing_keeps_the_cache_below_its_limit(foreign_tars, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache, "PATIENCE_S", 0.1)
+    size = max(path.stat().st_size for path in foreign_tars.iterdir())
+    cache = ShardCache(tmp_path / "cache", int(2.5 * size))
+    foreign.index_tars(f"{server.url}/train-{{000000..000002}}.tar", out=tmp_path / "index", cache=cache)
+    kept = list((tmp_path / "cache").glob("*.tar*"))
+    assert len(kept) == 2 and not [path for path in kept if path.suffix == ".partial"]
+    with pytest.raises(UserError, match="no room to fetch"):
+        small = ShardCache(tmp_path / "small", size // 2)
+        foreign.index_tars(f"{server.url}/train-000000.tar", out=tmp_path / "index", cache=small)
+    assert not list((tmp_path / "small").glob("*.tar*"))
+
+
+def test_faults_of_tars_behind_urls_name_the_url(foreign_tars, server, tmp_path):
+    cache = ShardCache(tmp_path / "cache", 10**9)
+    with pytest.raises(UserError, match=f"{server.url}/train-9.tar: there is no such file"):
+        foreign.index_tars(f"{server.url}/train-9.tar?key=geheim", out=tmp_path / "index", cache=cache)
+    (foreign_tars / "train-1.tar").write_bytes(b"\x1f\x8b" + bytes(600))
+    with pytest.raises(UserError, match=f"{server.url}/train-1.tar: cannot be read as a tar: it is compressed"):
+        foreign.index_tars(f"{server.url}/train-1.tar", out=tmp_path / "index", cache=cache)
+    server.has_ranges = False  # then sizes come with the file
+    server.faults["train-000000.tar"] = ["none", "truncated", 503]
+    assert (
+        foreign.index_tars(f"{server.url}/train-000000.tar", out=tmp_path / "index", cache=cache)
+        .split("train")
+        .num_samples
+        == 20
+    )
+
+
+def test_a_wids_list_behind_a_url_names_tars_beside_it(foreign_tars, server, tmp_path):
+    wids = {"__kind__": "wids-shard-index-v1", "shardlist": [{"url": "train-000002.tar", "nsamples": 20}]}
+    (foreign_tars / "shards.json").write_text(json.dumps(wids))
+    cache = ShardCache(tmp_path / "cache", 10**9)
+    index = foreign.index_tars(f"{server.url}/shards.json?sig=1", out=tmp_path / "index", cache=cache)
+    assert index.split("train").files == [f"{server.url}/train-000002.tar?sig=1"]
+    assert "sig" not in index.split("train").names()[0]
+
+
+def test_object_storage_is_read_in_parts_too_and_its_tars_are_indexed(foreign_tars, server, tmp_path, monkeypatch):
+    pytest.importorskip("obstore")
+    settings = {
+        "ENDPOINT_URL": server.url.removesuffix("/set"),
+        "ACCESS_KEY_ID": "me",
+        "SECRET_ACCESS_KEY": "word",
+        "REGION": "x",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    body = (foreign_tars / "val-000000.tar").read_bytes()
+    assert remote.file_size("s3://set/val-000000.tar") == len(body)
+    assert remote.read_range("s3://set/val-000000.tar", 700, 99) == body[700:799]
+    assert server.ranges == [("val-000000.tar", 700, 799)]
+    cache = ShardCache(tmp_path / "cache", 10**9)
+    index = foreign.index_tars("s3://set/train-{000000..000001}.tar", out=tmp_path / "index", cache=cache)
+    assert index.split("train").num_samples == 40
+    store = Store(load_index(tmp_path / "index", str(tmp_path / "empty")).split("train"))
+    row = store.table[23]
+    tar = (foreign_tars / "train-000001.tar").read_bytes()
+    assert store.payload(23) == tar[int(row["offset"]) :][: int(row["size"])] and not (tmp_path / "empty").exists()
+    with pytest.raises(UserError, match="s3://set/absent.tar: there is no such file"):
+        remote.read_range("s3://set/absent.tar", 0, 9)

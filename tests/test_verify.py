@@ -69,6 +69,22 @@ def test_a_flipped_bit_anywhere_is_found_and_its_sample_named(copy):
                     assert f"{part} of {named} {start:,}" not in message or part == "label"
 
 
+def test_500_flipped_bits_in_any_of_its_files_are_all_found(copy):
+    files = sorted(path for path in copy.iterdir() if path.suffix in (".tar", ".npy", ".txt", ".json"))
+    assert len(files) == 4 + 3 + 3 + 1
+    random = np.random.default_rng(1)
+    for _ in range(500):
+        path = files[random.integers(len(files))]
+        good = path.read_bytes()
+        bit = int(random.integers(8 * len(good)))
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bad)
+        assert path.name in complaint(copy), f"bit {bit} of {path.name}"
+        path.write_bytes(good)
+    verify.main([str(copy)])
+
+
 def test_missing_truncated_and_stray_files_are_all_named_at_once(copy):
     split = load_index(copy).split("train")
     (copy / split.files[0]).unlink()

@@ -1,0 +1,95 @@
+"""The index of a set whose shards lie behind URLs: the set's own, fetched, or one on the local disk that names URLs.
+
+CACHE/index-<hash>/   index.json and tables of a set, as they were fetched
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import xxhash
+
+from dist_train.errors import UserError
+from dist_train.index import ShardIndex, SplitIndex, load_index
+from dist_train.remote import NotThere, download, join, shown
+from dist_train.shard_cache import DEFAULT_GB, RemoteShards, ShardCache, default_folder
+from dist_train.tars import writing
+
+_SAFE_NAME, _CHECKSUM = re.compile(r"\w[\w.-]*"), re.compile(r"[0-9a-f]{32}")
+
+
+def load_remote_index(url: str, cache_dir: str = "", cache_gb: float = DEFAULT_GB) -> ShardIndex:
+    """The index at URL/index.json; its small files are kept in the cache, its shards come when they are read.
+
+    Raises UserError if they cannot be fetched, or do not match each other.
+    """
+    cache = _shard_cache(cache_dir, cache_gb)
+    with writing(cache.folder):
+        cache.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with cache.locked("index.lock"):
+        scratch = cache.folder / "index.partial"
+        shutil.rmtree(scratch, ignore_errors=True)
+        with writing(scratch):
+            scratch.mkdir()
+            with open(scratch / "index.json", "wb", buffering=0) as file:
+                checksum = download(join(url, "index.json"), file)
+        try:
+            index = load_index(scratch)
+        except UserError as error:
+            raise UserError(f"{shown(url)}: {str(error).replace(str(scratch) + '/', '').splitlines()[0]}") from None
+        _check_names(url, index)
+        folder = cache.folder / f"index-{xxhash.xxh3_64_hexdigest((shown(url) + checksum).encode())}"
+        if not folder.exists():
+            for split in index.splits.values():
+                _fetch_tables(url, scratch, split)
+            with writing(folder):
+                os.rename(scratch, folder)
+        shutil.rmtree(scratch, ignore_errors=True)
+    return _with_remote(load_index(folder), RemoteShards(url, cache))
+
+
+def behind_urls(index: ShardIndex, cache_dir: str = "", cache_gb: float = DEFAULT_GB) -> ShardIndex:
+    """An index on the local disk whose files are URLs: its shards come into the cache when they are read."""
+    _check_names(index.folder, index)
+    return _with_remote(index, RemoteShards("", _shard_cache(cache_dir, cache_gb)))
+
+
+def _shard_cache(cache_dir: str, cache_gb: float) -> ShardCache:
+    if cache_gb <= 0:
+        raise UserError(f"data.cache_gb is {cache_gb}; expected the GB that fetched shards may take on the local disk.")
+    return ShardCache(default_folder(cache_dir), int(cache_gb * 1e9))
+
+
+def _with_remote(index: ShardIndex, remote: RemoteShards) -> ShardIndex:
+    splits = {name: dataclasses.replace(split, remote=remote) for name, split in index.splits.items()}
+    return dataclasses.replace(index, splits=splits)
+
+
+def _check_names(url: str, index: ShardIndex) -> None:
+    """Names from elsewhere become names of files here: raise UserError unless they are plain."""
+    bad = [name for name in index.splits if not _SAFE_NAME.fullmatch(name)]
+    bad += [
+        text for split in index.splits.values() for text in split.shard_checksums if not _CHECKSUM.fullmatch(str(text))
+    ]
+    if bad:
+        raise UserError(
+            f"{shown(url)}: index.json names {json.dumps(bad[0])}; expected plain split names and checksums."
+        )
+
+
+def _fetch_tables(url: str, folder: Path, split: SplitIndex) -> None:
+    checksum, _, names_checksum = split.table_checksum.partition(" ")
+    wanted = {f"{split.name}.samples.npy": checksum, f"{split.name}.names.txt": names_checksum or None}
+    for name, expected in wanted.items():
+        with writing(folder / name), open(folder / name, "wb", buffering=0) as file:
+            try:
+                download(
+                    join(url, name), file, checksum=expected, advice="See what is wrong there with dist-train verify."
+                )
+            except NotThere:
+                if name.endswith(".npy") or names_checksum:
+                    raise
+                os.unlink(folder / name)  # the names of the sources are optional
