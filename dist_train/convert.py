@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dist_train.config import FREE_SHARD_SETTINGS, ShardConfig
+from dist_train.durable import sync
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex, SplitIndex, load_index, save_index, save_table
 from dist_train.partition import TRAIN, assign_splits, cut_into_shards, name_draws
@@ -292,20 +293,12 @@ def _remove_strangers(staging: Path, files: set[str]) -> None:
 
 def _put_in_place(staging: Path, out: Path) -> None:
     replaced = out.with_name(f"{out.name}.replaced")
-    _sync(staging)
+    sync(staging)
     if out.exists():
         os.rename(out, replaced)
     os.rename(staging, out)
-    _sync(out.parent)
+    sync(out.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from dist_train import boxes as crop_boxes
+from dist_train.cache import DecodedCache, DeviceRows, Wanted
 from dist_train.decode import decode_from_files
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex, load_index
@@ -75,6 +76,7 @@ def open_stream(
     prefetch_mb: int = 256,
     verify: bool = True,
     pin_memory: bool = False,
+    cache: str | DecodedCache = "auto",
 ) -> Iterator[Batch]:
     """The shuffled, endless stream of batches of a split: every sample exactly once an epoch, any step at once.
 
@@ -83,6 +85,8 @@ def open_stream(
     0 keeps the stored size, which must then be the same for all. crop: "random_resized" cuts the random box of the
     sample's key (scale, ratio: share of the area and aspect, Szegedy et al. 2015), "resize" takes the whole picture.
     Steps start_step, start_step + 1, ... come until stop_step, or without end; the state of the stream is that number.
+    cache: where decoded samples are kept from epoch to epoch (cache.DecodedCache, or one of its modes for this stream alone);
+    with "device" the images come on its device. It changes no pixel.
     Raises UserError if the split, the sizes or a sample cannot be had.
     """
     index = shards if isinstance(shards, ShardIndex) else load_index(shards)
@@ -100,7 +104,16 @@ def open_stream(
     def random_boxes(rows, keys):
         return crop_boxes.random_resized_boxes(keys, rows["height"], rows["width"], scale, ratio)
 
-    load = _Loader(index, split, size, random_boxes if crop == "random_resized" and size else None, verify, pin_memory)
+    is_random = crop == "random_resized" and size is not None
+    cache = DecodedCache(cache) if isinstance(cache, str) else cache
+    if is_random and cache.mode not in ("auto", "none"):
+        raise UserError(
+            f"data.cache is {cache.mode}, but the random resized crop is cut while decoding, another in every epoch.\n"
+            f"  Set data.cache to auto or none, or data.crop to resize."
+        )
+    load = _Loader(index, split, size, random_boxes if is_random else None, verify, pin_memory)
+    if not is_random:
+        load.keep(cache, "whole", threads, prefetch_mb)
 
     def make(step: int) -> Batch:
         samples, epochs = order.rank_batch(step, rank, world_size)
@@ -108,13 +121,14 @@ def open_stream(
         return load(step, samples, epochs, sample_keys(seed, epochs, samples))
 
     steps = itertools.count(start_step) if stop_step is None else range(start_step, stop_step)
-    batches = _ahead(
-        make, steps, _num_threads(threads), batch_size // world_size * _sample_bytes(index, size), prefetch_mb
-    )
+    batch_bytes = batch_size // world_size * load.sample_bytes
+    batches = load.finished(_ahead(make, steps, _num_threads(threads), batch_bytes, prefetch_mb))
     if load.store.split.remote is None:
         return batches
     walk = replace(order)  # of its own: an order remembers two epochs, and this one is ahead
-    upcoming = (source.stored_numbers(walk.rank_batch(step, rank, world_size)[0]) for step in copy.copy(steps))
+    upcoming = (
+        load.not_kept(source.stored_numbers(walk.rank_batch(step, rank, world_size)[0])) for step in copy.copy(steps)
+    )
     return read_ahead(load.store, upcoming, shards_in_play(order, world_size), batches)
 
 
@@ -129,12 +143,13 @@ def open_evaluation(
     prefetch_mb: int = 256,
     verify: bool = True,
     pin_memory: bool = False,
+    cache: str | DecodedCache = "none",
 ) -> Iterator[Batch]:
     """This rank's part of one pass over a split, in shard order: every sample on exactly one rank, nothing padded.
 
     batch_size: samples per batch of this rank; the last batch may be smaller. Where pictures differ in size, the
     central crop that keeps `eval_crop` of the shorter side is decoded to image_size (0: the whole picture, squeezed);
-    one-size pictures come whole and as they are.
+    one-size pictures come whole and as they are. cache: as in `open_stream`; it pays for passes after the first.
     """
     size = _output_size(index, image_size)
     source = index.split(split)
@@ -145,19 +160,21 @@ def open_evaluation(
 
     boxes = central_boxes if eval_crop and not index.image_size else None
     load = _Loader(index, split, index.image_size or size, boxes, verify, pin_memory)
+    cache = DecodedCache(cache) if isinstance(cache, str) else cache
+    load.keep(cache, f"central {eval_crop}" if boxes else "whole", threads, prefetch_mb)
 
     def make(step: int) -> Batch:
         samples = np.arange(share.start + step * batch_size, min(share.start + (step + 1) * batch_size, share.stop))
         samples, epochs = source.stored_numbers(samples), np.zeros_like(samples)
         return load(step, samples, epochs, sample_keys(0, epochs, samples))
 
-    batch_bytes = batch_size * _sample_bytes(index, size)
     steps = range(-(-len(share) // batch_size))
-    batches = _ahead(make, steps, _num_threads(threads), batch_bytes, prefetch_mb)
+    batches = load.finished(_ahead(make, steps, _num_threads(threads), batch_size * load.sample_bytes, prefetch_mb))
     if load.store.split.remote is None:
         return batches
     upcoming = (
-        source.stored_numbers(np.arange(share.start, share.stop)[s * batch_size : (s + 1) * batch_size]) for s in steps
+        load.not_kept(source.stored_numbers(np.array(share[s * batch_size : (s + 1) * batch_size], np.int64)))
+        for s in steps
     )
     return read_ahead(load.store, upcoming, 4, batches)
 
@@ -190,39 +207,78 @@ class _Loader:
     """Numbers in the stored split -> Batch. Called by many threads at once."""
 
     def __init__(self, index: ShardIndex, split: str, size, boxes, verify: bool, pin_memory: bool):
-        self.size, self.boxes, self.verify, self.pin_memory = size, boxes, verify, pin_memory
+        self.boxes, self.verify, self.pin_memory = boxes, verify, pin_memory
         self.store = Store(index.split(split).stored)
         self.split = self.store.split.name
-        self.num_features = len(index.features) if index.features else 0
+        self.is_table = index.features is not None
+        self.shape = (len(index.features),) if self.is_table else (*size, 3)
+        self.dtype = torch.float32 if self.is_table else torch.uint8
+        self.kept = None
+
+    @property
+    def sample_bytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def keep(self, cache: DecodedCache, how: str, threads: int, prefetch_mb: int) -> None:
+        """Keep what is decoded from now on. how: the rule by which it is, in words."""
+
+        def in_order() -> Iterator[np.ndarray]:
+            at_once = max(1, 2**22 // self.sample_bytes)
+            num_samples = self.store.split.num_samples
+            steps = range(-(-num_samples // at_once))
+
+            def chunk(step: int) -> np.ndarray:
+                samples = np.arange(step * at_once, min(num_samples, (step + 1) * at_once))
+                return self._decoded(samples, np.zeros_like(samples)).numpy()
+
+            return _ahead(chunk, steps, _num_threads(threads), at_once * self.sample_bytes, prefetch_mb)
+
+        self.kept = cache.rows(Wanted(self.store.split, self.shape, self.dtype, how, in_order))
+
+    def not_kept(self, samples: np.ndarray) -> np.ndarray:
+        """Those of the samples whose shards will have to be read."""
+        return samples if self.kept is None else samples[self.kept.is_missing(samples)]
 
     def __call__(self, step: int, samples: np.ndarray, epochs: np.ndarray, keys: np.ndarray) -> Batch:
-        if self.num_features:
-            values = self._vectors(samples)
+        if self.kept is None:
+            values = self._decoded(samples, keys)
         else:
-            values = self._pictures(samples, keys)
+            values = self.kept.read(samples, lambda m: self._decoded(samples[m], keys[m]), self.pin_memory)
         labels = self.store.table["label"][samples].astype(np.int64)
         labels, keys = torch.from_numpy(labels), torch.from_numpy(keys)
         if self.pin_memory:  # a copy from pageable memory would make the host wait
             labels, keys = labels.pin_memory(), keys.pin_memory()
-        return Batch(step, self.split, values, labels, torch.from_numpy(samples), torch.from_numpy(epochs), keys)
+        samples, epochs = torch.from_numpy(samples), torch.from_numpy(epochs)
+        return Batch(step, self.split, _channels_first(values), labels, samples, epochs, keys)
 
-    def _pictures(self, samples: np.ndarray, keys: np.ndarray) -> torch.Tensor:
+    def finished(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, those kept on a device put together there, in the thread of whoever asks for them."""
+        return self._gathered(batches) if isinstance(self.kept, DeviceRows) else batches
+
+    def _gathered(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        with contextlib.closing(batches):
+            for batch in batches:
+                yield replace(batch, images=_channels_first(self.kept.gather(batch.images)))
+
+    def _decoded(self, samples: np.ndarray, keys: np.ndarray) -> torch.Tensor:
+        """(n, H, W, 3) uint8, or (n, F) float32 of a table."""
+        out = torch.empty((len(samples), *self.shape), dtype=self.dtype, pin_memory=self.pin_memory)
+        rows = out.numpy()
+        if self.is_table:
+            for i, payload in enumerate(self.store.payloads(samples, self.verify)):
+                rows[i] = np.frombuffer(payload, np.float32, offset=len(payload) - 4 * self.shape[0])
+            return out
         at = self.store.locate(samples)
-        out = torch.empty((len(samples), *self.size, 3), dtype=torch.uint8, pin_memory=self.pin_memory)
         boxes = self.boxes(self.store.table[samples], keys) if self.boxes else None
-        checksums = at.checksums if self.verify else None
-        failures = decode_from_files(at.fds, at.offsets, at.sizes, checksums, boxes, out.numpy())
+        failures = decode_from_files(at.fds, at.offsets, at.sizes, at.checksums if self.verify else None, boxes, rows)
         if failures:
             i, reason = failures[0]
             raise self.store.fault(int(samples[i]), reason)
-        return out.permute(0, 3, 1, 2)
-
-    def _vectors(self, samples: np.ndarray) -> torch.Tensor:
-        out = torch.empty((len(samples), self.num_features), pin_memory=self.pin_memory)
-        rows = out.numpy()
-        for i, payload in enumerate(self.store.payloads(samples, self.verify)):
-            rows[i] = np.frombuffer(payload, np.float32, offset=len(payload) - 4 * self.num_features)
         return out
+
+
+def _channels_first(values):
+    return values.permute(0, 3, 1, 2) if isinstance(values, torch.Tensor) and values.ndim == 4 else values
 
 
 def _ahead(make, steps, num_threads: int, batch_bytes: int, prefetch_mb: int) -> Iterator[Batch]:
@@ -251,10 +307,6 @@ def _output_size(index: ShardIndex, image_size: int) -> tuple[int, int] | None:
             f"{index.folder}: the pictures differ in size, so a size is needed: --data.image_size 224, say."
         )
     return size
-
-
-def _sample_bytes(index: ShardIndex, size: tuple[int, int] | None) -> int:
-    return 3 * size[0] * size[1] if size else 4 * len(index.features)
 
 
 def _num_threads(threads: int) -> int:

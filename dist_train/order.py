@@ -12,12 +12,15 @@ Nothing is materialised: a keyed permutation is evaluated where it is needed, so
 microseconds and O(shards) memory. Ranks do not enter: `rank_share` cuts a finished global batch.
 """
 
+import functools
+import threading
 from dataclasses import dataclass, field
 
 import numpy as np
 
 MASK = 0xFFFFFFFFFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15
+BLOCK_SAMPLES = 8_192  # worked out together: many enough to hide numpy's cost a call, few enough for the CPU's cache
 _SHARDS, _WINDOWS, _KEYS = 1, 2, 3  # what a hash is for, so that no two uses share random bits
 
 
@@ -36,7 +39,9 @@ class Order:
     window_shards: int = 16
     lanes: int = 0
     first: np.ndarray = field(init=False, repr=False)
-    _epochs: dict = field(init=False, repr=False, default_factory=dict)
+    _epochs: dict = field(init=False, repr=False, compare=False, default_factory=dict)
+    _blocks: dict = field(init=False, repr=False, compare=False, default_factory=dict)
+    _lock: threading.Lock = field(init=False, repr=False, compare=False, default_factory=threading.Lock)
 
     def __post_init__(self):
         first = np.concatenate([[0], np.cumsum(self.shard_samples)]).astype(np.int64)
@@ -58,22 +63,37 @@ class Order:
         return len(self.shard_samples)
 
     def global_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample numbers and epochs of step `step`: two (B,) int64 arrays, sorted by lane."""
-        positions = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size, dtype=np.int64)
-        epochs, places = np.divmod(positions, self.num_samples)
-        by_lane = np.argsort(places % self.lanes, kind="stable")
-        epochs, places = epochs[by_lane], places[by_lane]
+        """Sample numbers and epochs of step `step`: two (B,) int64 arrays, sorted by lane. Not to be written to."""
+        steps = max(1, min(BLOCK_SAMPLES, self.num_samples) // self.global_batch_size)
+        number, place = divmod(step, steps)
+        with self._lock:  # or every thread would work out the block for itself
+            block = self._blocks.get(number)
+            if block is None:
+                block = self._blocks[number] = self.global_batches(number * steps, steps)
+                while len(self._blocks) > 2:  # whoever walks ahead may be in the next one
+                    self._blocks.pop(next(iter(self._blocks)))
+        samples, epochs = block
+        return samples[place], epochs[place]
+
+    def global_batches(self, first_step: int, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sample numbers and epochs of num_steps steps from first_step on: two (num_steps, B) int64 arrays."""
+        shape = num_steps, self.global_batch_size
+        first = first_step * self.global_batch_size
+        epochs, places = np.divmod(np.arange(first, first + num_steps * shape[1], dtype=np.int64), self.num_samples)
+        if self.lanes > 1:
+            by_lane = np.argsort((places % self.lanes).reshape(shape), axis=1, kind="stable")
+            epochs, places = (np.take_along_axis(a.reshape(shape), by_lane, axis=1).ravel() for a in (epochs, places))
         samples = np.empty_like(places)
         for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
             here = epochs == epoch
             samples[here] = self.sample_at(epoch, places[here])
-        return samples, epochs
+        return samples.reshape(shape), epochs.reshape(shape)
 
     def rank_batch(self, step: int, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
         """The part of step `step` that `rank` of `world_size` takes: sample numbers and epochs, (B / world_size,) each."""
         share = rank_share(self.global_batch_size, rank, world_size)
         samples, epochs = self.global_batch(step)
-        return samples[share], epochs[share]
+        return samples[share].copy(), epochs[share].copy()  # whoever gets them may write to them
 
     def sample_at(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Sample numbers at places 0..N-1 of an epoch. places: (n,) int64."""
@@ -105,9 +125,8 @@ class Order:
             shard_order = np.argsort(draws, kind="stable")
             starts = np.concatenate([[0], np.cumsum(self.shard_samples[shard_order])[:-1]]).astype(np.int64)
             tape = self._epochs[epoch] = shard_order, starts
-            for old in sorted(self._epochs)[
-                :-2
-            ]:  # threads may be epochs apart on a tiny split: each keeps its own tape
+            # threads may be epochs apart on a tiny split: each keeps its own tape
+            for old in sorted(self._epochs)[:-2]:
                 self._epochs.pop(old, None)
         return tape
 
@@ -144,12 +163,20 @@ def uniform(keys: np.ndarray, draw: int) -> np.ndarray:
 
 def mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit words that scatters every bit."""
-    x = np.asarray(x, np.uint64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = np.array(x, np.uint64)
+    _mix_in_place(x, np.empty_like(x))
+    return x
 
 
+def _mix_in_place(x: np.ndarray, scratch: np.ndarray) -> None:
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 0)):
+        np.right_shift(x, np.uint64(shift), out=scratch)
+        np.bitwise_xor(x, scratch, out=x)
+        if factor:
+            np.multiply(x, np.uint64(factor), out=x)
+
+
+@functools.lru_cache(1024)
 def fold(*words: int) -> np.uint64:
     """One 64-bit key from several integers; the order of the words counts."""
     key = np.zeros(1, np.uint64)
@@ -164,20 +191,28 @@ def permute(x: np.ndarray, size: np.ndarray | np.int64, key: np.ndarray | np.uin
     A Feistel network on the next even power of two, walked until it lands below size (cycle walking; Black and
     Rogaway 2002). Costs O(n) whatever the size.
     """
-    size = np.broadcast_to(np.asarray(size, np.uint64), x.shape)
-    key = np.broadcast_to(np.asarray(key, np.uint64), x.shape)
+    size, key = np.asarray(size, np.uint64), np.asarray(key, np.uint64)
     half = ((np.ceil(np.log2(np.maximum(size, 2).astype(np.float64))) + 1) // 2).astype(np.uint64)
-    out = x.astype(np.uint64)
-    todo = np.arange(len(x))
+    out = _feistel(x.astype(np.uint64), half, key, rounds)
+    todo = np.flatnonzero(out >= size)
     while len(todo):
-        h, k, v = half[todo], key[todo], out[todo]
-        low_bits = (np.uint64(1) << h) - np.uint64(1)
-        left, right = v >> h, v & low_bits
-        for r in range(rounds):
-            left, right = right, left ^ (mix(right ^ (k + np.uint64(r * _GOLDEN & MASK))) & low_bits)
-        out[todo] = left << h | right
-        todo = todo[out[todo] >= size[todo]]
+        walked = _feistel(out[todo], *(a if a.ndim == 0 else a[todo] for a in (half, key)), rounds)
+        out[todo] = walked
+        todo = todo[walked >= (size if size.ndim == 0 else size[todo])]
     return out.astype(np.int64)
+
+
+def _feistel(x: np.ndarray, half: np.ndarray, key: np.ndarray, rounds: int) -> np.ndarray:
+    low_bits = (np.uint64(1) << half) - np.uint64(1)
+    left, right = x >> half, x & low_bits
+    mixed, scratch = np.empty_like(x), np.empty_like(x)
+    for r in range(rounds):
+        np.bitwise_xor(right, key + np.uint64(r * _GOLDEN & MASK), out=mixed)
+        _mix_in_place(mixed, scratch)
+        np.bitwise_and(mixed, low_bits, out=mixed)
+        np.bitwise_xor(left, mixed, out=left)
+        left, right = right, left
+    return left << half | right
 
 
 def _default_lanes(num_shards: int, global_batch_size: int, window_shards: int) -> int:

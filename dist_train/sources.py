@@ -15,6 +15,7 @@ from dist_train.errors import UserError
 
 SPLITS = ("train", "val", "test")
 _SPLIT_FOLDERS = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
+_SMALL_FILE = 1 << 16  # bytes read at once; most pictures are smaller
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -182,8 +183,15 @@ class Files:
     modified_ns: list[int]
 
     def read(self, i: int) -> tuple[bytes, str]:
-        with open(os.path.join(self.root, self.paths[i]), "rb", buffering=0) as file:
-            return file.read(), os.path.splitext(self.paths[i])[1][1:].lower()
+        path = self.paths[i]
+        fd = os.open(f"{self.root}/{path}", os.O_RDONLY | os.O_CLOEXEC)  # `open` would take three times as long
+        try:
+            payload = os.read(fd, _SMALL_FILE)
+            if len(payload) == _SMALL_FILE:
+                payload = b"".join((payload, *iter(lambda: os.read(fd, 1 << 22), b"")))
+        finally:
+            os.close(fd)
+        return payload, path.rpartition(".")[2].lower()
 
     def take(self, rows: np.ndarray) -> "Files":
         return Files(self.root, [self.paths[i] for i in rows], [self.modified_ns[i] for i in rows])

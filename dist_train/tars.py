@@ -14,6 +14,7 @@ from dist_train.errors import UserError
 
 BLOCK = 512
 _FLUSH_BYTES = 8 << 20
+_ZEROS = bytes(BLOCK)
 
 
 class TarWriter:
@@ -43,6 +44,20 @@ class TarWriter:
         if len(self._buffer) >= _FLUSH_BYTES:
             self._flush()
         return offset
+
+    def extend(self, members: list[tuple[str, bytes]]) -> list[int]:
+        """Append many (name, payload) members; return the positions of their first payload bytes in the file."""
+        sizes = [len(payload) for _, payload in members]
+        blocks, parts, offsets = memoryview(headers([name for name, _ in members], sizes)), [], []
+        for k, ((_, payload), size) in enumerate(zip(members, sizes, strict=True)):
+            padding = -size % BLOCK
+            parts += (blocks[k * BLOCK : (k + 1) * BLOCK], payload, _ZEROS[:padding])
+            offsets.append(self.size + BLOCK)
+            self.size += BLOCK + size + padding
+        self._buffer += b"".join(parts)
+        if len(self._buffer) >= _FLUSH_BYTES:
+            self._flush()
+        return offsets
 
     def close(self) -> str:
         """Finish, sync and rename; return the xxh3_128 of the file, hex."""
@@ -91,6 +106,24 @@ def header(name: str, size: int) -> bytes:
     return b"%b%b%b%b%b%06o%b" % (
         name_field, bytes(100 - len(name_field)), _BEFORE_SIZE, size_field, _BEFORE_SUM, checksum, _AFTER_SUM
     )  # fmt: skip
+
+
+def headers(names: list[str], sizes: list[int]) -> bytes:
+    """The `header` of many members, one after the other: many times faster than one by one."""
+    if not names or max(map(len, names)) > 100 or max(sizes) >= 8**11:
+        return b"".join(map(header, names, sizes))  # which says what does not fit
+    blocks = np.empty((len(names), BLOCK), np.uint8)
+    blocks[:] = np.frombuffer(header("", 0), np.uint8)
+    blocks[:, :100] = np.array([name.encode("ascii") for name in names], "S100").view(np.uint8).reshape(-1, 100)
+    blocks[:, 124:135] = _octal(np.array(sizes, np.int64), 11)
+    blocks[:, 148:156] = ord(" ")
+    blocks[:, 148:154] = _octal(blocks.sum(axis=1, dtype=np.int64), 6)
+    blocks[:, 154:156] = np.frombuffer(b"\0 ", np.uint8)
+    return blocks.tobytes()
+
+
+def _octal(values: np.ndarray, digits: int) -> np.ndarray:
+    return (values[:, None] >> (3 * np.arange(digits - 1, -1, -1)) & 7).astype(np.uint8) + np.uint8(ord("0"))
 
 
 def is_header(block: bytes) -> bool:

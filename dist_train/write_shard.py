@@ -8,6 +8,7 @@ import base64
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,18 +90,29 @@ def written_result(task: ShardTask) -> ShardResult | None:
 
 def _fill(tar: TarWriter, task: ShardTask) -> ShardResult:
     labels, rows, kept, bad, totals = task.source.labels.tolist(), [], [], [], []
-    for place, payload, kind, height, width in _stored(task, bad, totals):
-        key = f"{task.first_key + place:08d}"
-        offset = tar.add(f"{key}.{kind}", payload)
-        tar.add(f"{key}.cls", b"%d" % labels[place])
-        rows.append((offset, len(payload), labels[place], height, width, xxhash.xxh3_64_intdigest(payload)))
-        kept.append(place)
+    for group in _one_ahead(_stored(task, bad, totals)):
+        members = []
+        for place, payload, kind, _, _ in group:
+            key = f"{task.first_key + place:08d}"
+            members += ((f"{key}.{kind}", payload), (f"{key}.cls", b"%d" % labels[place]))
+        for (place, payload, _, height, width), offset in zip(group, tar.extend(members)[::2], strict=True):
+            rows.append((offset, len(payload), labels[place], height, width, xxhash.xxh3_64_intdigest(payload)))
+            kept.append(place)
     checksum = tar.close()
     return ShardResult(tar.size, checksum, np.array(kept, np.int64), np.array(rows, SAMPLE), sorted(bad), totals)
 
 
-def _stored(task: ShardTask, bad: list, totals: list) -> Iterator[tuple[int, bytes, str, int, int]]:
-    """(place, payload, kind, height, width) of every sample that can be read; the others go to bad, sums to totals."""
+def _one_ahead(groups: Iterator[list]) -> Iterator[list]:
+    """The groups, the next one made by a thread meanwhile: reading and decoding need the interpreter for little of it."""
+    with ThreadPoolExecutor(1) as pool:
+        upcoming = pool.submit(next, groups, None)
+        while (group := upcoming.result()) is not None:
+            upcoming = pool.submit(next, groups, None)
+            yield group
+
+
+def _stored(task: ShardTask, bad: list, totals: list) -> Iterator[list[tuple[int, bytes, str, int, int]]]:
+    """Groups of (place, payload, kind, height, width) of every sample that can be read; others go to bad, sums to totals."""
     group, group_bytes, num_samples = [], 0, len(task.source.labels)
     if task.source.features is None:
         from dist_train.pictures import PixelSums, prepare
@@ -116,14 +128,15 @@ def _stored(task: ShardTask, bad: list, totals: list) -> Iterator[tuple[int, byt
         if len(group) < _GROUP_SAMPLES and group_bytes < _GROUP_BYTES and place < num_samples - 1:
             continue
         if task.source.features is None:
-            prepared = prepare([payload for _, payload, _ in group], sums, task.resize, task.quality)
+            stored, prepared = [], prepare([payload for _, payload, _ in group], sums, task.resize, task.quality)
             for (place_in_task, _, _), picture in zip(group, prepared, strict=True):
                 if isinstance(picture, Exception):
                     bad.append((place_in_task, str(picture)))
                 else:
-                    yield place_in_task, *picture
+                    stored.append((place_in_task, *picture))
+            yield stored
         else:
-            yield from ((*sample, 0, 0) for sample in group)
+            yield [(*sample, 0, 0) for sample in group]
         count_done(len(group))
         group, group_bytes = [], 0
     if task.source.features is None:

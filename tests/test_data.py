@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import time
 
 import numpy as np
 import pytest
@@ -153,12 +154,15 @@ def test_what_cannot_be_streamed_is_refused(digits, options, complaint):
 def test_more_open_shards_than_the_limit_are_closed_and_opened_again(digits, monkeypatch):
     from dist_train import store
 
-    reference = next(open_stream(digits, batch_size=64)).images
+    reference = next(open_stream(digits, batch_size=64, cache="none")).images
     monkeypatch.setattr(store, "MAX_OPEN", 1)
     before = len(os.listdir("/proc/self/fd"))
-    stream = open_stream(digits, batch_size=64, threads=1)
+    stream = open_stream(digits, batch_size=64, threads=1, cache="none")
     assert torch.equal(next(stream).images, reference)
     stream.close()
+    deadline = time.monotonic() + 10
+    while len(os.listdir("/proc/self/fd")) > before + 4 and time.monotonic() < deadline:
+        time.sleep(0.02)  # a batch in the making holds the shards it reads
     assert len(os.listdir("/proc/self/fd")) <= before + 4
 
 
@@ -182,3 +186,47 @@ def test_table_rows_come_as_stored(tmp_path):
 
     rows = {tuple(np.float32(row)) for row in sklearn.datasets.load_breast_cancer().data}
     assert all(tuple(row) in rows for row in batch.images.numpy())
+
+
+OPEN_MANY = """
+import resource, sys, time
+import torch
+from dist_train import open_stream
+used, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+stream = open_stream(sys.argv[1], batch_size=1024, image_size=64, start_step=500)
+print(time.process_time() - began, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used) / 1024)
+"""
+
+
+def test_a_hundred_thousand_shards_are_open_in_a_second_and_200_mb(tmp_path):
+    import subprocess
+    import sys
+
+    from dist_train.index import SAMPLE, ShardIndex, SplitIndex, save_index
+
+    num_shards, rows = 100_000, np.zeros(1_000_000, SAMPLE)
+    np.save(tmp_path / "train.samples.npy", rows)
+    split = SplitIndex(
+        "train", str(tmp_path), [f"train-{k:06d}.tar" for k in range(num_shards)], np.full(num_shards, 10),
+        np.full(num_shards, 10_240), [f"{k:032x}" for k in range(num_shards)], np.array([len(rows)]),
+    )  # fmt: skip
+    save_index(ShardIndex(str(tmp_path), "many", ["a", "b"], {"train": split}, [0.5] * 3, [0.2] * 3))
+    command = [sys.executable, "-c", OPEN_MANY, str(tmp_path)]
+    seconds, megabytes = map(float, subprocess.run(command, capture_output=True, check=True).stdout.split())
+    assert seconds < 1 and megabytes < 200
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads its memory from Linux's /proc")
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_memory_stays_flat_over_ten_epochs(digits, cache):
+    def megabytes() -> float:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    steps = -(-load_index(digits).split("train").num_samples // 128)
+    stream = open_stream(digits, batch_size=128, image_size=48, threads=2, prefetch_mb=4, cache=cache)
+    take(stream, 3 * steps)
+    before = megabytes()
+    take_each = sum(len(batch) for batch in itertools.islice(stream, 7 * steps))
+    assert take_each == 7 * steps * 128
+    assert megabytes() - before < 15  # an epoch is 10 MB of pixels

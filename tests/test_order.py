@@ -159,3 +159,29 @@ def test_threads_that_are_epochs_apart_share_an_order():
     expected = [Order(np.array([2, 1]), 7).global_batch(step)[0].tolist() for step in range(300)]
     with ThreadPoolExecutor(8) as pool:
         assert [samples.tolist() for samples, _ in pool.map(order.global_batch, range(300))] == expected
+
+
+@pytest.mark.parametrize("shards, batch, window, lanes", GRIDS)
+def test_steps_worked_out_together_are_those_worked_out_one_by_one(shards, batch, window, lanes):
+    order = Order(np.array(shards), batch, 3, window, lanes)
+    samples, epochs = order.global_batches(5, 9)
+    for place in range(9):
+        alone = order.global_batches(5 + place, 1)
+        assert (alone[0][0] == samples[place]).all() and (alone[1][0] == epochs[place]).all()
+        assert (order.global_batch(5 + place)[0] == samples[place]).all()
+
+
+def test_a_batch_that_is_written_to_does_not_change_the_order():
+    order = Order(np.array([300]), 10)
+    before = order.global_batch(3)[0].tolist()
+    order.rank_batch(3, 0, 1)[0][:] = 0
+    assert order.global_batch(3)[0].tolist() == before
+
+
+def test_the_order_is_the_one_of_earlier_versions():
+    # recorded when the order was first published: a run of an earlier version goes on with the same batches
+    found = [
+        Order(np.array([40, 30, 50]), 6, 7, window, lanes).global_batch(41)[0].tolist()
+        for window, lanes in ((16, 0), (1, 3))
+    ]
+    assert found == [[103, 71, 10, 89, 104, 24], [59, 7, 10, 37, 104, 90]]

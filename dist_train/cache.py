@@ -1,0 +1,340 @@
+"""Decoded samples kept from epoch to epoch: in memory that a machine's processes share, in a file, or on the device.
+
+Only what is the same in every epoch can be kept: whole pictures, evaluation's central crops, rows of tables. Memory and
+device fill as samples are first read, so the first batch waits for nothing; a file is written whole before it is used.
+"""
+
+import contextlib
+import fcntl
+import io
+import mmap
+import os
+import shutil
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+
+from dist_train import decode
+from dist_train.errors import UserError
+from dist_train.index import SplitIndex
+from dist_train.shard_cache import ShardCache, default_folder
+from dist_train.tars import writing
+
+MODES = ("auto", "none", "memory", "disk", "device")
+AUTO_GB = 4.0
+_VERSION = 1  # part of every key: raise it when the same bytes come to be decoded to other pixels
+_MEETING_FOLDER = "/dev/shm"  # local to the machine by nature, and empty after a restart
+_CHUNK_BYTES = 1 << 26
+
+Decode = Callable[[np.ndarray], torch.Tensor]  # places in the batch -> their rows, decoded
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be kept of a split. how: by which rule samples become rows, in words: part of the key.
+
+    shape and dtype: of one row. in_order: decodes all samples, as chunks of rows in their order.
+    """
+
+    split: SplitIndex
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    how: str
+    in_order: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        return self.split.num_samples * self.row_bytes
+
+    @property
+    def key(self) -> str:
+        """A hash of all that the rows follow from."""
+        text = f"{_VERSION}|{self.split.fingerprint()}|{self.split.num_samples}|{self.shape}|{self.dtype}|{self.how}"
+        return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+class DecodedCache:
+    """Decoded splits, each kept for as long as this object lives.
+
+    mode: "none"; "memory", one copy for all processes of a user on a machine; "disk", a checksummed file in `folder` (that
+    of data.cache_dir) that later runs use again; "device", a tensor on `device`; "auto", memory for splits that together
+    take at most `auto_gb`, and at most half of the memory there is. Raises UserError where a split does not fit.
+    """
+
+    def __init__(self, mode: str = "auto", auto_gb: float = AUTO_GB, folder: str = "", device: torch.device | None = None,
+                 verify: bool = True):  # fmt: skip
+        if mode not in MODES:
+            raise UserError(f"data.cache is {mode!r}; expected {', '.join(MODES[:-1])} or {MODES[-1]}.")
+        self.mode, self.auto_bytes, self.verify = mode, int(auto_gb * 1e9), verify
+        self.folder, self.device = folder, device or torch.device("cpu")
+        self._rows = {}
+
+    def rows(self, wanted: Wanted) -> "Rows | DeviceRows | None":
+        """Where rows of the split are kept; None if they are not."""
+        if wanted.key not in self._rows:
+            self._rows[wanted.key] = self._opened(wanted)
+        return self._rows[wanted.key]
+
+    def close(self) -> None:
+        """Let go of everything; streams that still read keep what they use."""
+        self._rows.clear()
+
+    def _opened(self, wanted: Wanted):
+        if self.mode == "none":
+            return None
+        if self.mode == "disk":
+            return file_rows(wanted, default_folder(self.folder), self.verify)
+        if self.mode == "device":
+            return DeviceRows(wanted, self.device)
+        limit = available_bytes()
+        if self.mode == "auto":
+            taken = sum(rows.num_bytes for rows in self._rows.values() if rows is not None)
+            limit = min(self.auto_bytes - taken, limit // 2)
+        rows = shared_rows(wanted, limit)
+        if rows is None and self.mode == "memory":
+            raise _too_large(wanted, limit, "are free in memory", "disk, none, or a smaller data.image_size")
+        return rows
+
+
+class Rows:
+    """Rows in memory or in a mapped file. present: (N,) uint8, whether each row is there; None where all are."""
+
+    def __init__(self, wanted: Wanted, values: np.ndarray, present: np.ndarray | None, keep_open: object = None):
+        self.shape, self.dtype, self.num_bytes = wanted.shape, wanted.dtype, wanted.num_bytes
+        self._values, self._present, self._keep_open = values, present, keep_open
+
+    def is_missing(self, samples: np.ndarray) -> np.ndarray:
+        """(n,) bool: which of the samples have still to be decoded."""
+        return np.zeros(len(samples), bool) if self._present is None else self._present[samples] == 0
+
+    def read(self, samples: np.ndarray, decode_missing: Decode, pin_memory: bool = False) -> torch.Tensor:
+        """The samples' rows, (n, *shape); what is missing is decoded and kept. Called by many threads at once."""
+        missing = np.flatnonzero(self.is_missing(samples))
+        if len(missing):
+            rows, at = decode_missing(missing), samples[missing]
+            self._values[at] = rows.numpy().reshape(len(at), -1).view(np.uint8)
+            self._present[at] = 1  # after the row: whoever sees it may read
+            if len(missing) == len(samples):
+                return rows
+        out = torch.empty((len(samples), *self.shape), dtype=self.dtype, pin_memory=pin_memory)
+        into = out.numpy().reshape(len(samples), -1).view(np.uint8)
+        if hasattr(decode.native, "gather"):
+            decode.native.gather(self._values, into.shape[1], samples, into)
+        else:
+            np.take(self._values, samples, axis=0, out=into, mode="clip")  # "raise" would copy once more
+        return out
+
+
+class DeviceRows:
+    """Rows on a device: gathered there, so that of a batch only its sample numbers travel."""
+
+    def __init__(self, wanted: Wanted, device: torch.device):
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+        if wanted.num_bytes > free:
+            raise _too_large(wanted, free, f"are free on {device}", "memory or none")
+        self.shape, self.device, self.num_bytes = wanted.shape, device, wanted.num_bytes
+        shape = wanted.split.num_samples, int(np.prod(wanted.shape))
+        self._values = torch.empty(shape, dtype=wanted.dtype, device=device)
+        self._present = np.zeros(wanted.split.num_samples, bool)
+
+    def is_missing(self, samples: np.ndarray) -> np.ndarray:
+        """(n,) bool: which of the samples have still to be decoded."""
+        return ~self._present[samples]
+
+    def read(self, samples: np.ndarray, decode_missing: Decode, pin_memory: bool = False) -> "OnDevice":
+        """What `gather` needs: what is missing is decoded here. Called by many threads at once."""
+        missing = np.flatnonzero(self.is_missing(samples))
+        return OnDevice(samples, samples[missing], decode_missing(missing) if len(missing) else None)
+
+    def gather(self, batch: "OnDevice") -> torch.Tensor:
+        """The batch's rows, (n, *shape) on the device. Called by one thread, in which the device's work is ordered."""
+        if batch.rows is not None:
+            rows = batch.rows.reshape(len(batch.rows), -1).to(self.device, non_blocking=True)
+            self._values.index_copy_(0, self._index(batch.missing), rows)
+            self._present[batch.missing] = True
+        return self._values.index_select(0, self._index(batch.samples)).view(len(batch.samples), *self.shape)
+
+    def _index(self, samples: np.ndarray) -> torch.Tensor:
+        index = torch.from_numpy(samples)
+        return index.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else index
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """A batch that `DeviceRows.gather` has still to put together. rows: those of `missing`, decoded on the host."""
+
+    samples: np.ndarray
+    missing: np.ndarray
+    rows: torch.Tensor | None
+
+
+def shared_rows(wanted: Wanted, limit: int) -> Rows | None:
+    """Rows in memory, one copy for all of this user's processes on the machine; None if it would exceed limit bytes.
+
+    The memory has no name in any folder: it ends with its last process, also after a crash. Processes find it through
+    the descriptor of whoever made it, whose number stands in a file of a few bytes.
+    """
+    num_samples, num_bytes = wanted.split.num_samples, wanted.num_bytes + wanted.split.num_samples
+    name = f"dist_train-{os.getuid()}-" + xxhash.xxh3_128_hexdigest(
+        f"{wanted.key}{os.path.realpath(wanted.split.folder)}".encode()
+    )
+    try:
+        meeting = _Meeting(Path(_MEETING_FOLDER, name), num_bytes, limit)
+    except OSError:  # no such folder, or another user's file of that name: a copy of our own
+        meeting = None
+    if meeting:
+        memory = meeting.memory
+    else:
+        memory = np.zeros(num_bytes, np.uint8) if num_bytes <= limit else None
+    if memory is None:
+        return None
+    return Rows(wanted, memory[: wanted.num_bytes].reshape(num_samples, -1), memory[wanted.num_bytes :], meeting)
+
+
+class _Meeting:
+    """Finds the memory of a name, or makes it where it takes at most limit bytes; memory is None otherwise."""
+
+    def __init__(self, path: Path, num_bytes: int, limit: int):
+        self.memory, made = None, ""
+        with _locked(path) as file:
+            fd = _fd_of_another(file, path.name, num_bytes)
+            if fd is None and num_bytes > limit:
+                path.unlink()
+                return
+            if fd is None:
+                fd = os.memfd_create(path.name)
+                os.ftruncate(fd, num_bytes)
+                made = f"{os.getpid()} {fd}"
+                file.seek(0)
+                file.truncate()
+                file.write(made.encode())
+        weakref.finalize(self, _leave, path, fd, made)  # until then others find the memory through it
+        self.memory = np.frombuffer(mmap.mmap(fd, num_bytes), np.uint8)
+
+
+def _fd_of_another(file, name: str, num_bytes: int) -> int | None:
+    """The memory that the process whose number stands in the file has made, if it still has it."""
+    pid, _, number = file.read(64).decode(errors="replace").partition(" ")
+    if not (pid.isdigit() and number.isdigit()):
+        return None
+    there = f"/proc/{pid}/fd/{number}"
+    try:
+        if os.readlink(there) != f"/memfd:{name} (deleted)":
+            return None
+        fd = os.open(there, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:  # its process has ended
+        return None
+    if os.fstat(fd).st_size == num_bytes:
+        return fd
+    os.close(fd)
+    return None
+
+
+@contextlib.contextmanager
+def _locked(path: Path):
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with open(fd, "r+b", buffering=0) as file:
+            if os.fstat(fd).st_uid != os.getuid():
+                raise PermissionError(f"{path} is another user's")
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(fd), os.stat(path)):
+                yield file
+                return
+
+
+def _leave(path: Path, fd: int, made: str) -> None:
+    if made and made.startswith(f"{os.getpid()} "):
+        with contextlib.suppress(OSError), _locked(path) as file:
+            if file.read(64).decode(errors="replace") in (made, ""):
+                os.unlink(path)
+    os.close(fd)
+
+
+def file_rows(wanted: Wanted, folder: Path, verify: bool) -> Rows:
+    """Rows in folder/decoded-<key>.npy, mapped: an array as numpy writes it, then its checksum. Written if it is not there."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / f"decoded-{wanted.key}.npy"
+    with ShardCache(folder, 0).locked(f"{path.stem}.lock"):  # one process decodes; the others wait for its file
+        if not _is_whole(path, wanted, verify):
+            _write_file(path, wanted)
+    values = np.load(path, mmap_mode="r", allow_pickle=False).reshape(wanted.split.num_samples, -1).view(np.uint8)
+    return Rows(wanted, values, None)
+
+
+def _is_whole(path: Path, wanted: Wanted, verify: bool) -> bool:
+    if not path.exists() or path.stat().st_size != len(_header(wanted)) + wanted.num_bytes + 32:
+        return False
+    if not verify:
+        return True
+    digest = xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        left = path.stat().st_size - 32
+        while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
+            digest.update(chunk)
+            left -= len(chunk)
+        return file.read(32).decode(errors="replace") == digest.hexdigest()
+
+
+def _write_file(path: Path, wanted: Wanted) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if wanted.num_bytes > free:
+        raise _too_large(wanted, free, f"are free in {path.parent}", "none, or another data.cache_dir")
+    print(f"{path}: decoding {wanted.split.num_samples:,} samples ({wanted.num_bytes / 1e9:,.2f} GB), once",
+          file=sys.stderr, flush=True)  # fmt: skip
+    partial, digest, size = path.with_suffix(".partial"), xxhash.xxh3_128(), 0
+    with writing(path), open(partial, "wb") as file:
+        for chunk in (_header(wanted), *wanted.in_order()):
+            chunk = memoryview(chunk).cast("B") if isinstance(chunk, np.ndarray) else chunk
+            digest.update(chunk)
+            size += file.write(chunk)
+        file.write(digest.hexdigest().encode())
+        file.flush()
+        os.fsync(file.fileno())
+        assert size == len(_header(wanted)) + wanted.num_bytes, f"{size} bytes decoded"
+        os.replace(partial, path)
+
+
+def _header(wanted: Wanted) -> bytes:
+    file = io.BytesIO()
+    dtype = np.dtype(str(wanted.dtype).removeprefix("torch."))
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": dtype.str, "fortran_order": False, "shape": (wanted.split.num_samples, *wanted.shape)}
+    )
+    return file.getvalue()
+
+
+def available_bytes() -> int:
+    """Memory that this process may still take: of the machine, and of the control groups (a SLURM job's) it is in."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    with contextlib.suppress(OSError, StopIteration):
+        group = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        folder = Path("/sys/fs/cgroup" + group[3:])
+        for level in (folder, *folder.parents):
+            with contextlib.suppress(OSError, ValueError):
+                limit = int((level / "memory.max").read_text())  # "max" where there is none
+                stat = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
+                taken = int((level / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
+                free = min(free, max(0, limit - taken))
+    return free
+
+
+def _too_large(wanted: Wanted, free: int, where: str, instead: str) -> UserError:
+    split = wanted.split
+    return UserError(f"{split.folder}: the {split.name} split takes {wanted.num_bytes / 1e9:,.2f} GB decoded, and "
+                     f"{max(0, free) / 1e9:,.2f} GB {where}.\n  Set data.cache to {instead}.")  # fmt: skip

@@ -1,0 +1,265 @@
+"""Kept samples: the same pixels from memory, a file and a device; one copy a machine; nothing left behind by a crash."""
+
+import gc
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+from dist_train import cache, data, decode, open_stream
+from dist_train.cache import DecodedCache, available_bytes
+from dist_train.data import open_evaluation, to_device
+from dist_train.errors import UserError
+from dist_train.index import load_index
+
+MODES = ("memory", "disk", "device")
+
+
+def take(stream, count):
+    return list(itertools.islice(stream, count))
+
+
+def assert_equal(batches, expected):
+    for batch, other in zip(batches, expected, strict=True):
+        assert (batch.step, batch.keys) == (other.step, other.keys)
+        assert torch.equal(batch.images, other.images) and torch.equal(batch.labels, other.labels)
+        assert batch.images.stride() == other.images.stride() and torch.equal(batch.random_keys, other.random_keys)
+
+
+def count_decoded(monkeypatch) -> list[int]:
+    """Samples of every call of the decoder from now on."""
+    counted = []
+
+    def counting(fds, *rest):
+        counted.append(len(fds))
+        return decode.decode_from_files(fds, *rest)
+
+    monkeypatch.setattr(data, "decode_from_files", counting)
+    return counted
+
+
+@pytest.fixture
+def copied(digits, tmp_path):
+    return shutil.copytree(digits, tmp_path / "digits")
+
+
+@pytest.mark.parametrize("size", [0, 12])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_stream_is_the_same_from_the_cache(digits, tmp_path, mode, size):
+    options = {"batch_size": 100, "image_size": size, "seed": 3, "threads": 2}
+    expected = take(open_stream(digits, cache="none", **options), 40)  # almost three epochs
+    kept = DecodedCache(mode, folder=str(tmp_path))
+    assert_equal(take(open_stream(digits, cache=kept, **options), 40), expected)
+    assert_equal(take(open_stream(digits, cache=kept, start_step=23, **options), 17), expected[23:])
+    halves = [take(open_stream(digits, cache=kept, world=(rank, 2), **options), 40) for rank in range(2)]
+    for left, right, whole in zip(*halves, expected, strict=True):
+        assert torch.equal(torch.cat([left.images, right.images]), whole.images)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_decoded_twice(digits, tmp_path, mode, monkeypatch):
+    counted = count_decoded(monkeypatch)
+    kept, num_samples = DecodedCache(mode, folder=str(tmp_path)), load_index(digits).split("train").num_samples
+    stream = open_stream(digits, batch_size=num_samples, cache=kept, threads=1, prefetch_mb=0)
+    take(stream, 4)
+    assert sum(counted) == num_samples
+    take(open_evaluation(load_index(digits), "train", 100, cache=kept), 99)
+    assert sum(counted) == num_samples
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_evaluation_is_the_same_from_the_cache(digits, tmp_path, mode):
+    index, kept = load_index(digits), DecodedCache(mode, folder=str(tmp_path))
+    expected = list(open_evaluation(index, "test", 50))
+    for _ in range(2):
+        assert_equal(to_device(open_evaluation(index, "test", 50, cache=kept), torch.device("cpu")), expected)
+
+
+def test_rows_of_tables_are_kept_too(tmp_path):
+    from dist_train import shard
+
+    out = str(tmp_path / "cancer")
+    shard.main(["--source", "sklearn", "--dataset", "breast_cancer", "--out", out, "--workers", "1"])
+    expected = take(open_stream(out, batch_size=64, cache="none"), 20)
+    for mode in ("auto", *MODES):
+        kept = DecodedCache(mode, folder=str(tmp_path / "cache"))
+        assert_equal(take(open_stream(out, batch_size=64, cache=kept), 20), expected)
+        assert all(rows is not None for rows in kept._rows.values())
+
+
+def test_central_crops_of_different_rules_are_kept_apart(tmp_path):
+    from PIL import Image
+
+    from dist_train import shard
+
+    rng = np.random.default_rng(0)
+    for k in range(24):
+        path = tmp_path / "raw" / "ab"[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*rng.integers(10, 40, 2), 3), dtype=np.uint8)).save(path)
+    shard.main(
+        ["--source", "folder", "--path", str(tmp_path / "raw"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    )
+    index, kept = load_index(tmp_path / "out"), DecodedCache("memory")
+    for crop in (0.875, 0.5, 0.0, 0.875):
+        expected = list(open_evaluation(index, "train", 8, 16, crop))
+        assert_equal(open_evaluation(index, "train", 8, 16, crop, cache=kept), expected)
+    assert len(kept._rows) == 3
+
+
+def test_the_gather_is_numpys_take_with_and_without_the_native_core(digits, monkeypatch):
+    expected = take(open_stream(digits, batch_size=64, cache="memory"), 50)
+    monkeypatch.setattr(decode, "native", None)
+    assert_equal(take(open_stream(digits, batch_size=64, cache="memory"), 50), expected)
+
+
+@pytest.mark.skipif(decode.native is None, reason="there is no native core")
+def test_the_gather_refuses_what_lies_outside():
+    rows, out = np.arange(40, dtype=np.uint8).reshape(10, 4), np.zeros((2, 4), np.uint8)
+    decode.native.gather(rows, 4, np.array([9, 0]), out)
+    assert out.tolist() == rows[[9, 0]].tolist()
+    for samples, into, row_bytes in (
+        ([10, 0], out, 4),
+        ([-1, 0], out, 4),
+        ([1], out, 4),
+        ([1, 2], out, 0),
+        ([1, 2], out, 3),
+    ):
+        with pytest.raises(ValueError, match="wrong number of bytes"):
+            decode.native.gather(rows, row_bytes, np.array(samples), into)
+
+
+def test_a_bad_sample_is_named_at_its_first_reading(copied):
+    split = load_index(copied).split("train")
+    path = copied / split.files[0]
+    damaged = bytearray(path.read_bytes())
+    damaged[int(split.table()[3]["offset"]) + 20] ^= 4
+    path.write_bytes(damaged)
+    for mode in ("memory", "device"):
+        with pytest.raises(UserError, match="checksum differs from the index.*train/00000003 at byte"):
+            take(open_stream(copied, batch_size=64, cache=mode), 30)
+    with pytest.raises(UserError, match="checksum differs from the index.*train/00000003 at byte"):
+        take(open_stream(copied, batch_size=64, cache=DecodedCache("disk", folder=str(copied / "cache"))), 1)
+    assert not list((copied / "cache").glob("*.npy"))
+
+
+def test_a_file_is_numpys_is_used_again_and_written_again_when_damaged(digits, tmp_path, capfd):
+    def stream(verify=True):
+        return take(
+            open_stream(digits, batch_size=64, cache=DecodedCache("disk", folder=str(tmp_path), verify=verify)), 30
+        )
+
+    expected = stream()
+    assert "decoding 1,4" in capfd.readouterr().err
+    (path,) = tmp_path.glob("decoded-*.npy")
+    assert np.load(path).shape == (load_index(digits).split("train").num_samples, 8, 8, 3)
+    made = path.stat().st_ino
+    assert_equal(stream(), expected)
+    assert path.stat().st_ino == made and capfd.readouterr().err == ""
+    damaged = bytearray(path.read_bytes())
+    damaged[5000] ^= 1
+    path.write_bytes(damaged)
+    assert_equal(stream(), expected)
+    assert "decoding" in capfd.readouterr().err
+    path.write_bytes(path.read_bytes()[:-50])
+    assert_equal(stream(verify=False), expected)
+
+
+def test_what_does_not_fit_is_refused_with_both_numbers(digits, monkeypatch, tmp_path):
+    assert 10_000_000 < available_bytes() < 1 << 50
+    size = {"image_size": 128, "batch_size": 8}  # 1,437 pictures: 70 MB
+    monkeypatch.setattr(cache, "available_bytes", lambda: 10_000_000)
+    for mode in ("memory", "device"):
+        with pytest.raises(UserError, match=r"the train split takes 0.07 GB decoded, and 0.01 GB are free"):
+            open_stream(digits, cache=mode, **size)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 10_000_000))
+    with pytest.raises(UserError, match=r"0.07 GB decoded, and 0.01 GB are free in"):
+        open_stream(digits, cache=DecodedCache("disk", folder=str(tmp_path)), **size)
+    auto = DecodedCache("auto")
+    assert len(take(open_stream(digits, cache=auto, **size), 3)) == 3 and list(auto._rows.values()) == [None]
+    monkeypatch.undo()
+    small = DecodedCache("auto", auto_gb=0.0003)  # room for the training split, not for both
+    take(open_stream(digits, cache=small), 1), take(open_evaluation(load_index(digits), "test", 50, cache=small), 1)
+    assert [rows is not None for rows in small._rows.values()] == [True, False]
+    (meeting,) = [rows._keep_open for rows in small._rows.values() if rows]
+    gone = weakref.ref(meeting)
+    del small, meeting
+    deadline = time.monotonic() + 10
+    while gone() and time.monotonic() < deadline:  # a batch in the making may hold it a moment longer
+        gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("options, complaint", [
+    ({"cache": "ram"}, "data.cache is 'ram'; expected auto, none, memory, disk or device"),
+    ({"cache": "memory", "crop": "random_resized", "image_size": 12}, "another in every epoch"),
+])  # fmt: skip
+def test_what_cannot_be_kept_is_refused(digits, options, complaint):
+    with pytest.raises(UserError, match=complaint):
+        open_stream(digits, **options)
+
+
+CHILD = """
+import itertools, sys, time
+from dist_train import open_stream
+stream = open_stream(sys.argv[1], batch_size=64, threads=1, cache="memory")
+print(float(sum(b.images.double().sum() for b in itertools.islice(stream, 46))), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory without a name is Linux's")
+def test_processes_share_one_copy_and_a_killed_one_leaves_no_memory(copied, monkeypatch):
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(copied)], stdout=subprocess.PIPE, text=True)
+    try:
+        total = float(child.stdout.readline())
+        names = [name for name in os.listdir("/dev/shm") if name.startswith(f"dist_train-{os.getuid()}-")]
+        assert sum(os.stat(f"/dev/shm/{name}").st_size for name in names) < 100 * len(names)
+        kept = DecodedCache("memory")
+        stream = open_stream(copied, batch_size=64, cache=kept)
+        for file in copied.glob("*.tar"):
+            file.unlink()  # what the child has decoded is all there is
+        assert float(sum(b.images.double().sum() for b in itertools.islice(stream, 46))) == total
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+    with pytest.raises(UserError, match="cannot open the shard"):  # once nobody holds it, the memory is gone
+        stream.close()
+        del stream
+        kept.close()
+        take(open_stream(copied, batch_size=64, cache="memory"), 1)
+
+
+def test_where_memory_cannot_be_shared_a_copy_of_its_own_serves(digits, monkeypatch, tmp_path):
+    expected = take(open_stream(digits, batch_size=64, cache="none"), 30)
+    monkeypatch.setattr(cache, "_MEETING_FOLDER", str(tmp_path / "nowhere"))
+    assert_equal(take(open_stream(digits, batch_size=64, cache="memory"), 30), expected)
+
+
+@pytest.mark.parametrize("mode", ["auto", "memory", "device"])
+def test_the_first_batch_does_not_wait_for_the_others(digits, mode, monkeypatch):
+    counted = count_decoded(monkeypatch)
+    next(open_stream(digits, batch_size=32, cache=mode, threads=1, prefetch_mb=0))
+    assert sum(counted) <= 64  # its own, and at most the next one's
+
+
+def test_nothing_is_left_of_memory_that_was_let_go_or_never_made(digits, monkeypatch, tmp_path):
+    monkeypatch.setattr(cache, "_MEETING_FOLDER", str(tmp_path))
+    kept = DecodedCache("memory")
+    stream = open_stream(digits, batch_size=64, cache=kept)
+    assert [path.stat().st_size < 40 for path in tmp_path.iterdir()] == [True]
+    stream.close()
+    kept.close()
+    del stream
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+    open_stream(digits, batch_size=64, cache=DecodedCache("auto", auto_gb=1e-6))
+    assert list(tmp_path.iterdir()) == []
