@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from dist_train import boxes as crop_boxes
+from dist_train.bad_samples import BadSamples, Undecodable
 from dist_train.cache import DecodedCache, DeviceRows, Wanted
-from dist_train.decode import decode_from_files
+from dist_train.decode import SHARD_FAULTS, decode_from_files
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex, load_index
 from dist_train.order import Order, evaluation_share, rank_share, sample_keys
@@ -77,6 +78,7 @@ def open_stream(
     verify: bool = True,
     pin_memory: bool = False,
     cache: str | DecodedCache = "auto",
+    bad_samples: BadSamples | None = None,
 ) -> Iterator[Batch]:
     """The shuffled, endless stream of batches of a split: every sample exactly once an epoch, any step at once.
 
@@ -86,7 +88,8 @@ def open_stream(
     sample's key (scale, ratio: share of the area and aspect, Szegedy et al. 2015), "resize" takes the whole picture.
     Steps start_step, start_step + 1, ... come until stop_step, or without end; the state of the stream is that number.
     cache: where decoded samples are kept from epoch to epoch (cache.DecodedCache, or one of its modes for this stream alone);
-    with "device" the images come on its device. It changes no pixel.
+    with "device" the images come on its device. It changes no pixel. bad_samples: takes note of pictures that cannot be
+    decoded, and says what comes in their place; without it the first one ends the stream.
     Raises UserError if the split, the sizes or a sample cannot be had.
     """
     index = shards if isinstance(shards, ShardIndex) else load_index(shards)
@@ -115,10 +118,17 @@ def open_stream(
     if not is_random:
         load.keep(cache, "whole", threads, prefetch_mb)
 
+    bad = bad_samples or BadSamples(0)
+
     def make(step: int) -> Batch:
         samples, epochs = order.rank_batch(step, rank, world_size)
-        samples = source.stored_numbers(samples)
-        return load(step, samples, epochs, sample_keys(seed, epochs, samples))
+        while True:
+            good = bad.stand_ins(samples, source.num_samples)
+            stored = source.stored_numbers(good)
+            try:
+                return load(step, stored, epochs, sample_keys(seed, epochs, stored))
+            except Undecodable as fault:
+                bad.condemn(int(good[stored == fault.sample][0]), fault, source.num_samples)
 
     steps = itertools.count(start_step) if stop_step is None else range(start_step, stop_step)
     batch_bytes = batch_size // world_size * load.sample_bytes
@@ -272,8 +282,9 @@ class _Loader:
         boxes = self.boxes(self.store.table[samples], keys) if self.boxes else None
         failures = decode_from_files(at.fds, at.offsets, at.sizes, at.checksums if self.verify else None, boxes, rows)
         if failures:
-            i, reason = failures[0]
-            raise self.store.fault(int(samples[i]), reason)
+            i, reason = next((failure for failure in failures if failure[1] in SHARD_FAULTS), failures[0])
+            fault = self.store.fault(int(samples[i]), reason)
+            raise fault if reason in SHARD_FAULTS else Undecodable(str(fault), int(samples[i]), reason)
         return out
 
 

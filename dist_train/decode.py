@@ -9,25 +9,22 @@ the portable path, which also words every refusal, so that a bad sample is named
 import math
 import os
 import re
-import struct
 from io import BytesIO
-from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
 import xxhash
 from PIL import BmpImagePlugin, Image, PngImagePlugin, WebPImagePlugin
 
+from dist_train.picture_header import DecodeError, Header, png_chunks, read_header
+
 try:
     from dist_train import _native as native
 except ImportError as error:
     native, _native_missing = None, str(error)
 
-MAX_PIXELS = 200_000_000  # larger pictures are refused as decompression bombs; a 20,000 x 10,000 scan still passes
-MAX_PIXELS_PER_BYTE = 2048  # Huffman coding spends a bit on 64 pixels at the very least, so 512 is the true limit
 REDUCED_BEFORE_SCALING = 4  # the resize still halves a scaled picture at least, which keeps it above 45 dB
 SCALED_FROM = 512  # pixels of the longer side; smaller pictures gain nothing from it
-MAX_SCANS = 200  # progressive pictures have about 10; thousands of empty ones keep a decoder busy for hours
 
 SHORT_READ = "the shard ends before the sample does: it is truncated"
 CHECKSUM_DIFFERS = "the sample's checksum differs from the index"
@@ -38,20 +35,6 @@ _FAULTS = [None, None, SHORT_READ, READ_FAILED, CHECKSUM_DIFFERS]  # by the nati
 _LEFT = 1
 
 Failures = list[tuple[int, str]]  # (place in the batch, reason)
-
-
-class DecodeError(ValueError):
-    """A picture that cannot be used; the message is the reason and names no file, for only the caller knows it."""
-
-
-class Header(NamedTuple):
-    """What a picture says of itself before any pixel is decoded. height and width are as stored, before rotation."""
-
-    format: str
-    height: int
-    width: int
-    orientation: int = 1  # EXIF: 1 upright, 2 to 8 mirrored or turned
-    channels: int = 3
 
 
 def decode_into(payload: bytes, out: np.ndarray, box: tuple | None = None) -> None:
@@ -84,6 +67,12 @@ def decode_from_files(fds, offsets, sizes, checksums, boxes, out: np.ndarray) ->
     fds: (N,) int32 descriptors; offsets: (N,) uint64 and sizes: (N,) uint32, bytes; checksums: (N,) uint64 xxh3_64,
     or None to trust the bytes; boxes, out: as in `decode_batch`. A reason found in SHARD_FAULTS is the shard's fault.
     """
+    source, starts, status = read_from_files(fds, offsets, sizes, checksums)
+    return _decode(source, starts, np.ascontiguousarray(sizes, np.uint32), boxes, out, status)
+
+
+def read_from_files(fds, offsets, sizes, checksums) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first half of `decode_from_files`: (bytes one after the other, where each sample's begin, status, 0 for good)."""
     sizes = np.ascontiguousarray(sizes, np.uint32)
     starts, status = _starts(sizes), np.zeros(len(sizes), np.uint8)
     source = np.empty(int(sizes.sum(dtype=np.int64)), np.uint8)
@@ -93,7 +82,7 @@ def decode_from_files(fds, offsets, sizes, checksums, boxes, out: np.ndarray) ->
         found = np.zeros(len(sizes), np.uint64)
         (getattr(native, "checksum", None) or _checksum)(source, starts, sizes, found)
         status[(found != np.asarray(checksums, np.uint64)) & (status == 0)] = _FAULTS.index(CHECKSUM_DIFFERS)
-    return _decode(source, starts, sizes, boxes, out, status)
+    return source, starts, status
 
 
 def picture_size(payload: bytes) -> tuple[int, int]:
@@ -240,106 +229,6 @@ def _clipped(box, shown: tuple[int, int]) -> tuple[float, float, float, float]:
     return top, left, bottom - top, right - left
 
 
-def read_header(payload: bytes) -> Header:
-    """Format, stored size and orientation. Raises DecodeError on what is no picture, or one too large to decode."""
-    try:
-        if payload[:2] == b"\xff\xd8":
-            header = _jpeg_header(payload)
-        elif payload[:8] == b"\x89PNG\r\n\x1a\n":
-            header = _png_header(payload)
-        elif payload[:4] == b"RIFF" and payload[8:12] == b"WEBP":
-            header = _webp_header(payload)
-        elif payload[:2] == b"BM":
-            header = _bmp_header(payload)
-        else:
-            raise DecodeError(f"not a JPEG, PNG, WebP or BMP: begins with {bytes(payload[:8]).hex(' ') or 'nothing'}")
-    except (struct.error, IndexError):
-        raise DecodeError("the header is cut off") from None
-    if header.height < 1 or header.width < 1:
-        raise DecodeError(f"the header says {header.height} x {header.width} pixels")
-    if header.height * header.width > MAX_PIXELS:
-        raise DecodeError(
-            f"the header says {header.height} x {header.width} pixels; more than {MAX_PIXELS:,} are refused"
-        )
-    return header
-
-
-def _jpeg_header(payload: bytes) -> Header:
-    orientation, at = 1, 2
-    while True:
-        if payload[at] != 0xFF:
-            raise DecodeError(f"no JPEG marker where one belongs, at byte {at}")
-        marker = payload[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-            continue
-        if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a length
-            at += 2
-            continue
-        (length,) = struct.unpack_from(">H", payload, at + 2)
-        if marker in (0xDA, 0xD9) or length < 2:
-            raise DecodeError("no frame header in the JPEG")
-        if marker == 0xE1 and orientation == 1 and payload[at + 4 : at + 10] == b"Exif\0\0":
-            orientation = _exif_orientation(payload[at + 10 : at + 2 + length])
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            break
-        at += 2 + length
-    height, width, channels = struct.unpack_from(">HHB", payload, at + 5)
-    is_huffman = marker < 0xC8  # arithmetic coding has no such limit
-    if is_huffman and height * width > MAX_PIXELS_PER_BYTE * len(payload):
-        raise DecodeError(f"the header says {height} x {width} pixels, too many for {len(payload)} bytes")
-    if marker & 3 == 2 and payload.count(b"\xff\xda") > MAX_SCANS:
-        raise DecodeError(f"a progressive JPEG of more than {MAX_SCANS} scans")
-    return Header("jpeg", height, width, orientation, channels)
-
-
-def _png_header(payload: bytes) -> Header:
-    width, height = struct.unpack_from(">II", payload, 16)
-    orientation = next((_exif_orientation(body) for name, body in _png_chunks(payload) if name == b"eXIf"), 1)
-    return Header("png", height, width, orientation)
-
-
-def _webp_header(payload: bytes) -> Header:
-    kind, (bits,) = payload[12:16], struct.unpack_from("<I", payload, 21)
-    if kind == b"VP8 ":
-        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", payload, 26))
-        return Header("webp", height, width)
-    if kind == b"VP8L":
-        return Header("webp", (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)
-    if kind != b"VP8X":
-        raise DecodeError("no WebP picture in the RIFF file")
-    width, height = (int.from_bytes(payload[at : at + 3], "little") + 1 for at in (24, 27))
-    orientation, at = 1, 12
-    while payload[20] & 8 and at + 8 <= len(payload):
-        name, size = payload[at : at + 4], int.from_bytes(payload[at + 4 : at + 8], "little")
-        if name == b"EXIF":
-            orientation = _exif_orientation(payload[at + 8 : at + 8 + size].removeprefix(b"Exif\0\0"))
-            break
-        at += 8 + size + size % 2
-    return Header("webp", height, width, orientation)
-
-
-def _bmp_header(payload: bytes) -> Header:
-    old = payload[14] == 12  # the 12-byte header of OS/2 has 16-bit sides
-    width, height = struct.unpack_from("<hh" if old else "<ii", payload, 18)
-    return Header("bmp", abs(height), width)
-
-
-def _exif_orientation(tiff: bytes) -> int:
-    """EXIF tag 0x0112 of the first directory, 1 where there is none or it makes no sense."""
-    order = {b"II": "<", b"MM": ">"}.get(bytes(tiff[:2]))
-    try:
-        (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (entries,) = struct.unpack_from(f"{order}H", tiff, directory)
-        for k in range(entries):
-            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, directory + 2 + 12 * k)
-            if tag == 0x0112 and kind == 3:
-                return value if 1 <= value <= 8 else 1
-    except struct.error:
-        pass
-    return 1
-
-
 def _jpeg(payload: bytes, header: Header, scale: int) -> np.ndarray:
     """Decode at 1/scale. Returns RGB, or RGBX: four bytes a pixel are what Pillow maps without a copy."""
     smallest = {"min_height": -(-header.height // scale), "min_width": -(-header.width // scale)} if scale > 1 else {}
@@ -364,18 +253,10 @@ def _cmyk_to_rgb(pixels: np.ndarray) -> np.ndarray:
     return (black - ((product >> 8) + product >> 8)).astype(np.uint8)
 
 
-def _png_chunks(payload: bytes):
-    at = 8
-    while at + 8 <= len(payload):
-        size, name = struct.unpack_from(">I4s", payload, at)
-        yield name, payload[at + 8 : at + 8 + size]
-        at += 12 + size
-
-
 def _png(payload: bytes) -> np.ndarray:
     """Decode without the chunks that are no pixels: Pillow warns of damage in text, profiles and animation."""
     plain, at = [payload[:8]], 8
-    for name, body in _png_chunks(payload):
+    for name, body in png_chunks(payload):
         if name in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
             plain.append(payload[at : at + 12 + len(body)])
         at += 12 + len(body)

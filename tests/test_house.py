@@ -19,18 +19,22 @@ MODULES = sorted(p.stem for p in (ROOT / "dist_train").glob("*.py"))
 
 # Imports run downwards, from a later row to an earlier one, or inside a row without a circle.
 LAYERS = [
-    ["errors", "settings", "config", "index", "order", "boxes"],  # no torch
-    ["remote", "shard_cache", "store", "decode", "tars", "partition", "pictures", "sources", "tables", "torchsets", "workers",
-     "write_shard", "plan", "foreign_tar", "contact_sheet", "folds", "stop"],  # no torch either
-    ["convert", "repair", "shard", "foreign", "verify", "draws", "colour", "mixing", "augment", "layers", "networks", "pretrained",
-     "models", "optim", "metrics", "wandb_file", "wandb_log", "track", "watch", "runtime", "plots", "bars", "page"],
-    ["data", "checkpoint"],
+    ["errors", "durable", "settings", "config", "index", "order", "boxes", "bad_samples"],  # no torch
+    ["remote", "shard_cache", "remote_index",
+     "store", "picture_header", "decode", "tars", "partition", "pictures", "sources", "tables", "torchsets", "workers",
+     "write_shard", "plan", "dali_index", "tar_lists", "foreign_tar", "read_foreign", "folds", "stop"],  # no torch either
+    ["convert", "repair", "shard", "foreign", "verify", "launch_traps", "doctor",
+     "draws", "colour", "mixing", "augment", "layers", "networks", "pretrained",
+     "models", "finetune", "optim", "metrics", "guard", "hybrid", "wandb_file", "wandb_log", "track", "watch", "runtime",
+     "plots", "bars", "page", "ranking", "confusion", "table_plots", "picture_plots", "mistakes", "contact_sheet"],
+    ["cache", "data", "checkpoint"],
     ["evaluate"],
-    ["run", "train", "predict", "report"],
+    ["parallel", "run", "train", "predict", "export", "scores", "preview", "figures", "report", "bench"],
     ["search", "trial", "study_report", "study", "compare"],
     ["cli"],
 ]  # fmt: skip
-LIGHT = ("config", "index", "order", "cli", "plan", "shard", "sources", "verify", "foreign", "report", "boxes")
+LIGHT = ("config", "index", "order", "cli", "plan", "shard", "sources", "verify", "foreign", "doctor", "report",
+         "boxes")  # fmt: skip
 
 
 def imports_of(module: str, top_level_only: bool = False) -> set[str]:

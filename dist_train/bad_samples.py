@@ -1,0 +1,53 @@
+"""Samples that cannot be decoded: named, counted, limited, and who takes their place."""
+
+import threading
+
+import numpy as np
+
+from dist_train.errors import UserError
+
+
+class Undecodable(UserError):
+    """A sample whose bytes are those of the index and are no picture. sample: its number in the stored split."""
+
+    def __init__(self, message: str, sample: int, reason: str):
+        super().__init__(message)
+        self.sample, self.reason = sample, reason
+
+
+class BadSamples:
+    """The bad samples of a split so far, at most `limit` of them. Shared by the threads that decode.
+
+    The place of a bad sample is taken, in every batch, by the next good one of the split: a rule of the data alone, so that
+    batches are the same on any number of ranks, however often the run was stopped.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.reasons: dict[int, str] = {}  # number in the split -> why
+        self._lock = threading.Lock()
+
+    def stand_ins(self, samples: np.ndarray, num_samples: int) -> np.ndarray:
+        """The samples with every known bad one replaced. samples: (n,) int64 numbers in the split."""
+        if not self.reasons:
+            return samples
+        with self._lock:
+            bad = np.fromiter(self.reasons, np.int64)
+        samples = samples.copy()
+        while (is_bad := np.isin(samples, bad)).any():
+            samples[is_bad] = (samples[is_bad] + 1) % num_samples
+        return samples
+
+    def condemn(self, sample: int, fault: Undecodable, num_samples: int) -> None:
+        """Note a bad sample. Raises UserError, the fault with the count, where the limit does not allow another."""
+        with self._lock:
+            if sample in self.reasons:
+                return
+            if len(self.reasons) >= min(self.limit, num_samples - 1):
+                raise UserError(f"{fault}\n  {self._advice()}") from None
+            self.reasons[sample] = fault.reason
+
+    def _advice(self) -> str:
+        if not self.limit:
+            return "To train without such samples, say how many there may be: data.max_bad; each is named."
+        return f"It is one more than data.max_bad, {self.limit}, allows."

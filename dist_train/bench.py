@@ -1,0 +1,266 @@
+"""`dist-train bench data`: images a second of each part of the feeding, alone and together, and which part limits.
+
+dist-train bench data --shards shards/cifar10 --batch-size 512
+dist-train bench data --config recipes/cifar10-alexnet.yaml
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from dist_train import runtime
+from dist_train.augment import Augment
+from dist_train.boxes import random_resized_boxes
+from dist_train.config import RunConfig
+from dist_train.data import open_stream, to_device
+from dist_train.decode import decode_batch, decoders, read_from_files
+from dist_train.errors import UserError
+from dist_train.folds import open_index
+from dist_train.order import Order, sample_keys
+from dist_train.run import decoder_crop, input_size
+from dist_train.settings import read_config
+from dist_train.store import Store
+
+MOST_MB = 256  # payloads kept in memory, so that decoding can be measured without reading
+
+
+def main(argv: list[str]) -> None:
+    """`dist-train bench data (--shards DIR | --config RECIPE) [...]`. Raises UserError."""
+    if argv[:1] not in (["data"], ["-h"], ["--help"]):
+        raise UserError(
+            f"dist-train bench: {' '.join(argv[:1]) or 'nothing'} is not a benchmark; expected: bench data."
+        )
+    parser = argparse.ArgumentParser("dist-train bench data", description="What the feeding can give, part by part.")
+    parser.add_argument("--shards", metavar="DIR", help="set to read; with --config it replaces the recipe's")
+    parser.add_argument("--config", metavar="RECIPE", help="batch size, crop and augmentation are this recipe's")
+    parser.add_argument("--batch-size", type=int, help="images a batch; default the recipe's, else 128")
+    parser.add_argument(
+        "--image-size", type=int, help="height and width that enter the network; 0 keeps the stored one"
+    )
+    parser.add_argument("--crop", choices=("random_resized", "resize"), help="what the decoder cuts out")
+    parser.add_argument("--threads", type=int, default=0, help="decoding threads; default the cores at hand")
+    parser.add_argument("--seconds", type=float, default=0.5, help="length of one measurement; each is taken 5 times")
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    options = parser.parse_args(argv[1:] if argv[0] == "data" else argv)
+    config = read_config(RunConfig, _settings(options), "dist-train bench data")
+    if not config.data.shards:
+        raise UserError("dist-train bench data: no shards; name them with --shards, or a recipe with --config.")
+    accelerator, _ = runtime.start("fp32", config.runtime.threads, config.runtime.timeout_s)
+    figures = measure(config, accelerator.device, options.seconds)
+    show(figures, config)
+    if options.json:
+        print(json.dumps(figures))
+
+
+def measure(config: RunConfig, device: torch.device, seconds: float, repeats: int = 5) -> dict:
+    """{part: {"images_per_s": median, "spread": (lowest, highest)}, ...}, the parts measured in turns, repeats times.
+
+    bytes: read and checked. decode: payloads in memory into batches. stream: both, as in a training's first epoch.
+    cached: as in later ones, where decoded pictures are kept. device: the stream brought to a GPU. augment: that and the
+    recipe's augmentation. A table has nothing to decode or augment.
+    """
+    threads = config.data.threads or len(os.sched_getaffinity(0))
+    parts = _parts(config, device, threads)
+    rates = {name: [] for name in parts}
+    for part in parts.values():
+        next(part)  # the first batch opens files and wakes threads
+    for _ in range(repeats):
+        for name, part in parts.items():
+            rates[name].append(_rate(part, seconds, device))
+    figures = {
+        name: {"images_per_s": statistics.median(rate), "spread": (min(rate), max(rate))}
+        for name, rate in rates.items()
+    }
+    return figures | {"threads": threads, "batch_size": config.data.global_batch_size, "on": str(device)}
+
+
+def show(figures: dict, config: RunConfig) -> None:
+    """Print the parts as a table, and what limits."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None)
+    for column in ("part", "images/s", "lowest", "highest"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    parts = {name: part for name, part in figures.items() if isinstance(part, dict)}
+    for name, part in parts.items():
+        rates = (part["images_per_s"], *part["spread"])
+        table.add_row(_MEANING[name], *(f"{rate:,.0f}" for rate in rates))
+    console = Console()
+    console.print(
+        f"{config.data.shards}: batches of {figures['batch_size']}, {figures['threads']} threads, {figures['on']}"
+    )
+    console.print(table)
+    console.print(verdict({name: part["images_per_s"] for name, part in parts.items()}), highlight=False)
+    if "decode" in parts:
+        for what, who in decoders().items():
+            console.print(f"  {what}: {who}", highlight=False)
+
+
+def verdict(rates: dict[str, float]) -> str:
+    """Which part limits, and what a faster one could win. rates: images/s by part, as `measure` names them."""
+    brought = rates.get("device", rates["stream"])
+    if rates.get("augment", brought) < 0.8 * brought:
+        gain = brought / rates["augment"]
+        return f"Augmentation limits: without it there would be {gain:.1f} times as many images a second."
+    if brought < 0.8 * rates["stream"]:
+        gain = rates["stream"] / brought
+        return f"The way to the device limits: without it there would be {gain:.1f} times as many images a second."
+    if rates.get("decode", float("inf")) < rates["bytes"]:
+        gain = rates["bytes"] / rates["stream"]
+        return (
+            f"Decoding limits: if it cost nothing, reading alone would give {gain:.1f} times as many images a second."
+        )
+    return "Reading limits: a faster disk, or shards nearer to the machine, would help."
+
+
+_MEANING = {
+    "bytes": "read and checked",
+    "decode": "decoded, from memory",
+    "stream": "read and decoded, in batches",
+    "cached": "decoded once, then gathered",
+    "device": "read, decoded, on the device",
+    "augment": "read, decoded, augmented",
+}
+
+
+def _settings(options) -> list[str]:
+    given = {"data.shards": options.shards, "data.global_batch_size": options.batch_size,
+             "data.image_size": options.image_size, "data.crop": options.crop, "data.threads": options.threads}  # fmt: skip
+    words = ["--config", options.config] if options.config else []
+    return words + [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
+
+
+def _parts(config: RunConfig, device: torch.device, threads: int) -> dict[str, Iterator[int]]:
+    """Endless iterators that give the number of images each time they are asked."""
+    data, index = config.data, open_index(config)
+    is_table = index.features is not None
+    crop, size = decoder_crop(config, index)
+    num_samples = index.split(data.train_split).num_samples
+
+    def stream(cache: str = "none") -> Iterator:
+        return open_stream(
+            index, data.train_split, data.global_batch_size, size, crop, config.seed, threads, scale=config.augment.scale,
+            ratio=config.augment.ratio, window_shards=data.window_shards, lanes=data.lanes, prefetch_mb=data.prefetch_mb,
+            verify=data.verify, pin_memory=device.type == "cuda", cache=cache,
+        )  # fmt: skip
+
+    parts = {"bytes": _bytes(config, index, threads)}
+    if not is_table:
+        parts["decode"] = _decoded(config, index, threads)
+    parts["stream"] = map(len, stream())
+    shape = (len(index.features) * 4,) if is_table else (*input_size(config, index), 3)
+    if crop == "resize" and num_samples * math.prod(shape) <= data.decoded_gb * 1e9:
+        parts["cached"] = _after_an_epoch(map(len, stream("auto")), num_samples)
+    if device.type != "cpu":
+        parts["device"] = map(len, to_device(stream(), device))
+    if not is_table:
+        on_device = "none" if crop == "random_resized" else config.augment.crop
+        augment = Augment(
+            dataclasses.replace(config.augment, crop=on_device),
+            input_size(config, index),
+            index.mean,
+            index.std,
+            device,
+        )
+        parts["augment"] = (len(augment(batch.images, batch.random_keys)) for batch in to_device(stream(), device))
+    return parts
+
+
+def _after_an_epoch(part: Iterator[int], num_samples: int) -> Iterator[int]:
+    while num_samples > 0:
+        num_samples -= next(part)
+    yield from part
+
+
+def _bytes(config: RunConfig, index, threads: int) -> Iterator[int]:
+    """Payloads of the stream's batches, read and checked by threads, some batches ahead."""
+    store, orders = Store(index.split(config.data.train_split).stored), _samples(config, index)
+
+    def read(samples: np.ndarray) -> int:
+        at = store.locate(samples)
+        _, _, status = read_from_files(at.fds, at.offsets, at.sizes, at.checksums if config.data.verify else None)
+        if status.any():
+            raise UserError(f"{index.folder}: a sample cannot be read; see dist-train verify {index.folder}.")
+        return len(samples)
+
+    return _ahead(read, orders, threads)
+
+
+def _decoded(config: RunConfig, index, threads: int) -> Iterator[int]:
+    """Batches decoded from payloads that lie in memory, the same few again and again."""
+    crop, size = decoder_crop(config, index)
+    shape = (size, size) if size else index.image_size
+    split = index.split(config.data.train_split)
+    store, batch = Store(split.stored), config.data.global_batch_size
+    kept, num_bytes = [], 0
+    for samples in _samples(config, index):
+        payloads = list(store.payloads(samples, config.data.verify))
+        boxes = None
+        if crop == "random_resized":
+            rows, keys = store.table[samples], sample_keys(config.seed, np.zeros_like(samples), samples)
+            boxes = random_resized_boxes(
+                keys, rows["height"], rows["width"], config.augment.scale, config.augment.ratio
+            )
+        kept.append((payloads, boxes))
+        num_bytes += sum(map(len, payloads))
+        if num_bytes > MOST_MB * 2**20 or len(kept) * batch >= split.num_samples:
+            break
+
+    def decode(job) -> int:
+        payloads, boxes = job
+        out = np.empty((len(payloads), *shape, 3), np.uint8)
+        failures = decode_batch(payloads, out, boxes)
+        if failures:
+            raise UserError(f"{index.folder}: a picture cannot be decoded: {failures[0][1]}; see dist-train verify.")
+        return len(payloads)
+
+    return _ahead(decode, itertools.cycle(kept), threads)
+
+
+def _samples(config: RunConfig, index) -> Iterator[np.ndarray]:
+    split = index.split(config.data.train_split)
+    order = Order(
+        split.shard_samples, config.data.global_batch_size, config.seed, config.data.window_shards, config.data.lanes
+    )
+    for step in itertools.count():
+        yield split.stored_numbers(order.rank_batch(step, 0, 1)[0])
+
+
+def _ahead(work: Callable, jobs: Iterator, threads: int) -> Iterator[int]:
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = [pool.submit(work, next(jobs)) for _ in range(2 * threads)]
+        try:
+            while True:
+                yield waiting.pop(0).result()
+                waiting.append(pool.submit(work, next(jobs)))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _rate(part: Iterator[int], seconds: float, device: torch.device) -> float:
+    """Images a second over at least `seconds`. What had been made ahead before the clock started is not counted."""
+    made_ahead = 4 * len(os.sched_getaffinity(0))
+    for _ in range(made_ahead):
+        next(part)
+    _wait_for(device)
+    start, images = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        images += next(part)
+    _wait_for(device)
+    return images / (time.perf_counter() - start)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

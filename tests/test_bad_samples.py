@@ -1,0 +1,80 @@
+"""Pictures that cannot be decoded in a training: named, counted, limited, and replaced by a rule of the data alone."""
+
+import io
+import itertools
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dist_train.bad_samples import BadSamples
+from dist_train.data import open_stream
+from dist_train.errors import UserError
+from dist_train.foreign import index_tars
+from dist_train.index import load_index
+
+BAD = (5, 6, 39)  # two neighbours, and the last one, whose place the first takes
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> str:
+    """40 pictures in two tars; three have a good header and damaged pixels."""
+    folder, random = tmp_path_factory.mktemp("foreign"), np.random.default_rng(0)
+    for part in range(2):
+        with tarfile.open(folder / f"train-{part}.tar", "w") as tar:
+            for i in range(part * 20, part * 20 + 20):
+                file = io.BytesIO()
+                Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file, "PNG")
+                png = bytearray(file.getvalue())
+                if i in BAD:
+                    png[60:120] = bytes(60)
+                for name, payload in ((f"{i:04d}.png", bytes(png)), (f"{i:04d}.cls", str(i % 10).encode())):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(payload)
+                    tar.addfile(member, io.BytesIO(payload))
+    index_tars(folder)
+    return str(folder)
+
+
+def batches(shards: str, bad: BadSamples | None, count: int = 12, **options) -> list:
+    return list(itertools.islice(open_stream(shards, batch_size=8, bad_samples=bad, **options), count))
+
+
+@pytest.mark.parametrize("cache", ["none", "memory", "device"])
+def test_the_next_good_sample_takes_the_place_on_any_ranks_and_after_any_start(shards, cache):
+    bad = BadSamples(3)
+    whole = batches(shards, bad, cache=cache)
+    assert sorted(bad.reasons) == list(BAD)
+    table = load_index(shards).split("train").table()
+    seen = torch.cat([batch.samples for batch in whole[:5]]).tolist()  # the first epoch
+    assert sorted(seen) == sorted([*(set(range(40)) - set(BAD)), 7, 7, 0])
+    assert all(table["label"][s] == label for b in whole for s, label in zip(b.samples, b.labels, strict=True))
+    for rank, start in ((0, 0), (1, 0), (1, 7)):
+        for part in open_stream(shards, batch_size=8, bad_samples=BadSamples(3), world=(rank, 2), start_step=start,
+                                stop_step=12, threads=3, cache=cache):  # fmt: skip
+            mine = slice(4 * rank, 4 * rank + 4)
+            assert torch.equal(part.images, whole[part.step].images[mine])
+            assert torch.equal(part.random_keys, whole[part.step].random_keys[mine])
+
+
+def test_the_limit_holds_and_the_sample_is_named(shards):
+    with pytest.raises(UserError, match=r"train/0000(0005|0006|0039)(.|\n)*data.max_bad"):
+        batches(shards, None)
+    with pytest.raises(UserError, match="one more than data.max_bad, 2, allows"):
+        batches(shards, BadSamples(2))
+
+
+def test_a_set_without_a_good_sample_ends():
+    bad = BadSamples(100)
+    with pytest.raises(UserError):
+        for sample in range(4):
+            bad.condemn(sample, _fault(sample), 4)
+    assert bad.stand_ins(np.array([0, 3]), 4).tolist() == [3, 3]
+
+
+def _fault(sample: int):
+    from dist_train.bad_samples import Undecodable
+
+    return Undecodable(f"sample {sample}", sample, "damaged")
