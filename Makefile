@@ -2,6 +2,7 @@
 # make test   install, run the tests
 # make study-demo   what early stopping, folds, schedules, BatchNorm, dropout, activations and optimizers do on a table
 # make test-cluster   the tests on a real SLURM and on separate hosts; as root, it fetches their Debian packages
+# make gpu-check   everything that only a GPU can show, in under eight minutes, into benchmarks/results/<card>-<date>.json
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 RECIPE ?= recipes/digits-alexnet.yaml
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo study-demo test test-cluster lint clean
+.PHONY: install demo study-demo test test-cluster gpu-check lint clean
 
 install: $(VENV)/installed
 
@@ -44,10 +45,13 @@ test: install
 test-cluster: install
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && \
 	  ! (PATH=$$PATH:/usr/sbin:/sbin; for p in slurmctld slurmd sbatch munged ip strace; do command -v $$p || exit 1; done) > /dev/null; then \
-	  apt-get update -q > /dev/null; \
-	  DEBIAN_FRONTEND=noninteractive apt-get install -q -y slurmctld slurmd slurm-client munge iproute2 strace > /dev/null; \
+	  timeout 120 apt-get update -q > /dev/null; \
+	  DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -q -y slurmctld slurmd slurm-client munge iproute2 strace > /dev/null; \
 	fi || true
 	$(BIN)/python -m pytest -q -rs -m cluster
+
+gpu-check: install
+	$(BIN)/python benchmarks/gpu_check.py
 
 lint: install
 	$(BIN)/ruff check .

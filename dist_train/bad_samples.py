@@ -1,6 +1,7 @@
 """Samples that cannot be decoded: named, counted, limited, and who takes their place."""
 
 import threading
+from pathlib import Path
 
 import numpy as np
 
@@ -10,9 +11,9 @@ from dist_train.errors import UserError
 class Undecodable(UserError):
     """A sample whose bytes are those of the index and are no picture. sample: its number in the stored split."""
 
-    def __init__(self, message: str, sample: int, reason: str):
+    def __init__(self, message: str, sample: int):
         super().__init__(message)
-        self.sample, self.reason = sample, reason
+        self.sample = sample
 
 
 class BadSamples:
@@ -24,7 +25,8 @@ class BadSamples:
 
     def __init__(self, limit: int):
         self.limit = limit
-        self.reasons: dict[int, str] = {}  # number in the split -> why
+        self.reasons: dict[int, str] = {}  # number in the split -> shard, name and why
+        self._told: set[int] = set()
         self._lock = threading.Lock()
 
     def stand_ins(self, samples: np.ndarray, num_samples: int) -> np.ndarray:
@@ -45,9 +47,29 @@ class BadSamples:
                 return
             if len(self.reasons) >= min(self.limit, num_samples - 1):
                 raise UserError(f"{fault}\n  {self._advice()}") from None
-            self.reasons[sample] = fault.reason
+            self.reasons[sample] = str(fault).partition("\n")[0].rstrip(".")
+
+    def news(self, everyone: list[dict[int, str]]) -> list[str]:
+        """The reasons of bad samples of any rank that were not returned before. everyone: `reasons` of each rank.
+
+        Raises UserError, naming them, where the ranks together have more than the limit.
+        """
+        together = {sample: reason for reasons in everyone for sample, reason in reasons.items()}
+        if len(together) > self.limit:
+            names = "".join(f"\n  {together[sample]}" for sample in sorted(together))
+            raise UserError(f"{len(together)} pictures cannot be decoded; data.max_bad allows {self.limit}:{names}")
+        new = sorted(together.keys() - self._told)
+        self._told |= set(new)
+        return [together[sample] for sample in new]
 
     def _advice(self) -> str:
         if not self.limit:
             return "To train without such samples, say how many there may be: data.max_bad; each is named."
         return f"It is one more than data.max_bad, {self.limit}, allows."
+
+
+def record(path: Path, lines: list[str]) -> None:
+    """Add lines to a text file, those that it has not got: a resumed run meets its bad samples again."""
+    known = set(path.read_text().splitlines()) if path.exists() else set()
+    with open(path, "a") as file:
+        file.writelines(f"{line}\n" for line in lines if line not in known)

@@ -10,6 +10,7 @@ A checkpoint is written into a folder named *.partial, synced and renamed. Nothi
 
 import json
 import os
+import re
 import shutil
 import threading
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
+from dist_train.durable import put_in_place, replace_text, sync
 from dist_train.errors import UserError
 from dist_train.index import file_checksum
+
+_NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -81,24 +85,31 @@ class Checkpoints:
             return None
         return self.folder / name if (self.folder / name).is_dir() else None
 
+    def _free_name(self, step: int) -> Path:
+        """step-00000500; or step-00000500-1 and so on for the same step again, since nothing whole is ever written over."""
+        before = [path for path in self._finished() if _place(path)[0] == step]
+        return self.folder / (f"step-{step:08d}-{_place(before[-1])[1] + 1}" if before else f"step-{step:08d}")
+
     def _finished(self) -> list[Path]:
-        return sorted(p for p in self.folder.glob("step-*") if p.is_dir() and p.suffix != ".partial")
+        """Oldest first."""
+        return sorted((p for p in self.folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()), key=_place)
 
     def _write(self, saved: Saved, is_best: bool) -> None:
         try:
-            path = self.folder / f"step-{saved.step:08d}"
+            path = self._free_name(saved.step)
             write_checkpoint(path, saved)
             if is_best:
-                _write_synced(self.folder / "best.json", json.dumps({"checkpoint": path.name}) + "\n")
-            self._prune()
+                replace_text(self.folder / "best.json", json.dumps({"checkpoint": path.name}) + "\n")
+            self._prune(path)
         except Exception as error:  # handed to the training thread: a full disk raises various types
             self._error = error
 
-    def _prune(self) -> None:
+    def _prune(self, newest: Path) -> None:
         """Drop old checkpoints; only ever called once a newer one is on disk and proven."""
-        best = self.best_path()
-        for path in self._finished()[: -self.keep]:
-            if path != best:
+        up_to_it = [path for path in self._finished() if _place(path) <= _place(newest)]
+        kept = {*up_to_it[-self.keep :], self.best_path()}
+        for path in self._finished():
+            if path not in kept:  # those of later steps were damaged, or the run would have gone on from there
                 doomed = path.with_suffix(".partial")  # half a deletion must not look like a checkpoint
                 shutil.rmtree(doomed, ignore_errors=True)
                 os.rename(path, doomed)
@@ -106,7 +117,7 @@ class Checkpoints:
 
 
 def write_checkpoint(path: Path, saved: Saved) -> None:
-    """Write one checkpoint folder: beside its place, synced, read back, renamed."""
+    """Write one checkpoint folder: beside its place, synced, renamed. Raises OSError, leaving nothing behind."""
     partial = path.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -115,14 +126,10 @@ def write_checkpoint(path: Path, saved: Saved) -> None:
             save_file(named, partial / f"{stem}.safetensors")
         (partial / "state.json").write_text(json.dumps({"step": saved.step, **saved.state}, indent=1))
         for file in partial.iterdir():
-            _sync(file)
-        _write_synced(
-            partial / "manifest.json", _manifest({f.name: file_checksum(f) for f in sorted(partial.iterdir())})
-        )
-        if path.exists():  # the same step again, after a resume: the new one is whole, the old one may go
-            shutil.rmtree(path)
-        os.rename(partial, path)
-        _sync(path.parent)
+            sync(file)
+        checksums = {file.name: file_checksum(file) for file in sorted(partial.iterdir())}
+        replace_text(partial / "manifest.json", _manifest(checksums))
+        put_in_place(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -175,6 +182,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict, values: d
         optimizer.state[parameter][entry] = value
 
 
+def _place(path: Path) -> tuple[int, int]:
+    """(step, how often that step was written before) of a checkpoint's folder."""
+    step, again = _NAME.fullmatch(path.name).groups()
+    return int(step), int(again or 0)
+
+
 def _manifest(checksums: dict[str, str]) -> str:
     own = xxhash.xxh3_128_hexdigest(json.dumps(checksums, sort_keys=True).encode())
     return json.dumps({"files": checksums, "checksum": own}, indent=1) + "\n"
@@ -188,18 +201,3 @@ def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
 def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
     # safetensors stores plain contiguous tensors: channels-last kernels are laid out anew here and back on loading
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
-
-
-def _write_synced(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    _sync(partial)
-    os.replace(partial, path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -41,8 +41,18 @@ class DataConfig:
     """decoded batches kept ahead of the step, MB per process"""
     verify: bool = True
     """compare every sample's checksum as it is read"""
+    max_bad: int = 0
+    """pictures of the training split that cannot be decoded before the run stops; each is named, in bad-samples.txt as well, and
+    the next good one of the split takes its place"""
+    cache: Literal["auto", "none", "memory", "disk", "device"] = "auto"
+    """where decoded pictures are kept from epoch to epoch, unless a random crop is cut while decoding: memory (the ranks of a
+    node share one copy), disk (a file in cache_dir, used by later runs as well) or device (each GPU holds all of them); auto
+    is memory for small sets"""
+    decoded_gb: float = 4.0
+    """cache auto: most that decoded splits take in memory together, GB; and never more than half of what is free"""
     cache_dir: str = ""
-    """where shards behind a URL are kept; default dist_train in the user's cache folder. The ranks of a node share it"""
+    """where shards behind a URL and decoded pictures are kept; default dist_train in the user's cache folder. The ranks of a
+    node share it"""
     cache_gb: float = 100.0
     """most that fetched shards take there, GB; the least recently used go first"""
 
@@ -122,6 +132,10 @@ class OptimConfig:
     """decay of weight matrices and kernels; biases and norms are not decayed"""
     schedule: Literal["constant", "cosine", "one_cycle", "step", "plateau"] = "cosine"
     """learning rate over the run"""
+    layer_decay: float = 1.0
+    """fine-tuning: the last layer learns at lr, each layer below at the rate of the one above times this; 0.7 is usual"""
+    freeze_epochs: float = 0.0
+    """fine-tuning: epochs at the start in which only the last layer is trained; train.epochs or more is the whole run"""
     warmup_epochs: float = 0.0
     """linear warm-up, epochs; for one_cycle the length of the rise, where 0 is 30% of the run"""
     final_lr: float = 0.0
@@ -150,6 +164,11 @@ class TrainConfig:
     """stop after this many steps whatever the epochs say; 0 is no limit. The schedule is that of the whole run"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """arithmetic of the forward and backward pass; weights stay fp32. fp16 needs a GPU"""
+    parallel: Literal["ddp", "hybrid", "fsdp"] = "ddp"
+    """how several ranks share the network: ddp, whole on each; hybrid, the fully connected layers of alexnet and vgg split over
+    the ranks, so that activations travel and not their gradients; fsdp, every weight split, for networks too large for one"""
+    split_ranks: int = 0
+    """hybrid: ranks that share one copy of the fully connected layers, a node's, say; 0 is all of them"""
     micro_batch_size: int = 0
     """most samples a rank takes through the network at once; a larger share is accumulated; 0 takes it whole"""
     eval_every_epochs: float = 1.0
@@ -300,9 +319,9 @@ class StudyConfig:
 FREE_SHARD_SETTINGS = ("out", "workers", "max_bad", "overwrite", "download", "part", "join", "repair")
 
 # Settings that may differ between a run and its continuation, because no result depends on them.
-FREE_SETTINGS = ("runtime.", "track.", "data.shards", "data.threads", "data.prefetch_mb", "data.verify", "data.cache_dir",
-                 "data.cache_gb",
-                 "train.max_steps", "train.log_every_steps", "train.checkpoint_every_steps",
+FREE_SETTINGS = ("runtime.", "track.", "data.shards", "data.threads", "data.prefetch_mb", "data.verify", "data.max_bad",
+                 "data.cache", "data.decoded_gb",
+                 "train.parallel", "train.split_ranks", "train.max_steps", "train.log_every_steps", "train.checkpoint_every_steps",
                  "train.keep_checkpoints")  # fmt: skip
 
 

@@ -284,7 +284,7 @@ class _Loader:
         if failures:
             i, reason = next((failure for failure in failures if failure[1] in SHARD_FAULTS), failures[0])
             fault = self.store.fault(int(samples[i]), reason)
-            raise fault if reason in SHARD_FAULTS else Undecodable(str(fault), int(samples[i]), reason)
+            raise fault if reason in SHARD_FAULTS else Undecodable(str(fault), int(samples[i]))
         return out
 
 

@@ -1,5 +1,7 @@
 """Exact evaluation on any number of ranks: each sums over its own samples, one reduction at the end, nothing padded."""
 
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,13 +9,19 @@ import torch
 import torch.nn.functional as F
 
 from dist_train.augment import evaluation_pixels
+from dist_train.cache import DecodedCache
 from dist_train.config import RunConfig
-from dist_train.data import open_evaluation, to_device
+from dist_train.data import Batch, open_evaluation, to_device
 from dist_train.index import ShardIndex
 from dist_train.metrics import EvalResult, Sums
 from dist_train.runtime import World, write_json
 
 MAX_MISTAKES = 64  # worst mistakes kept for the report
+LOOK_EVERY_S = 1.0  # between two looks for a request to stop; a job that is ended has 30 s in all
+
+
+class Interrupted(Exception):
+    """The job was asked to stop while it evaluated. Every rank raises this after the same batch; nothing was recorded."""
 
 
 @dataclass(frozen=True)
@@ -30,23 +38,28 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    config: RunConfig, index: ShardIndex, split: str, network: torch.nn.Module, accelerator, world: World, crop: float
-) -> Evaluation:
+    config: RunConfig, index: ShardIndex, split: str, network: torch.nn.Module, accelerator, world: World, crop: float,
+    is_asked_to_stop: Callable[[], bool] = lambda: False, cache: str | DecodedCache = "none",
+) -> Evaluation:  # fmt: skip
     """Evaluate a network on a split; every rank returns the same figures.
 
     network: without the wrapper of data parallelism, so that ranks with different numbers of batches never wait for
-    each other. crop: see `open_evaluation`. Raises UserError if a sample cannot be read.
+    each other. crop, cache: see `open_evaluation`. is_asked_to_stop: asked about once a second; where it is true on any rank, all
+    raise Interrupted. Raises UserError if a sample cannot be read.
     """
     was_training = network.training
     network.eval()
     sums = Sums(index.num_classes, world.device, confusion=True)
     per_sample = []
-    data = config.data
+    data, num_samples = config.data, index.split(split).num_samples
+    batch_size = max(1, data.global_batch_size // world.world_size)
     batches = open_evaluation(
-        index, split, max(1, data.global_batch_size // world.world_size), data.image_size, crop, data.threads,
-        (world.rank, world.world_size), data.prefetch_mb, data.verify, world.device.type == "cuda",
+        index, split, batch_size, data.image_size, crop, data.threads, (world.rank, world.world_size), data.prefetch_mb,
+        data.verify, world.device.type == "cuda", cache,
     )  # fmt: skip
-    for batch in to_device(batches, world.device):
+    largest_share = -(-num_samples // world.world_size)
+    num_rounds = -(-largest_share // batch_size)
+    for batch in until_asked(to_device(batches, world.device), num_rounds, is_asked_to_stop, world):
         logits = predict_logits(config, index, network, batch.images, accelerator)
         losses = F.cross_entropy(logits, batch.labels, reduction="none")
         sums.update(logits, batch.labels, losses)
@@ -56,9 +69,32 @@ def evaluate(
     if world.world_size > 1:
         sums.reduce()
     result = sums.result()
-    expected = index.split(split).num_samples
-    assert result.samples == expected, f"{result.samples} samples evaluated, the index counts {expected}"
+    assert result.samples == num_samples, f"{result.samples} samples evaluated, the index counts {num_samples}"
     return Evaluation(split, result, _worst(per_sample, world))
+
+
+def until_asked(
+    batches: Iterator[Batch], num_rounds: int, is_asked_to_stop: Callable[[], bool], world: World
+) -> Iterator[Batch]:
+    """Pass batches on, at most one a round; raise Interrupted on every rank, in the same round, if one is asked to stop.
+
+    num_rounds: batches of the rank that has most of them; all ranks go through as many rounds. They look at each other about
+    once in LOOK_EVERY_S, after a number of rounds that follows from the slowest rank's pace and is the same on all.
+    """
+    looked, next_look, every = time.monotonic(), 0, 1
+    for done in range(num_rounds):
+        if done == next_look:
+            answer = torch.tensor([float(is_asked_to_stop()), time.monotonic() - looked], device=world.device)
+            if world.world_size > 1:
+                torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX)
+            asked, seconds = answer.tolist()
+            if asked:
+                raise Interrupted
+            every = max(1, min(8 * every, int(every * LOOK_EVERY_S / max(seconds, 1e-6))))
+            looked, next_look = time.monotonic(), done + every
+        batch = next(batches, None)
+        if batch is not None:
+            yield batch
 
 
 def predict_logits(

@@ -13,16 +13,21 @@ import yaml
 
 from dist_train import runtime
 from dist_train.augment import Augment, mix
+from dist_train.bad_samples import BadSamples, record
+from dist_train.cache import DecodedCache
 from dist_train.checkpoint import Checkpoints, Saved, optimizer_tensors, restore_optimizer
 from dist_train.config import RunConfig, conflicts
 from dist_train.data import Batch, open_stream
 from dist_train.errors import UserError
 from dist_train.evaluate import Evaluation, evaluate, standardised
+from dist_train.finetune import average_gradients, freeze_below_head
 from dist_train.folds import open_index
+from dist_train.guard import Guard
 from dist_train.index import ShardIndex
 from dist_train.layers import set_dropout_keys, use_keyed_dropout, use_sync_batchnorm
-from dist_train.models import build_model
+from dist_train.models import build_model, head_name
 from dist_train.optim import Plateau, WeightAverage, build_optimizer, lr_at
+from dist_train.parallel import spread
 from dist_train.settings import from_dict, to_dict
 
 
@@ -36,7 +41,8 @@ class Run:
         num_samples = self.index.split(config.data.train_split).num_samples
         self.steps_per_epoch = num_samples / config.data.global_batch_size
         self.num_steps = math.ceil(config.train.epochs * self.steps_per_epoch)
-        self.halt_step = config.train.max_steps or None
+        self.freeze_steps = math.ceil(config.optim.freeze_epochs * self.steps_per_epoch)
+        self.halt_step = config.train.max_steps or math.inf
         self.checkpoints = Checkpoints(folder, config.train.keep_checkpoints)
         self.stop_requests = runtime.StopRequests(folder)
         self.tracker = None
@@ -48,17 +54,22 @@ class Run:
         if config.train.channels_last:
             network = network.to(memory_format=torch.channels_last)
         self.network = network.to(world.device)
-        optimizer = build_optimizer(self.network, config.optim)
+        self.head = head_name(self.network, self.index.num_classes)
+        self.parallel = spread(self.network, config, accelerator, world)
+        self.model = self.parallel.model
+        optimizer = self.parallel.optimizer(build_optimizer(self.network, config.optim, self.head))
         # the loader and the schedule stay with us: Accelerate would read on rank zero for all, and step once per rank
-        self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
-        if config.train.compile:
-            self.model = torch.compile(self.model, dynamic=False)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.guard = Guard(world.device, world.world_size)
         crop = "none" if decoder_crop(config, self.index)[0] == "random_resized" else config.augment.crop
         on_device = dataclasses.replace(config.augment, crop=crop)  # what the decoder cuts is not cut again
         self.augment = None if self.index.features else Augment(
             on_device, self.input_size, self.index.mean, self.index.std, world.device)  # fmt: skip
         self.is_mixing = bool(config.augment.mixup or config.augment.cutmix)
         self.micro_batch_size = micro_batch_size(config, world.world_size)
+        data = config.data
+        self.bad_samples = BadSamples(data.max_bad)
+        self.decoded = DecodedCache(data.cache, data.decoded_gb, data.cache_dir, world.device, data.verify)
 
     def new_state(self) -> "State":
         optim = self.config.optim
@@ -73,25 +84,32 @@ class Run:
         return open_stream(
             self.index, data.train_split, data.global_batch_size, size, crop, self.config.seed, data.threads,
             (self.world.rank, self.world.world_size), first_step, self.num_steps, augment.scale, augment.ratio,
-            data.window_shards, data.lanes, data.prefetch_mb, data.verify, self.world.device.type == "cuda",
+            data.window_shards, data.lanes, data.prefetch_mb, data.verify, self.world.device.type == "cuda", self.decoded,
+            self.bad_samples,
         )  # fmt: skip
 
     def forward_backward(self, batch: Batch) -> torch.Tensor:
         """Accumulate the gradient of this rank's share, in micro-batches; return its mean loss, on the device."""
         self.model.train()
+        is_frozen = batch.step < self.freeze_steps
+        if self.freeze_steps:
+            freeze_below_head(self.network, self.head, is_frozen)
         num_micro = len(batch) // self.micro_batch_size
         loss_sum = torch.zeros((), device=self.world.device)
         for i in range(num_micro):
             part = slice(i * self.micro_batch_size, (i + 1) * self.micro_batch_size)
             inputs, targets = self.prepare(batch.images[part], batch.labels[part], batch.random_keys[part])
             set_dropout_keys(self.network, batch.random_keys[part])
-            is_last = i == num_micro - 1
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
+            is_synced = i == num_micro - 1 and not is_frozen
+            with contextlib.nullcontext() if is_synced else self.parallel.accumulating():
                 with self.accelerator.autocast():
                     logits = self.model(inputs)
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.config.optim.label_smoothing)
                 self.accelerator.backward(loss / num_micro)
             loss_sum += loss.detach() / num_micro
+        if is_frozen and self.world.world_size > 1:
+            average_gradients(self.network)
+        self.parallel.reduce_gradients()
         return loss_sum
 
     def prepare(self, images: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor):
@@ -105,30 +123,52 @@ class Run:
         return pixels, labels
 
     def agree_to_stop(self, state: "State", loss: torch.Tensor) -> bool:
-        """Whether any rank was asked to stop. Raises UserError on every rank if the loss of any is not finite.
+        """Whether any rank was asked to stop, by the step before: looking a step late, the host never waits for the device.
 
-        Called between backward and update, so that a bad gradient never reaches the weights.
+        Called between backward and update: where the loss of any rank is not finite, this update and all later ones
+        leave the weights alone, and the next look raises UserError on every rank.
         """
-        bad = ~torch.isfinite(loss)
-        flags = torch.stack([torch.tensor(float(bool(self.stop_requests)), device=loss.device), bad.float()])
-        if self.world.world_size > 1:
-            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        stop, bad = flags.tolist()
-        if bad:
-            raise UserError(
-                f"step {state.step}: the loss is not finite ({float(loss)} on rank {self.world.rank}); "
-                f"the weights were not changed.\n"
-                f"  Lower optim.lr, set optim.clip_norm, or go back with --resume from the last checkpoint. The step's "
-                f"samples: dist-train plan --shards {self.config.data.shards} --global-batch-size "
-                f"{self.config.data.global_batch_size} --seed {self.config.seed} --steps {state.step}:{state.step + 1}"
-            )
-        return bool(stop)
+        wish = bool(self.stop_requests)
+        self.guard.note(state.step, loss, wish)
+        if can_skip_updates(self.optimizer):
+            _plain(self.optimizer).found_inf = self.guard.not_finite
+        asked = self.prove(state.step - 1 if can_skip_updates(self.optimizer) else state.step)
+        return asked if self.world.world_size > 1 else wish
+
+    def prove(self, newest_step: float = math.inf) -> bool:
+        """Raise UserError, on every rank, if the loss of a step up to this one was not finite; waits for the device.
+
+        Done before figures are logged and weights judged or saved. Returns whether any rank was asked to stop.
+        """
+        asked, bad = self.guard.read(newest_step)
+        if bad is None:
+            return asked
+        step, loss = bad
+        raise UserError(
+            f"step {step}: the loss is not finite ({float(loss)} on rank {self.world.rank}); "
+            f"the weights were not changed.\n"
+            f"  Lower optim.lr, set optim.clip_norm, or go back with --resume from the last checkpoint. The step's "
+            f"samples: dist-train plan --shards {self.config.data.shards} --global-batch-size "
+            f"{self.config.data.global_batch_size} --seed {self.config.seed} --steps {step}:{step + 1}"
+        )
 
     def mean_over_ranks(self, value: torch.Tensor) -> float:
         value = value.clone()
         if self.world.world_size > 1:
             torch.distributed.all_reduce(value)
         return float(value) / self.world.world_size
+
+    def name_bad_samples(self) -> None:
+        """Name the pictures that any rank could not decode. Raises UserError, on every rank, where they are too many."""
+        everyone = [self.bad_samples.reasons]
+        if self.world.world_size > 1:
+            everyone *= self.world.world_size
+            torch.distributed.all_gather_object(everyone, self.bad_samples.reasons)
+        news = self.bad_samples.news(everyone)
+        if news and self.world.is_main:
+            record(self.folder / "bad-samples.txt", news)
+        for line in news:
+            self.tracker.message(f"{line}; the next good sample takes its place")
 
     def lr_at(self, step: int) -> float:
         return lr_at(step, self.config.optim, self.steps_per_epoch, self.num_steps)
@@ -141,13 +181,30 @@ class Run:
         period = self.config.train.eval_every_epochs * self.steps_per_epoch
         return period > 0 and int(step / period) != int((step - 1) / period)
 
+    def is_evaluation_due(self, state: "State") -> bool:
+        """Whether these weights are to be judged and have not been: after the last step in any case."""
+        is_time = self.is_evaluation_step(state.step) or state.step >= self.num_steps
+        return is_time and state.judged_step < state.step
+
+    def is_over(self, state: "State") -> bool:
+        """Whether nothing is left to train or to judge."""
+        if self.is_evaluation_due(state):
+            return False
+        return state.step >= self.num_steps or state.has_lost_patience(self.config.train.patience)
+
     def evaluate(self, split: str) -> Evaluation:
-        crop = eval_crop(self.config, self.index)
-        return evaluate(self.config, self.index, split, self.network, self.accelerator, self.world, crop)
+        """Evaluate the network as it is on a split. Raises Interrupted, on every rank, if the run is asked to stop."""
+        self.prove()
+        crop, asked = eval_crop(self.config, self.index), lambda: bool(self.stop_requests)
+        with self.parallel.whole() as network:
+            return evaluate(self.config, self.index, split, network, self.accelerator, self.world, crop, asked, self.decoded)
 
     def save(self, state: "State", is_best: bool) -> None:
+        self.prove()
+        saved = state.to_saved(self.accelerator.scaler)
+        tensors = self.parallel.gathered(saved.tensors)
         if self.world.is_main:
-            saved = state.to_saved(self.accelerator.scaler)
+            saved = dataclasses.replace(saved, tensors=tensors)
             saved.state["shards"] = self.index.split(self.config.data.train_split).fingerprint()
             self.checkpoints.save(saved, is_best)
 
@@ -155,6 +212,7 @@ class Run:
         """Hand the signals back, and let no checkpoint be half written when the process ends."""
         self.stop_requests.close()
         self.checkpoints.wait()
+        self.decoded.close()
 
     def resume(self, state: "State") -> list[str]:
         """Bring state to the newest whole checkpoint, if there is one; return what is to be said of damaged ones."""
@@ -163,8 +221,13 @@ class Run:
             if saved.state["shards"] != self.index.split(self.config.data.train_split).fingerprint():
                 raise UserError(f"{self.index.folder}: these are not the shards that {self.folder} was trained on.\n"
                                 f"  Put data.shards back, or begin another run with --run.")  # fmt: skip
-            state.restore(saved, self.accelerator.scaler)
+            parts = self.parallel.parts(saved.tensors)
+            state.restore(dataclasses.replace(saved, tensors=parts), self.accelerator.scaler)
         return complaints
+
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Give the network these weights; whole tensors by name."""
+        self.network.load_state_dict(self.parallel.parts({"model": weights})["model"])
 
 
 @dataclass
@@ -178,9 +241,9 @@ class State:
     loss_sum: torch.Tensor  # of the steps since the last log line, on the device
     step: int = 0  # updates done; the state of the stream, too
     logged_step: int = 0
+    judged_step: int = 0  # of the last evaluation that came to its end
     best_value: list[float] | None = None  # compared from left to right
     bad_evaluations: int = 0
-    finished: bool = False
 
     def has_lost_patience(self, patience: int) -> bool:
         return 0 < patience <= self.bad_evaluations
@@ -193,7 +256,7 @@ class State:
         average = self.average.state_dict() if self.average else {"weights": None, "num_updates": 0}
         if self.average:
             tensors["ema"] = average["weights"]
-        counters = ("logged_step", "best_value", "bad_evaluations")
+        counters = ("logged_step", "judged_step", "best_value", "bad_evaluations")
         return Saved(self.step, tensors, {
             **{name: getattr(self, name) for name in counters}, "optimizer": values, "ema_updates": average["num_updates"],
             "plateau": self.plateau.state_dict(), "scaler": scaler.state_dict() if scaler else None,
@@ -214,6 +277,7 @@ class State:
             scaler.load_state_dict(saved.state["scaler"])
         self.loss_sum = saved.tensors["sums"]["loss"].to(self.loss_sum.device)
         self.step, self.logged_step = saved.step, saved.state["logged_step"]
+        self.judged_step = saved.state.get("judged_step", saved.step)  # without it: written after judging
         self.best_value, self.bad_evaluations = saved.state["best_value"], saved.state["bad_evaluations"]
 
 
@@ -271,6 +335,16 @@ def check_sizes(config: RunConfig, index: ShardIndex, world: runtime.World) -> N
         problems.append(f"train.epochs is {config.train.epochs}; expected more than 0.")
     if config.optim.lr <= 0:
         problems.append(f"optim.lr is {config.optim.lr}; expected more than 0.")
+    if not 0 < config.optim.layer_decay <= 1:
+        problems.append(f"optim.layer_decay is {config.optim.layer_decay}; expected more than 0, at most 1.")
+    if config.optim.freeze_epochs < 0:
+        problems.append(f"optim.freeze_epochs is {config.optim.freeze_epochs}; expected 0 or more.")
+    if config.optim.freeze_epochs > 0 and not config.model.pretrained:
+        problems.append(f"optim.freeze_epochs is {config.optim.freeze_epochs}, but nothing is trained below the last layer "
+                        f"that could be kept.\n  Set model.pretrained, or leave optim.freeze_epochs out.")  # fmt: skip
+    if config.optim.freeze_epochs > 0 and config.train.parallel != "ddp" and world.world_size > 1:
+        problems.append(f"optim.freeze_epochs is {config.optim.freeze_epochs} and train.parallel {config.train.parallel}, which "
+                        f"splits the one layer that is trained.\n  Use train.parallel: ddp.")  # fmt: skip
     if index.features is not None and config.model.name != "mlp":
         problems.append(f"{index.folder} is a table, so model.name must be mlp, not {config.model.name}.")
     if index.features is None and config.model.name == "mlp":
@@ -310,6 +384,15 @@ def inference(config: RunConfig, index: ShardIndex, size: tuple[int, int] | None
 def eval_crop(config: RunConfig, index: ShardIndex) -> float:
     """Share of the picture's shorter side that is evaluated: the central crop only where training crops at random."""
     return config.data.eval_crop if decoder_crop(config, index)[0] == "random_resized" else 0.0
+
+
+def can_skip_updates(optimizer) -> bool:
+    """Whether the optimizer itself leaves the weights alone where a flag on the device says so (found_inf).
+
+    torch's fused ones do. Under Accelerate's gradient scaler, which sets that flag for itself, they cannot be told.
+    """
+    has_flag = getattr(_plain(optimizer), "_step_supports_amp_scaling", False)
+    return has_flag and getattr(optimizer, "scaler", None) is None
 
 
 def _plain(optimizer):

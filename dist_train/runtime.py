@@ -159,13 +159,15 @@ def on_main(world: World, function, *args):
 
 
 class StopRequests:
-    """SIGTERM, SIGUSR1, SIGINT, or a file named `stop` in the run folder. The handler only notes; the loop asks.
+    """SIGTERM, SIGUSR1, SIGINT, a file named `stop` in the run folder, or a launcher that is gone.
 
-    A second SIGINT (Ctrl-C pressed again) ends the process at once.
+    The handler only notes; the loop asks. A second SIGINT (Ctrl-C pressed again) ends the process at once.
     """
 
     def __init__(self, run_folder: Path):
         self._file, self._looked, self.reason = run_folder / "stop", 0.0, ""
+        # what a shell started may outlive it; nobody watches or ends what a launcher left behind
+        self._parent = os.getppid() if _is_launched() else None
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 
     def _note(self, number, frame):
@@ -179,6 +181,8 @@ class StopRequests:
             self._looked = now
             if self._file.exists():
                 self.reason = f"the file {self._file}"
+            elif self._parent not in (None, os.getppid()):
+                self.reason = "its launcher is gone"
         return bool(self.reason)
 
     def close(self) -> None:
@@ -248,17 +252,26 @@ def _asks_for_cpu(env) -> bool:
     return env.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 
-def _refuse_lonely_launch(world_size: int) -> None:
-    """`accelerate launch` for several CPU processes starts one without a word: compare with what it was asked for."""
-    if world_size > 1:
-        return
+def _is_launched() -> bool:
+    return num_launched() > 1 or bool(_words_of_accelerate())
+
+
+def _words_of_accelerate() -> list[str]:
+    """What followed `accelerate launch`, where that is the parent of this process; otherwise nothing."""
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:  # no /proc on this system
-        return
+        return []
     if "launch" not in words or not any("accelerate" in word for word in words[:3]):
+        return []
+    return words[words.index("launch") + 1 :]
+
+
+def _refuse_lonely_launch(world_size: int) -> None:
+    """`accelerate launch` for several CPU processes starts one without a word: compare with what it was asked for."""
+    words = _words_of_accelerate() if world_size == 1 else []
+    if not words:
         return
-    words = words[words.index("launch") + 1 :]
     words = words[: words.index("-m")] if "-m" in words else words
     options = dict(zip(words, words[1:], strict=False)) | dict(w.split("=", 1) for w in words if "=" in w)
     asked = options.get("--num_processes") or options.get("--num-processes") or options.get("-n")

@@ -16,7 +16,7 @@ from dist_train.checkpoint import load_checkpoint
 from dist_train.config import RunConfig
 from dist_train.data import to_device
 from dist_train.errors import UserError
-from dist_train.evaluate import write_evaluation
+from dist_train.evaluate import Interrupted, write_evaluation
 from dist_train.index import load_index
 from dist_train.metrics import Throughput
 from dist_train.optim import set_lr
@@ -30,15 +30,19 @@ from dist_train.watch import Watch
 def train(run: Run, state: State) -> None:
     """Train from state.step until the last step, an early stop or a request to stop; evaluate and save on the way."""
     config, world = run.config, run.world
+    if run.is_evaluation_due(state):  # a request to stop came before its end
+        judge_and_save(run, state)
+    if run.is_evaluation_due(state) or run.is_over(state) or state.step >= run.halt_step:
+        return run.checkpoints.wait()
     clock = Throughput()
     for batch in timed(to_device(run.stream(state.step), world.device), clock):
         lr = run.lr_at(state.step) * state.plateau.factor
         set_lr(state.optimizer, lr)
         torch.manual_seed(int(fold(config.seed, state.step, world.rank)) >> 1)  # for layers that draw by themselves
         loss = run.forward_backward(batch)
-        stop = run.agree_to_stop(state, loss)
+        asked = run.agree_to_stop(state, loss)
         if config.optim.clip_norm:
-            run.accelerator.clip_grad_norm_(run.model.parameters(), config.optim.clip_norm)
+            run.parallel.clip_gradients(config.optim.clip_norm)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
@@ -47,36 +51,52 @@ def train(run: Run, state: State) -> None:
         state.loss_sum += loss
         clock.add(config.data.global_batch_size)
 
-        stop = stop or state.step == run.halt_step
+        stop = asked or state.step >= run.halt_step
         last = state.step >= run.num_steps
         if its_time(state.step, config.train.log_every_steps) or last:
+            run.prove()
+            if config.data.max_bad:
+                run.name_bad_samples()
             mean_loss = run.mean_over_ranks(state.loss_sum) / (state.step - state.logged_step)
             images_per_s, data_wait = clock.read()
             run.tracker.train(state.step, {"epoch": run.epoch_of(state.step), "loss": mean_loss, "lr": lr,
                                            "images_per_s": images_per_s, "data_wait": data_wait})  # fmt: skip
             state.loss_sum, state.logged_step = torch.zeros_like(state.loss_sum), state.step
-        if run.is_evaluation_step(state.step) or last:
-            run.save(state, is_best=judge(run, state))
-            last = last or state.has_lost_patience(config.train.patience)
+        if run.is_evaluation_due(state) and not asked:
+            judge_and_save(run, state)
+            stop = stop or run.is_evaluation_due(state) or run.is_over(state)
             clock.read()  # neither evaluation nor saving is training time
         elif stop or its_time(state.step, config.train.checkpoint_every_steps):
             run.save(state, is_best=False)
             clock.read()
         if last or stop:
             break
-    state.finished = state.step >= run.num_steps or state.has_lost_patience(config.train.patience)
     run.checkpoints.wait()
 
 
+def judge_and_save(run: Run, state: State) -> None:
+    """Judge the weights and save; where a request to stop breaks it off, save as it was before: the evaluation stays due."""
+    try:
+        is_best = judge(run, state)
+    except Interrupted:
+        is_best = False
+    run.save(state, is_best)
+
+
 def judge(run: Run, state: State) -> bool:
-    """Evaluate on the validation split, tell the plateau schedule, and say whether these weights are the best so far."""
+    """Evaluate on the validation split, tell the plateau schedule, and say whether these weights are the best so far.
+
+    Raises Interrupted, with the state as it was, if the run is asked to stop meanwhile.
+    """
     if run.config.data.val_split not in run.index.splits:
+        state.judged_step = state.step
         return True  # nothing to compare with: the newest is the best
     with state.average.swapped(run.network) if state.average else contextlib.nullcontext():
         result = run.evaluate(run.config.data.val_split).result
     run.tracker.evaluation(
         state.step, run.config.data.val_split, {"epoch": run.epoch_of(state.step), **result.figures()}
     )
+    state.judged_step = state.step
     # of equal accuracies the lower loss is the better one
     value = [-result.loss] if run.config.train.monitor == "loss" else [result.top1, -result.loss]
     is_best = state.best_value is None or value > state.best_value
@@ -101,8 +121,11 @@ def its_time(step: int, period: int) -> bool:
     return period > 0 and step % period == 0
 
 
-def finish(run: Run, state: State) -> None:
-    """Best weights -> weights.safetensors, inference.json, and the final figures on the test split."""
+def finish(run: Run, state: State) -> bool:
+    """Best weights -> weights.safetensors, inference.json, and the final figures on the test split.
+
+    False if a request to stop breaks it off; a restart begins it again.
+    """
     config, index, folder = run.config, run.index, run.folder
     best = run.checkpoints.best_path() if run.world.is_main else None
     if run.world.is_main and best is not None:
@@ -111,18 +134,31 @@ def finish(run: Run, state: State) -> None:
         (folder / "weights.safetensors.partial").replace(folder / "weights.safetensors")
         runtime.write_json(folder / "inference.json", inference(config, index, run.input_size))
     run.accelerator.wait_for_everyone()
-    run.network.load_state_dict(load_file(folder / "weights.safetensors"))
+    run.load_weights(load_file(folder / "weights.safetensors"))
     figures = {"step": state.step, "epoch": run.epoch_of(state.step)}
     for split in dict.fromkeys((config.data.val_split, config.data.test_split)):
         if split in index.splits:
-            evaluation = run.evaluate(split)
+            try:
+                evaluation = run.evaluate(split)
+            except Interrupted:
+                return False
             figures[split] = evaluation.result.figures()
             if run.world.is_main:
                 write_evaluation(folder, evaluation)
                 if split != config.data.val_split:  # whose figures stand in the curve already
                     run.tracker.evaluation(state.step, split, evaluation.result.figures())
     if run.world.is_main:
+        if (folder / "bad-samples.txt").exists():
+            figures["bad_samples"] = (folder / "bad-samples.txt").read_text().splitlines()
         runtime.write_json(folder / "result.json", figures)
+        if run.tracker.takes_figures:
+            from dist_train.figures import draw_figures  # here: matplotlib takes a second
+
+            drawn, complaints = draw_figures(folder, index)
+            run.tracker.figures(drawn)
+            for complaint in complaints:
+                run.tracker.message(complaint)
+    return True
 
 
 def parse(argv: list[str]) -> tuple[RunConfig, Path, bool]:
@@ -181,17 +217,17 @@ def run_training(argv: list[str]) -> int:
         if world.is_main:
             runtime.write_json(folder / "environment.json", runtime.environment(world))
 
-        if state.step < run.num_steps and not state.has_lost_patience(config.train.patience):
+        if not run.is_over(state):
             train(run, state)
-        else:
-            state.finished = True
-        if state.finished:
-            finish(run, state)
+        is_done = run.is_over(state) and finish(run, state)
+        if is_done:
             run.tracker.message(f"{folder}: done after {state.step:,} steps, {time.time() - started:,.0f} s")
-        else:
-            reason = run.stop_requests.reason or f"train.max_steps {config.train.max_steps}"
+        has_halted = state.step >= run.halt_step and not run.is_evaluation_due(state)
+        if not is_done:
+            reason = run.stop_requests.reason or "another rank was asked"
+            reason = f"train.max_steps {config.train.max_steps}" if has_halted else reason
             run.tracker.message(f"{folder}: stopped at step {state.step:,} ({reason}); go on with --resume")
-        return 0 if state.finished or state.step == run.halt_step else runtime.EXIT_STOPPED
+        return 0 if is_done or has_halted else runtime.EXIT_STOPPED
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from dist_train import runtime
 from dist_train.checkpoint import Checkpoints, Saved
 from dist_train.config import RunConfig
+from dist_train.evaluate import Interrupted
 from dist_train.run import Run
 from dist_train.track import MetricsFile, Tracker
 from dist_train.train import judge, train
@@ -57,12 +58,15 @@ def train_fold(config: RunConfig, folder: Path, watch: Callable[[float, dict], N
         metrics = MetricsFile(folder / "metrics.jsonl", state.step or -1)
         run.tracker = TrialTracker(metrics, config, lambda figures: watch(state.step / run.num_steps, figures))
         leaving.callback(run.tracker.finish, True)
-        if state.step < run.num_steps and not state.has_lost_patience(config.train.patience):
+        if not run.is_over(state):
             train(run, state)
-        if not (state.finished or state.step in (run.num_steps, run.halt_step)):
+        if run.is_evaluation_due(state) or not (run.is_over(state) or state.step >= run.halt_step):
             raise Stopped(run.stop_requests.reason)
         if not run.tracker.evaluations:
-            judge(run, state)
+            try:
+                judge(run, state)
+            except Interrupted:
+                raise Stopped(run.stop_requests.reason) from None
         result = fold_result(run.tracker, state.step, run.epoch_of(state.step), config)
     runtime.write_json(folder / "result.json", result)
     return result

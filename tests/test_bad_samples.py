@@ -2,13 +2,16 @@
 
 import io
 import itertools
+import json
 import tarfile
 
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_run
 from PIL import Image
 
+from dist_train import train
 from dist_train.bad_samples import BadSamples
 from dist_train.data import open_stream
 from dist_train.errors import UserError
@@ -74,7 +77,34 @@ def test_a_set_without_a_good_sample_ends():
     assert bad.stand_ins(np.array([0, 3]), 4).tolist() == [3, 3]
 
 
+def test_a_training_names_them_and_ends_past_the_limit(shards, tmp_path, capsys):
+    settings = tiny_run(
+        shards, tmp_path / "run", "--data.global_batch_size", "8", "--data.val_split", "none", "--data.test_split", ""
+    )
+    assert train.run_training([*settings, "--data.max_bad", "3", "--train.max_steps", "6"]) == 0
+    assert train.run_training([*settings, "--data.max_bad", "3", "--resume"]) == 0
+    lines = (tmp_path / "run" / "bad-samples.txt").read_text().splitlines()
+    assert sorted(line.partition("sample train/")[2][:8] for line in lines) == ["00000005", "00000006", "00000039"]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["bad_samples"] == lines
+    assert "the next good sample takes its place" in capsys.readouterr().out
+    with pytest.raises(UserError, match="one more than data.max_bad, 2, allows"):
+        train.run_training(
+            [*tiny_run(shards, tmp_path / "other", "--data.global_batch_size", "8"), "--data.max_bad", "2"]
+        )
+
+
+def test_ranks_count_together(capsys):
+    ranks = [BadSamples(2) for _ in range(2)]
+    for rank, samples in zip(ranks, ((1, 2), (2, 3)), strict=True):
+        for sample in samples:
+            rank.condemn(sample, _fault(sample), 10)
+    together = [rank.reasons for rank in ranks]
+    assert BadSamples(3).news(together) == ["sample 1", "sample 2", "sample 3"]
+    with pytest.raises(UserError, match="3 pictures cannot be decoded; data.max_bad allows 2"):
+        ranks[0].news(together)
+
+
 def _fault(sample: int):
     from dist_train.bad_samples import Undecodable
 
-    return Undecodable(f"sample {sample}", sample, "damaged")
+    return Undecodable(f"sample {sample}", sample)

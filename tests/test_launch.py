@@ -162,6 +162,17 @@ def test_dry_runs_show_the_commands_and_start_nothing(machine):
     assert not list(Path(env["LOG"]).glob("rank*"))
 
 
+def test_a_dry_run_of_a_conversion_shows_both_jobs(machine):
+    env = machine | {"DRY_RUN": "1", "PARTS": "3", "CPUS": "8"}
+    code, out, err = run("shard.sbatch", [env["RECIPE"], "--resize", "64"], env)
+    words = f"launch/shard.sbatch {env['RECIPE']} --resize 64"
+    assert code == 0, err
+    assert out.splitlines() == [
+        f"sbatch --parsable --array=0-2 --cpus-per-task=8 {words}",
+        f"sbatch --dependency=afterok:ARRAY --parsable --export=ALL,PARTS=join {words}",
+    ]
+
+
 def in_job(machine, tasks="2"):
     return machine | {
         "SLURM_JOB_ID": "12345", "SLURM_NNODES": "2", "SLURM_NTASKS": tasks, "SLURM_JOB_NODELIST": "n[1-2]",

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -91,6 +92,37 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         requests.close()
+
+
+@pytest.mark.parametrize("words, env, ends", [
+    (["launch", "-m"], {"WORLD_SIZE": "1"}, True),  # accelerate's launcher leaves its single process running
+    (["-m"], {"WORLD_SIZE": "2"}, True),
+    (["-m"], {"WORLD_SIZE": "1"}, False),  # a shell may end before what it started in the background
+])  # fmt: skip
+def test_a_process_whose_launcher_is_gone_is_asked_to_stop(tmp_path, words, env, ends):
+    launcher = tmp_path / "accelerate"
+    launcher.write_text("import subprocess, sys\nsys.exit(subprocess.call([sys.executable, 'child.py']))\n")
+    (tmp_path / "child.py").write_text(
+        "import os, time\nfrom pathlib import Path\nfrom dist_train import runtime\nparent = os.getppid()\n"
+        "requests = runtime.StopRequests(Path('.'))\nPath('ready').touch()\ngone_at = None\n"
+        "while not requests and (gone_at is None or time.monotonic() < gone_at + 2):\n    time.sleep(0.02)\n"
+        "    gone_at = gone_at or (time.monotonic() if os.getppid() != parent else None)\n"
+        "Path('reason.partial').write_text(requests.reason or 'none')\nos.rename('reason.partial', 'reason')\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | env
+    process = subprocess.Popen([sys.executable, str(launcher), *words], cwd=tmp_path, env=env)
+    wait_for(tmp_path / "ready")
+    process.kill()
+    process.wait()
+    wait_for(tmp_path / "reason")
+    assert (tmp_path / "reason").read_text() == ("its launcher is gone" if ends else "none")
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, f"waited 30 s for {path.name}"
+        time.sleep(0.02)
 
 
 def test_a_stop_file_is_a_request(tmp_path):

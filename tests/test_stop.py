@@ -1,13 +1,20 @@
-"""dist-train stop writes the stop file of a training that runs, waits for its end, and refuses anything else."""
+"""A training asked to stop does so anywhere, evaluations included; dist-train stop asks it, and refuses anything else."""
 
+import json
+import os
+import signal
 import threading
 import time
 
 import pytest
+import torch
+from conftest import finish_ranks, start_ranks, tiny_run
+from safetensors.torch import load_file
 
-from dist_train import runtime
+from dist_train import evaluate, runtime, shard
 from dist_train.errors import UserError
 from dist_train.stop import is_training, main
+from dist_train.train import run_training
 
 
 @pytest.fixture
@@ -60,3 +67,68 @@ def test_a_lock_that_another_host_left_is_not_trusted(run):
     (run / "lock").write_text("process 7 on elsewhere")  # file systems without shared locks
     assert main([str(run)]) == 0
     assert (run / "stop").exists()
+
+
+def figures(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        (row["kind"], row.get("split"), row["step"], row["loss"], row.get("top1"))
+        for row in rows
+        if row["kind"] != "restart"
+    ]
+
+
+def test_a_stop_in_any_evaluation_loses_and_repeats_nothing(digits, tmp_path, monkeypatch):
+    calm, stopped = tmp_path / "calm", tmp_path / "stopped"
+    evaluated, stop_after = [], []
+    logits_of = evaluate.predict_logits
+
+    def logits_then_signal(*args):
+        evaluated.append(len(args[3]))
+        if stop_after and len(evaluated) == stop_after[0]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return logits_of(*args)
+
+    monkeypatch.setattr(evaluate, "predict_logits", logits_then_signal)
+    monkeypatch.setattr(evaluate, "LOOK_EVERY_S", 0.0)  # before every batch
+    more = ["--train.keep_checkpoints", "1", "--optim.schedule", "plateau"]
+    assert run_training(tiny_run(digits, calm, *more)) == 0
+    # two batches each: the evaluation of the first epoch, of the last, and two in the end, on val and on test
+    assert len(evaluated) == 8
+    # twice in the first one, then in the last one's first batch, and in the first batches of the two in the end
+    for number, evaluations in [(1, 0), (1, 0), (3, 1), (3, 2), (3, 2)]:
+        evaluated.clear()
+        stop_after[:] = [number]
+        assert run_training(tiny_run(digits, stopped, *more, "--resume")) == runtime.EXIT_STOPPED
+        assert len(evaluated) == number, "it ends after the batch in which the signal came"
+        assert not (stopped / "result.json").exists()
+        assert sum(kind == "eval" for kind, *_ in figures(stopped)) == evaluations
+    stop_after.clear()
+    assert run_training(tiny_run(digits, stopped, *more, "--resume")) == 0
+    assert figures(stopped) == figures(calm)
+    assert (stopped / "result.json").read_text() == (calm / "result.json").read_text()
+    first, second = load_file(calm / "weights.safetensors"), load_file(stopped / "weights.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.two_process
+def test_one_rank_asked_in_a_long_evaluation_stops_all_in_time(tmp_path):
+    shards, run = tmp_path / "digits", tmp_path / "run"
+    source = ["--source", "sklearn", "--dataset", "digits", "--split.val", "0.9", "--split.test", "0"]
+    shard.main([*source, "--out", str(shards), "--workers", "1"])
+    # over 1,600 batches of one large picture on each rank: half a minute, and it begins after the second step
+    argv = tiny_run(str(shards), run, "--data.global_batch_size", "2", "--data.image_size", "160", "--model.width", "0.25",
+                    "--train.eval_every_epochs", "0.02", "--train.flip_test", "true")  # fmt: skip
+    ranks = start_ranks(2, argv, tmp_path)
+    while not (run / "metrics.jsonl").exists() or len(figures(run)) < 2:
+        assert ranks[0].poll() is None, (tmp_path / "rank0.log").read_text()
+        time.sleep(0.01)
+    time.sleep(1.0)
+    ranks[1].send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert finish_ranks(ranks, tmp_path) == [runtime.EXIT_STOPPED] * 2, (tmp_path / "rank0.log").read_text()
+    assert time.monotonic() - began < 10
+    assert [(kind, step) for kind, _, step, *_ in figures(run)] == [("train", 1), ("train", 2)]
+    saved = json.loads(next((run / "checkpoints").glob("step-00000002/state.json")).read_text())
+    assert saved["judged_step"] < saved["step"] == 2
+    assert "stopped at step 2 (another rank was asked)" in (tmp_path / "rank0.log").read_text()

@@ -1,6 +1,7 @@
 """What two real processes compute together, against one process that holds the whole batch."""
 
 import copy
+import multiprocessing
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from dist_train.guard import Guard
 from dist_train.layers import use_sync_batchnorm
 from dist_train.metrics import Sums
 
@@ -28,7 +30,8 @@ def one_thread():
 def ranks(tmp_path_factory):
     """What each of two ranks found: a dict a rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(one_rank, (str(folder),), nprocs=2)
+    multiprocessing.set_forkserver_preload(["dist_train.run"])  # torch is imported once, for all ranks
+    torch.multiprocessing.start_processes(one_rank, (str(folder),), 2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -46,6 +49,7 @@ def one_rank(rank, folder):
         sums.update(logits[SHARES[rank]], labels[SHARES[rank]])
         sums.reduce()
         found["sums"] = sums._all
+        found["guard"] = what_the_guard_says(rank)
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -81,6 +85,22 @@ def pass_through(net, x):
 def some_logits():
     rng = torch.Generator().manual_seed(3)
     return torch.randn(16, 7, generator=rng), torch.randint(0, 7, (16,), generator=rng)
+
+
+def what_the_guard_says(rank):
+    guard, answers = Guard(torch.device("cpu"), 2), []
+    for step in range(6):
+        loss = torch.tensor(float("nan") if (rank, step) == (1, 4) else 1.0)
+        guard.note(step, loss, stop=(rank, step) == (0, 2))
+        asked, bad = guard.read(step - 1)
+        answers.append((asked, bad and bad[0], guard.not_finite.item()))
+    return answers
+
+
+@pytest.mark.two_process
+def test_one_ranks_wish_and_bad_loss_are_seen_by_both_at_the_same_step(ranks):
+    expected = [(False, None, 0), (False, None, 0), (False, None, 0), (True, None, 0), (True, None, 1), (True, 4, 1)]
+    assert ranks[0]["guard"] == ranks[1]["guard"] == expected
 
 
 @pytest.mark.two_process

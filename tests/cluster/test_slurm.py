@@ -2,6 +2,7 @@
 # ruff: noqa: F811
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def lines(run, kind):
 
 
 def restarts_of(run):
-    return [row["step"] for row in lines(run, "restart")]  # 0 is the first start
+    return [row["step"] for row in lines(run, "restart") if row["step"]]  # 0: stopped before its first checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def calm(digits, tmp_path_factory):
 class Job:
     """A training submitted to SLURM on two nodes, waited for until it is in the middle."""
 
-    def __init__(self, slurm, digits, folder, *argv, **env):
+    def __init__(self, slurm, digits, folder, *argv, sbatch=(), **env):
         self.slurm, self.folder, self.run = slurm, folder, folder / "run"
         recipe = folder / "recipe.yaml"
         recipe.write_text("seed: 0\n")
@@ -46,7 +47,7 @@ class Job:
         at = settings.index("--run")
         del settings[at : at + 2]
         self.id = slurm.run(
-            "ctl", "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={folder}/job.out",
+            "ctl", "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={folder}/job.out", *sbatch,
             "launch/train.sbatch", str(recipe), *settings, RUN=str(self.run), **env,
         ).strip()  # fmt: skip
 
@@ -63,7 +64,7 @@ class Job:
 
 
 def assert_same_run(run, calm, num_restarts=1):
-    restarts = [step for step in restarts_of(run) if step]
+    restarts = restarts_of(run)
     assert len(restarts) == num_restarts
     for kind in ("train", "eval"):
         assert lines(run, kind) == lines(calm, kind)  # every step once, every figure to the last digit
@@ -98,6 +99,35 @@ def test_a_warned_job_queues_itself_again(slurm, digits, calm, tmp_path, launche
     assert step >= 5
 
 
+def test_a_job_near_its_time_limit_is_warned_by_slurm_itself_and_goes_on(slurm, digits, tmp_path):
+    endless = ["--train.epochs", "10000", "--train.eval_every_epochs", "0", "--train.checkpoint_every_steps", "0"]
+    job = Job(slurm, digits, tmp_path, *endless, sbatch=["--time=2", "--signal=B:USR1@20"])  # may come a minute early
+    wait_for(lambda: restarts_of(job.run), job.log)
+    step = restarts_of(job.run)[0]
+    assert f"stopped at step {step:,} (SIGUSR1)" in job.log() and "queued again" in job.log()
+    wait_for(lambda: len(lines(job.run, "train")) >= step + 3, job.log)
+    slurm.run("ctl", "scancel", job.id)
+    wait_for(lambda: slurm.state(job.id) == "CANCELLED", job.log)
+    steps = [row["step"] for row in lines(job.run, "train")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert "TIME LIMIT" not in job.log()
+
+
+def test_a_conversion_in_an_array_of_jobs_is_that_of_one_machine(slurm, tmp_path):
+    from test_shard import all_bytes, config_for, make_folder
+
+    from dist_train.convert import convert
+
+    make_folder(tmp_path / "raw", per_class=40)
+    config = config_for(tmp_path, out=str(tmp_path / "whole/set"), shard_mb=0.01, workers=1)
+    dataset, out, log = tmp_path / "set.yaml", tmp_path / "shards/set", tmp_path / "job.out"
+    dataset.write_text(f"path: {config.path}\nout: {out}\nsplit: {{val: {config.split.val}, test: {config.split.test}}}\n"
+                       f"shard_mb: {config.shard_mb}\n")  # fmt: skip
+    join = slurm.run("ctl", "launch/shard.sbatch", str(dataset), PARTS="3", SBATCH_OUTPUT=str(log)).strip()
+    wait_for(lambda: slurm.state(join) == "COMPLETED", lambda: log.read_text() if log.exists() else "the first part")
+    assert all_bytes(out) == all_bytes(Path(convert(config).folder))
+
+
 def test_a_signal_to_the_ranks_alone_queues_the_job_again_and_a_stop_file_does_not(slurm, digits, tmp_path):
     job = Job(slurm, digits, tmp_path)
     job.reach(5)
@@ -114,7 +144,7 @@ def test_a_job_goes_on_on_other_nodes_after_a_power_cut(slurm, digits, calm, tmp
     job = Job(slurm, digits, tmp_path, "--train.checkpoint_every_steps", "5")
     job.reach(12)
     slurm.fault("node2", "power")
-    wait_for(lambda: len(restarts_of(job.run)) == 2, job.log)
+    wait_for(lambda: restarts_of(job.run), job.log)
     job.finish()
     assert_same_run(job.run, calm)
     assert "on node[1,3]" in (tmp_path / "job.out").read_text()

@@ -1,18 +1,22 @@
-"""A disk that fills up while a checkpoint is written, and one that turns read-only: named, and nothing is lost."""
+"""Disks that fill up, turn read-only or fail, while a checkpoint is written or a shard is read: named, and nothing is lost."""
 
 import json
+import os
+import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import tiny_run
+from conftest import ROOT, tiny_run
 from safetensors.torch import load_file
 
 from dist_train.checkpoint import Checkpoints
 from dist_train.errors import UserError
+from dist_train.index import load_index
 from dist_train.train import run_training
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
@@ -55,8 +59,59 @@ def test_a_disk_that_takes_no_more_keeps_the_last_checkpoint(calm, digits, disk,
     assert saved.step == 4 and not complaints
     remount(disk, mended)
     assert run_training(argv) == 0
+    assert_same_run(run, calm)
+
+
+def assert_same_run(run, calm):
     first, second = load_file(calm / "weights.safetensors"), load_file(run / "weights.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if row["kind"] == "train"]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def run_on_failing_disk(argv, calls, when, path=None):
+    """Train in a process whose system calls of some kinds, on one file if there is a path, fail with EIO from the when-th on."""
+    if not shutil.which("strace"):
+        pytest.skip("needs strace, which makes system calls fail")
+    inject = [
+        "-e",
+        f"trace={calls}",
+        "-e",
+        f"inject={calls}:error=EIO:when={when}+",
+        *(["-P", str(path)] if path else []),
+    ]
+    words = ["strace", "-f", "--seccomp-bpf", "-qq", "-o", "/dev/null", *inject]
+    command = [*words, sys.executable, "-m", "dist_train.train", *argv]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert "Traceback" not in said, said
+    return done.returncode, said
+
+
+@pytest.mark.parametrize("calls, when, path, complaint", [
+    ("fsync", 3, None, "the checkpoint could not be written"),  # how a disk tells of bytes it has lost
+    ("write", 1, "checkpoints/step-00000006.partial/state.json", "the checkpoint could not be written"),
+    ("rename,renameat,renameat2", 1, "checkpoints/step-00000006.partial", "the checkpoint could not be written"),
+    ("write", 4, "metrics.jsonl", "cannot write the run's figures"),
+])  # fmt: skip
+def test_a_disk_that_fails_under_a_write_keeps_the_last_checkpoint(
+    calm, digits, tmp_path, calls, when, path, complaint
+):
+    run = tmp_path / "run"
+    argv = tiny_run(digits, run, "--train.checkpoint_every_steps", "2", "--resume")
+    assert run_training([*argv, "--train.max_steps", "4"]) == 0
+    code, said = run_on_failing_disk(argv, calls, when, path and run / path)
+    assert code == 2 and complaint in said and os.strerror(5) in said and "--resume" in said, said
+    saved, complaints = Checkpoints(run, 2).newest()
+    assert saved.step >= 4 and not complaints
+    assert run_training(argv) == 0
+    assert_same_run(run, calm)
+
+
+def test_a_disk_that_fails_under_a_read_names_shard_and_sample(digits, tmp_path):
+    split = load_index(digits).split("train")
+    path = f"{split.folder}/{split.files[1]}"
+    argv = tiny_run(digits, tmp_path / "run")
+    code, said = run_on_failing_disk(argv, "pread64,preadv,preadv2", 2, path)
+    assert code == 2 and f"{path}: the shard cannot be read (sample train/" in said, said

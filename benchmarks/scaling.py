@@ -1,0 +1,326 @@
+"""Many ranks: images a second and bytes sent a step for ddp and hybrid, in turns, in one run.
+
+    python benchmarks/scaling.py [--model alexnet] [--size 64] [--batch-size 128] [--ranks 2] [--json]
+    python benchmarks/scaling.py --hosts 1 2 4       one rank a host, hosts joined by 1 Gbit/s links; root and iproute2
+
+The trainer as it is, on one batch in memory. Beside each figure stands what the model of docs/scaling.md predicts from the
+bytes, the bandwidth of an all-reduce, and the same step without messages, all measured here. Bytes are those that left this
+host's interfaces (all ranks', where they share a host). Writes benchmarks/results/scaling.json, a part for each kind of run.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYOUTS = ("ddp", "hybrid")
+LINK = "1gbit"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="alexnet")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=128, help="the global one")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument(
+        "--hosts", type=int, nargs="+", help="numbers of hosts, one rank on each, instead of --ranks here"
+    )
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", default="benchmarks/results/scaling.json")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--predict", metavar="RUN", help="a name in the results file: the model's table up to 1,024 ranks"
+    )
+    parser.add_argument("--gbit", type=float, default=1.0, help="with --predict: bandwidth of each rank's link")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--shards", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return work(options)
+    if options.predict:
+        return predict(json.loads(Path(options.out).read_text())[options.predict], options.gbit)
+    with tempfile.TemporaryDirectory() as scratch:
+        from benchmarks.training import make_shards
+
+        options.shards = make_shards(Path(scratch), options.size, max(256, options.batch_size))
+        if options.hosts:
+            runs = {f"{n} hosts": on_hosts(options, Path(scratch), n) for n in options.hosts}
+        else:
+            runs = {f"{options.ranks} ranks": on_this_machine(options)}
+    results = [show(options, where, found) for where, found in runs.items()]
+    out = Path(options.out)
+    kept = json.loads(out.read_text()) if out.exists() else {}
+    for result in results:
+        kept[f"{result['model']}@{result['size']}, {result['where']}"] = result
+    out.write_text(json.dumps(kept, indent=1) + "\n")
+    if options.json:
+        last = results[-1]
+        print(json.dumps({layout: last[layout]["images_per_s"] for layout in LAYOUTS if layout in last}))
+
+
+def on_this_machine(options) -> dict:
+    port = free_port()
+    ranks = [start([], options, rank, options.ranks, options.ranks, "127.0.0.1", port) for rank in range(options.ranks)]
+    return collect(ranks)
+
+
+def on_hosts(options, scratch: Path, count: int) -> dict:
+    """One rank on each of `count` hosts of tests/cluster/hosts-up.sh, whose cables pass LINK each way."""
+    subprocess.run([ROOT / "tests/cluster/hosts-up.sh", scratch, str(count)], check=True)
+    try:
+        for k in range(1, count + 1):
+            shape = [
+                "tc",
+                "qdisc",
+                "replace",
+                "dev",
+                "eth0",
+                "root",
+                "tbf",
+                "rate",
+                LINK,
+                "burst",
+                "256k",
+                "latency",
+                "50ms",
+            ]
+            subprocess.run([scratch / "on", f"node{k}", *shape], check=True)
+        ranks = [
+            start([str(scratch / "on"), f"node{rank + 1}"], options, rank, count, 1, "node1", 29510)
+            for rank in range(count)
+        ]
+        return collect(ranks)
+    finally:
+        subprocess.run([ROOT / "tests/cluster/hosts-down.sh", scratch], check=True)
+
+
+def start(where: list[str], options, rank: int, world_size: int, local_world_size: int, master: str, port: int):
+    job = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank % local_world_size, "LOCAL_WORLD_SIZE": local_world_size,
+           "MASTER_ADDR": master, "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    words = {"--model": options.model, "--size": options.size, "--batch-size": options.batch_size, "--steps": options.steps,
+             "--repeats": options.repeats, "--shards": options.shards}  # fmt: skip
+    argv = [str(word) for pair in words.items() for word in pair]
+    command = [*where, sys.executable, str(Path(__file__).resolve()), "--worker", *argv]
+    environment = os.environ | {key: str(value) for key, value in job.items()}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def collect(ranks: list[subprocess.Popen]) -> dict:
+    """What rank zero found. Raises RuntimeError if a rank failed."""
+    texts = [rank.communicate()[0] for rank in ranks]
+    codes = [rank.returncode for rank in ranks]
+    if any(codes):
+        raise RuntimeError(f"scaling.py: ranks ended with {codes}; their messages stand above.")
+    return json.loads(texts[0].splitlines()[-1])
+
+
+def work(options) -> None:
+    """One rank: all layouts in turns; rank zero prints what it saw."""
+    import torch
+    import torch.distributed as dist
+
+    from benchmarks.training import TimedTraining, settings
+    from dist_train import runtime
+
+    num_ranks, num_local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    # hosts that are pieces of one machine share its cores
+    threads = 0 if num_local > 1 else max(1, os.cpu_count() // num_ranks)
+    accelerator, world = runtime.start("fp32", threads, 600)
+    trainings = {}
+    for layout in (*LAYOUTS, "silent") if num_ranks > 1 else ("ddp",):
+        more = [
+            "--train.parallel",
+            layout if layout in LAYOUTS else "ddp",
+            "--train.log_every_steps",
+            str(options.steps),
+        ]
+        config = settings(options.shards, options.model, options.size, options.batch_size, "fp32", *more)
+        trainings[layout] = TimedTraining(config, Path(options.shards, layout), accelerator, world, is_synthetic=True)
+        if layout == "silent":  # every rank for itself: what the arithmetic takes
+            silence(trainings[layout].run)
+    found = {layout: {"images_per_s": [], "bytes": [], "cpu_s": []} for layout in trainings}
+    for turn in range(options.repeats + 1):
+        for layout, training in trainings.items():
+            if num_ranks > 1:
+                dist.barrier()
+            before, cpu = sent_bytes(), cpu_seconds()
+            rate = training.window()["images_per_s"]
+            if num_ranks > 1:
+                dist.barrier()
+            sent, cpu = sent_bytes() - before, cpu_seconds() - cpu
+            if turn:
+                found[layout]["cpu_s"].append(cpu / (2 * options.steps))
+                found[layout]["images_per_s"].append(rate)
+                found[layout]["bytes"].append(sent / (2 * options.steps) / num_local)
+    found["link"] = link(dist, torch, num_local) if num_ranks > 1 else {}
+    found["sizes"] = sizes(trainings["ddp"].run.network, options.batch_size // num_ranks)
+    if world.is_main:
+        print(json.dumps(found))
+    runtime.end()
+
+
+def silence(run) -> None:
+    run.world = type(run.world)(run.world.rank, 1, 0, 1, run.world.device)
+    run.guard.world_size = 1
+    forward_backward = run.forward_backward
+
+    def alone(batch):
+        with run.parallel.accumulating():
+            return forward_backward(batch)
+
+    run.forward_backward = alone
+
+
+def sent_bytes() -> int:
+    """Bytes that have left this host's interfaces, its loopback among them."""
+    lines = Path("/proc/net/dev").read_text().splitlines()[2:]
+    return sum(int(line.split(":")[1].split()[8]) for line in lines)
+
+
+def cpu_seconds() -> float:
+    """What this process has taken of the cores; other programs on the machine do not count, unlike in images a second."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def link(dist, torch, num_local: int) -> dict:
+    """Bytes a second that a rank sends in a large all-reduce, and the seconds of a tiny one."""
+    seconds = {}
+    for name, size in (("large", 16 * 2**20), ("tiny", 1)):
+        tensor, times = torch.zeros(size), []
+        for _ in range(6):
+            dist.barrier()
+            began = time.perf_counter()
+            dist.all_reduce(tensor)
+            times.append(time.perf_counter() - began)
+        seconds[name] = statistics.median(times[1:])
+    world_size = dist.get_world_size()
+    sent = 2 * (world_size - 1) / world_size * 4 * 16 * 2**20
+    return {"bytes_per_s": sent / seconds["large"], "latency_s": seconds["tiny"]}
+
+
+def sizes(network, samples: int) -> dict:
+    """What the prediction needs of a network: weights before the classifier, and its layers' inputs and outputs."""
+    import torch
+
+    layers = [(m.in_features, m.out_features) for m in network.classifier if isinstance(m, torch.nn.Linear)]
+    below = sum(p.numel() for name, p in network.named_parameters() if not name.startswith("classifier"))
+    return {"samples_per_rank": samples, "weights_below": below, "layers": layers}
+
+
+def predicted_bytes(sizes: dict, layout: str, num_ranks: int, split_ranks: int = 0) -> float:
+    """Bytes that a rank sends in a step. split_ranks: ranks that share one classifier; 0 is all."""
+    group = split_ranks or num_ranks
+    replicas = num_ranks // group
+    around = lambda ranks, numbers: 2 * (ranks - 1) / ranks * 4 * numbers  # noqa: E731  a ring's all-reduce
+    inside = sum(i * o + o for i, o in sizes["layers"])
+    if layout == "ddp":
+        return around(num_ranks, sizes["weights_below"] + inside)
+    # the first layer's inputs, what goes from layer to layer, the logits: to each other rank, and back
+    widths = [sizes["layers"][0][0], *(o for _, o in sizes["layers"][1:])]
+    activations = 2 * (group - 1) * sizes["samples_per_rank"] * 4 * sum(widths)
+    return around(num_ranks, sizes["weights_below"]) + activations + around(replicas, inside / group)
+
+
+def predicted_seconds(found: dict, layout: str, num_ranks: int) -> float:
+    """Seconds of a step: the arithmetic, then the bytes, one after the other; and a wait for each message."""
+    step = found["sizes"]["samples_per_rank"] * num_ranks / statistics.median(found["silent"]["images_per_s"])
+    sent = predicted_bytes(found["sizes"], layout, num_ranks)
+    return step + sent / found["link"]["bytes_per_s"] + messages(found["sizes"], layout) * found["link"]["latency_s"]
+
+
+def messages(sizes: dict, layout: str) -> int:
+    """Collectives of a step that are waited for one after the other: flags and buckets; each border of a split layer."""
+    return 4 if layout == "ddp" else 4 + 2 * len(sizes["layers"])
+
+
+def predict(result: dict, gbit: float) -> None:
+    """Print a table in Markdown: MB and milliseconds a step on ever more ranks, with as many samples a rank as measured.
+
+    Arithmetic and latency are the measured run's; a collective's latency grows with the logarithm of the ranks.
+    """
+    sizes = result["sizes"]
+    num_measured = result["batch_size"] // sizes["samples_per_rank"]
+    arithmetic = result["batch_size"] / result["silent"]["images_per_s"]
+    ways = {"ddp": ("ddp", 0), "hybrid over all": ("hybrid", 0), "hybrid by 8": ("hybrid", 8)}
+    print("| ranks | " + " | ".join(f"{way}, MB | ms" for way in ways) + " |\n|" + "---|" * (1 + 2 * len(ways)))
+    for num_ranks in (8, 16, 32, 64, 128, 256, 512, 1024):
+        cells = []
+        for layout, group in ways.values():
+            sent = predicted_bytes(sizes, layout, num_ranks, group)
+            latency = result["link"]["latency_s"] * math.log2(num_ranks) / max(1, math.log2(num_measured))
+            seconds = arithmetic + sent / (gbit * 1e9 / 8) + messages(sizes, layout) * latency
+            cells += [f"{sent / 1e6:,.1f}", f"{1000 * seconds:,.0f}"]
+        print(f"| {num_ranks:,} | " + " | ".join(cells) + " |")
+
+
+def show(options, where: str, found: dict) -> dict:
+    """Print a run's figures beside the prediction; return them for the file."""
+    num_ranks = options.batch_size // found["sizes"]["samples_per_rank"]
+    result = {
+        "where": where, "model": options.model, "size": options.size, "batch_size": options.batch_size, "n": options.repeats,
+        "steps": options.steps, "link": found["link"], "sizes": found["sizes"], "cpu": cpu_name(), "cores": os.cpu_count(),
+        "load": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    print(f"{options.model}@{options.size}, global batch {options.batch_size}, {where}")
+    for layout, figures in found.items():
+        if "images_per_s" not in figures:
+            continue
+        rates = figures["images_per_s"]
+        result[layout] = {
+            "images_per_s": round(statistics.median(rates), 1), "all": [round(r, 1) for r in rates],
+            "bytes_per_step": round(min(figures["bytes"])),  # other programs may use an interface as well
+            "cpu_s_per_step": round(min(figures["cpu_s"]), 4),
+        }  # fmt: skip
+        line = f"  {layout:7} {statistics.median(rates):8.1f} images/s ({min(rates):.1f} to {max(rates):.1f})"
+        if num_ranks > 1 and layout in LAYOUTS:
+            seconds, expected = (
+                predicted_seconds(found, layout, num_ranks),
+                predicted_bytes(found["sizes"], layout, num_ranks),
+            )
+            result[layout] |= {
+                "predicted_images_per_s": round(options.batch_size / seconds, 1),
+                "predicted_bytes": round(expected),
+            }
+            line += (
+                f", predicted {options.batch_size / seconds:.1f}; {min(figures['bytes']) / 1e6:.2f} MB a step and rank"
+            )
+            line += f", predicted {expected / 1e6:.2f}"
+        print(line)
+    if "hybrid" in result:
+        pairs = zip(found["hybrid"]["images_per_s"], found["ddp"]["images_per_s"], strict=True)
+        result["speed_ratio"] = round(statistics.median(h / d for h, d in pairs), 3)
+        result["bytes_ratio"] = round(result["ddp"]["bytes_per_step"] / result["hybrid"]["bytes_per_step"], 2)
+        result["cpu_ratio"] = round(result["ddp"]["cpu_s_per_step"] / result["hybrid"]["cpu_s_per_step"], 3)
+        print(f"  hybrid over ddp: {result['speed_ratio']:.2f} times the speed, 1/{result['cpu_ratio']:.2f} of the "
+              f"processor's time, 1/{result['bytes_ratio']:.1f} of the bytes")  # fmt: skip
+    return result
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    main()

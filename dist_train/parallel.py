@@ -1,0 +1,259 @@
+"""How a network lies over the ranks: whole on each, its classifier split, or every weight split.
+
+The three give the same gradients, to rounding, and their checkpoints are the same: there, every tensor is whole.
+"""
+
+import contextlib
+import copy
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_train.config import RunConfig
+from dist_train.errors import UserError
+from dist_train.hybrid import split_classifier
+from dist_train.networks import ConvNet
+from dist_train.runtime import World
+
+OWN_FSDP_GROUP = 2**20  # weights from which on a layer is gathered and let go by itself
+
+
+def spread(network: nn.Module, config: RunConfig, accelerator, world: World) -> "Replicated":
+    """Lay the network over the ranks as train.parallel says; changes it. To be called before the optimizer is built.
+
+    Raises UserError, naming the setting, where that network cannot lie so on these ranks.
+    """
+    kind = config.train.parallel if world.world_size > 1 else "ddp"
+    if kind != "ddp" and config.train.precision == "fp16":
+        raise UserError(
+            f"train.parallel is {kind} and train.precision fp16: its loss scale is not agreed on by ranks that hold "
+            f"different weights.\n  Use bf16, or train.parallel: ddp."
+        )
+    if kind != "ddp" and config.optim.freeze_epochs:
+        raise UserError(
+            f"train.parallel is {kind} and optim.freeze_epochs {config.optim.freeze_epochs}: layers can be frozen where each "
+            f"rank holds the whole network.\n  Use train.parallel: ddp."
+        )
+    return {"ddp": Replicated, "hybrid": Hybrid, "fsdp": FullySharded}[kind](network, config, accelerator, world)
+
+
+class Replicated:
+    """Every rank holds the whole network; gradients are averaged while the backward pass runs (or one process, alone).
+
+    model: what the forward pass goes through.
+    """
+
+    def __init__(self, network: nn.Module, config: RunConfig, accelerator, world: World):
+        self.network, self.config, self.accelerator, self.world = network, config, accelerator, world
+        self.model = self._wrapped = self._wrap()
+        if config.train.compile:
+            self.model = torch.compile(self._wrapped, dynamic=False)
+
+    def _wrap(self) -> nn.Module:
+        return self._averaged(set())
+
+    def _averaged(self, apart: set[str]) -> nn.Module:
+        """The network in Accelerate's DistributedDataParallel, which leaves the parameters named `apart` alone."""
+        if self.config.train.sync_batchnorm:  # global statistics are alike everywhere without a message a step
+            apart = apart | {name for name, _ in self.network.named_buffers()}
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.network, apart)
+        return self.accelerator.prepare_model(self.network)
+
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """The optimizer, told what it needs to know of the weights' form."""
+        return optimizer
+
+    def accumulating(self) -> contextlib.AbstractContextManager:
+        """Within it, gradients are added up on this rank alone: for all micro-batches but the last."""
+        return self.accelerator.no_sync(self._wrapped)
+
+    def reduce_gradients(self) -> None:
+        """After the backward pass: return when the gradients are those of the whole global batch."""
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scale the gradients down to this norm over all weights; returns the norm before, () on the device."""
+        return self.accelerator.clip_grad_norm_(self.network.parameters(), max_norm)
+
+    @contextlib.contextmanager
+    def whole(self):
+        """A plain network that holds all weights, on every rank: for evaluation, where ranks go their own pace."""
+        yield self.network
+
+    def gathered(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]] | None:
+        """This rank's parts -> whole tensors on rank zero, None elsewhere; every rank must call it.
+
+        tensors: as in `checkpoint.Saved`, stem -> name -> tensor, where a name begins with the parameter's.
+        """
+        return tensors if self.world.is_main else None
+
+    def parts(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Whole tensors -> what this rank holds of them: the inverse of `gathered`, without a message."""
+        return tensors
+
+
+class _Parted(Replicated):
+    """What the other two share: some tensors are held in parts."""
+
+    def __init__(self, network: nn.Module, config: RunConfig, accelerator, world: World):
+        # its form without its weights: what `whole` fills
+        hollow = {id(t): _like(t, t.to("meta")) for t in [*network.parameters(), *network.buffers()]}
+        self._form = copy.deepcopy(network, hollow)
+        super().__init__(network, config, accelerator, world)
+
+    @contextlib.contextmanager
+    def whole(self):
+        network = copy.deepcopy(self._form)
+        state = self.network.state_dict()
+        network.load_state_dict({name: self._everywhere(name, t.detach()) for name, t in state.items()}, assign=True)
+        yield network
+
+    def parts(self, tensors):
+        return {stem: {name: self._part(name, t) for name, t in named.items()} for stem, named in tensors.items()}
+
+
+class Hybrid(_Parted):
+    """Convolutions on every rank, each fully connected layer split over the ranks of a group (see `hybrid`)."""
+
+    def _wrap(self) -> nn.Module:
+        config, world = self.config, self.world
+        if not isinstance(self.network, ConvNet):
+            raise UserError(
+                f"train.parallel is hybrid, which splits the classifier of alexnet, alexnet_bn and vgg11 to vgg19; "
+                f"model.name is {config.model.name}.\n  Use train.parallel: ddp or fsdp."
+            )
+        size = config.train.split_ranks or world.world_size
+        if world.world_size % size or size < 2:
+            raise UserError(
+                f"train.split_ranks is {size}, expected a divisor of the number of ranks, {world.world_size}, from 2 on."
+            )
+        self.group = self.replicas = None  # all ranks
+        if size < world.world_size:
+            timeout = timedelta(seconds=config.runtime.timeout_s)  # torch's own would be 30 minutes
+            self.group, _ = dist.new_subgroups(size, timeout=timeout)
+            columns = [list(range(first, world.world_size, size)) for first in range(size)]
+            self.replicas, _ = dist.new_subgroups_by_enumeration(columns, timeout=timeout)
+        try:
+            cut = split_classifier(self.network.classifier, self.group, world.world_size)
+        except ValueError as error:
+            raise UserError(
+                f"train.parallel is hybrid: the classifier cannot be shared evenly: {error}, which must be a multiple of "
+                f"twice their number.\n  Set train.split_ranks to a divisor of both, or use train.parallel: ddp."
+            ) from None
+        self.cut = {f"classifier.{name}": dim for name, dim in cut.items()}
+        return self._averaged(set(self.cut))
+
+    def reduce_gradients(self) -> None:
+        if self.replicas is not None:
+            gradients = [p.grad for p in self._split_parameters() if p.grad is not None]
+            for work in [dist.all_reduce(g, group=self.replicas, async_op=True) for g in gradients]:
+                work.wait()
+
+    def clip_gradients(self, max_norm):
+        split = {id(p) for p in self._split_parameters()}
+        parameters = [p for p in self.network.parameters() if p.grad is not None]
+        here = torch.nn.utils.get_total_norm([p.grad for p in parameters if id(p) in split])
+        square = here.square()
+        dist.all_reduce(square, group=self.group)
+        alike = torch.nn.utils.get_total_norm([p.grad for p in parameters if id(p) not in split])
+        norm = (square + alike.square()).sqrt()
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
+
+    def gathered(self, tensors):
+        if self.replicas is not None and dist.get_rank(self.replicas) > 0:
+            return None  # the first group alone holds everything
+        whole = {stem: {k: self._on_main(k, t) for k, t in named.items()} for stem, named in tensors.items()}
+        return whole if self.world.is_main else None
+
+    def _split_parameters(self) -> list[nn.Parameter]:
+        return [p for name, p in self.network.named_parameters() if name in self.cut]
+
+    def _dim(self, name: str, tensor: Tensor) -> int | None:
+        """Along which dimension a parameter, or what an optimizer keeps for it, is cut."""
+        return self.cut.get(name.partition("/")[0]) if tensor.dim() else None
+
+    def _part(self, name, tensor):
+        if (dim := self._dim(name, tensor)) is None:
+            return tensor
+        return tensor.tensor_split(dist.get_world_size(self.group), dim)[dist.get_rank(self.group)].contiguous()
+
+    def _on_main(self, name: str, tensor: Tensor) -> Tensor | None:
+        if (dim := self._dim(name, tensor)) is None:
+            return tensor
+        if not self.world.is_main:
+            dist.gather(tensor.detach().contiguous(), group=self.group, group_dst=0)
+            return None
+        size = dist.get_world_size(self.group)
+        rows = tensor.new_empty(size * len(tensor), *tensor.shape[1:])
+        dist.gather(tensor.detach().contiguous(), list(rows.chunk(size)), group=self.group, group_dst=0)
+        return (rows if dim == 0 else torch.cat(rows.chunk(size), dim)).cpu()
+
+    def _everywhere(self, name: str, tensor: Tensor) -> Tensor:
+        if (dim := self._dim(name, tensor)) is None:
+            return tensor
+        size = dist.get_world_size(self.group)
+        rows = tensor.new_empty(size * len(tensor), *tensor.shape[1:])
+        dist.all_gather_into_tensor(rows, tensor.contiguous(), self.group)
+        return rows if dim == 0 else torch.cat(rows.chunk(size), dim)
+
+
+class FullySharded(_Parted):
+    """Every weight is split over all ranks, gathered where it is used (torch's fully_shard, "FSDP2")."""
+
+    def _wrap(self) -> nn.Module:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        self.mesh = init_device_mesh(self.world.device.type, (self.world.world_size,))
+        self.network.to(memory_format=torch.contiguous_format)  # fully_shard takes no other; pictures keep theirs
+        for module in list(self.network.modules()):
+            if (
+                module is not self.network
+                and sum(p.numel() for p in module.parameters(recurse=False)) >= OWN_FSDP_GROUP
+            ):
+                fully_shard(module, mesh=self.mesh)
+        fully_shard(self.network, mesh=self.mesh)
+        return self.network
+
+    def optimizer(self, optimizer):
+        if isinstance(optimizer, torch.optim.SGD):  # torch 2.15 has no fused one for tensors in parts
+            for group in optimizer.param_groups:
+                group.update(fused=False, foreach=True)
+            optimizer._step_supports_amp_scaling = False
+        return optimizer
+
+    @contextlib.contextmanager
+    def accumulating(self):
+        self.network.set_requires_gradient_sync(False)
+        yield
+        self.network.set_requires_gradient_sync(True)
+
+    def clip_gradients(self, max_norm):
+        return torch.nn.utils.clip_grad_norm_(self.network.parameters(), max_norm).full_tensor()
+
+    def gathered(self, tensors):
+        whole = {}
+        for stem, named in tensors.items():
+            for name, t in named.items():
+                everyone = self._everywhere(name, t)
+                if self.world.is_main:
+                    whole.setdefault(stem, {})[name] = everyone.cpu()
+        return whole if self.world.is_main else None
+
+    def _everywhere(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+    def _part(self, name, tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        parameter = dict(self.network.named_parameters()).get(name.partition("/")[0])
+        if parameter is None or tensor.shape != parameter.shape:
+            return tensor
+        tensor = tensor.to(self.world.device)
+        return distribute_tensor(tensor, self.mesh, parameter.placements, src_data_rank=None)
+
+
+def _like(t: Tensor, data: Tensor) -> Tensor:
+    return nn.Parameter(data, t.requires_grad) if isinstance(t, nn.Parameter) else data

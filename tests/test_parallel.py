@@ -1,0 +1,208 @@
+"""ddp, hybrid and fsdp against one process that holds the whole batch and all weights."""
+
+import contextlib
+import copy
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import ROOT, tiny_run
+from torch import nn
+
+from dist_train import runtime
+from dist_train.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from dist_train.errors import UserError
+from dist_train.layers import set_dropout_keys, use_keyed_dropout, use_sync_batchnorm
+from dist_train.models import build_model
+from dist_train.networks import ConvNet
+from dist_train.optim import build_optimizer
+from dist_train.parallel import spread
+
+WORLD_SIZE, BATCH, MICRO = 4, 24, 2
+NETWORKS = {"alexnet": 0.0625, "alexnet_bn": 0.0625, "vgg11": 0.03125}
+LAYOUTS = {"ddp": ("ddp", 0), "hybrid": ("hybrid", 0), "two groups": ("hybrid", 2), "fsdp": ("fsdp", 0)}
+
+
+def settings(name: str, layout: str) -> RunConfig:
+    parallel, split_ranks = LAYOUTS[layout]
+    model = ModelConfig(name=name, width=NETWORKS[name], stem="small")
+    optim = OptimConfig(lr=0.01, weight_decay=0.1)
+    return RunConfig(model=model, optim=optim, train=TrainConfig(parallel=parallel, split_ranks=split_ranks))
+
+
+def two_updates(config: RunConfig, accelerator, world) -> dict:
+    """What this rank sees of two updates: losses, gradient norms, and on rank zero the whole gradients and weights."""
+    images, labels, keys = samples()
+    network = use_keyed_dropout(build_model(config.model, 10, (16, 16), None, seed=1)).double()
+    if world.world_size > 1:
+        use_sync_batchnorm(network)
+    parallel = spread(network, config, accelerator, world)
+    optimizer = parallel.optimizer(build_optimizer(network, config.optim))
+    share = BATCH // world.world_size
+    num_micro = (
+        1 if config.model.name.endswith("_bn") else MICRO
+    )  # whose statistics are those of what goes through at once
+    found = {"losses": [], "norms": []}
+    for _ in range(2):
+        loss_sum = torch.zeros((), dtype=torch.float64)
+        for i in range(num_micro):
+            first = world.rank * share + i * share // num_micro
+            part = slice(first, first + share // num_micro)
+            set_dropout_keys(network, keys[part])
+            with contextlib.nullcontext() if i == num_micro - 1 else parallel.accumulating():
+                loss = F.cross_entropy(parallel.model(images[part]), labels[part]) / num_micro
+                loss.backward()
+            loss_sum += loss.detach()
+        parallel.reduce_gradients()
+        found["gradients"] = parallel.gathered({"all": {n: p.grad.clone() for n, p in network.named_parameters()}})
+        found["norms"].append(parallel.clip_gradients(0.5))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        found["losses"].append(loss_sum)
+    found["weights"] = parallel.gathered({"all": network.state_dict()})
+    found["held"] = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in network.parameters())
+    with torch.no_grad(), parallel.whole() as whole:
+        found["logits"] = whole.eval()(images)
+    if found["weights"]:  # every rank takes its part back without a message
+        back = parallel.parts(copy.deepcopy(found["weights"]))["all"]
+        own = network.state_dict()
+        found["comes back"] = all(torch.equal(_local(back[name]), _local(own[name])) for name in own)
+    return found
+
+
+def _local(t):
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def samples():
+    rng = torch.Generator().manual_seed(5)
+    images = torch.randn(BATCH, 3, 16, 16, generator=rng, dtype=torch.float64).to(memory_format=torch.channels_last)
+    return (
+        images,
+        torch.randint(0, 10, (BATCH,), generator=rng),
+        torch.randint(-(2**62), 2**62, (BATCH,), generator=rng),
+    )
+
+
+def one_rank(rank, port, folder):
+    os.environ |= {
+        "WORLD_SIZE": str(WORLD_SIZE), "LOCAL_WORLD_SIZE": str(WORLD_SIZE), "RANK": str(rank), "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    accelerator, world = runtime.start("fp32", 1, 60)
+    try:
+        found = {
+            (n, layout): two_updates(settings(n, layout), accelerator, world) for n in NETWORKS for layout in LAYOUTS
+        }
+        found["refused"] = refusals(accelerator, world)
+        if rank < 2:
+            torch.save(found, f"{folder}/{rank}.pt")
+        dist.barrier()
+    finally:
+        runtime.end()
+
+
+def refusals(accelerator, world) -> list[str]:
+    base = settings("alexnet", "hybrid")
+    odd = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 10))
+    messages = []
+    for network, train in [
+        (ConvNet(nn.Identity(), nn.Identity(), odd), replace(base.train, split_ranks=3)),
+        (ConvNet(nn.Identity(), nn.Identity(), odd), replace(base.train, precision="fp16")),
+        (ConvNet(nn.Identity(), nn.Identity(), odd), base.train),
+        (nn.Linear(2, 2), base.train),
+    ]:
+        with pytest.raises(UserError) as error:
+            spread(network, replace(base, train=train), accelerator, world)
+        messages.append(str(error.value))
+    return messages
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What ranks 0 and 1 of four found."""
+    folder = tmp_path_factory.mktemp("parallel")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.set_forkserver_preload(["dist_train.run"])  # torch and Accelerate are imported once, for all ranks
+    torch.multiprocessing.start_processes(one_rank, (port, str(folder)), WORLD_SIZE, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The same on one process."""
+    accelerator = SimpleNamespace(
+        prepare_model=lambda network: network, no_sync=lambda model: contextlib.nullcontext(),
+        clip_grad_norm_=torch.nn.utils.clip_grad_norm_)  # fmt: skip
+    world = runtime.World(0, 1, 0, 1, torch.device("cpu"))
+    return {name: two_updates(settings(name, "ddp"), accelerator, world) for name in NETWORKS}
+
+
+@pytest.mark.two_process
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_norms_and_updates_are_those_of_one_process(ranks, alone, name, layout):
+    found, expected = ranks[0][name, layout], alone[name]
+    for key in ("gradients", "weights"):
+        assert found[key]["all"].keys() == expected[key]["all"].keys()
+        for parameter, t in expected[key]["all"].items():
+            torch.testing.assert_close(found[key]["all"][parameter], t, rtol=1e-8, atol=1e-10, msg=f"{key} {parameter}")
+    for of_rank in (found, ranks[1][name, layout]):
+        torch.testing.assert_close(of_rank["norms"], expected["norms"], rtol=1e-9, atol=0)
+        torch.testing.assert_close(of_rank["logits"], expected["logits"], rtol=1e-8, atol=1e-10)
+    assert expected["norms"][0] > 0.5  # or nothing was clipped
+    assert found["comes back"]
+    assert ranks[1][name, layout]["weights"] is None
+
+
+@pytest.mark.two_process
+def test_each_rank_holds_its_part_alone(ranks, alone):
+    whole = {name: alone[name]["held"] for name in NETWORKS}
+    for name in NETWORKS:
+        held = {layout: ranks[1][name, layout]["held"] for layout in LAYOUTS}
+        assert held["ddp"] == whole[name]
+        assert held["fsdp"] < 0.3 * whole[name]
+        assert held["hybrid"] < held["two groups"] < whole[name]
+
+
+@pytest.mark.two_process
+def test_what_cannot_be_split_is_refused_by_name(ranks):
+    groups, precision, units, network = ranks[0]["refused"]
+    assert "train.split_ranks is 3, expected a divisor of the number of ranks, 4" in groups
+    assert "train.precision fp16" in precision
+    assert "12 hidden units for 4 ranks, which must be a multiple of twice their number" in units
+    assert "splits the classifier of alexnet" in network
+
+
+def curve(run, kind):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows if row["kind"] == kind]
+
+
+@pytest.mark.two_process
+def test_one_run_goes_through_all_layouts(digits, tmp_path):
+    # checkpoints, weight average, evaluation and resume; BatchNorm, dropout, clipping and weight decay
+    more = ["--train.epochs", "4", "--optim.lr", "0.004", "--optim.clip_norm", "2", "--resume",
+            "--train.eval_every_epochs", "0.4"]  # fmt: skip
+    runs = {tmp_path / "steady": "1:16", tmp_path / "changing": "2:7:hybrid 2:14:fsdp 1:16"}
+    for run, plan in runs.items():
+        command = [sys.executable, "tests/elastic_ranks.py", str(tmp_path), plan, "--", *tiny_run(digits, run, *more)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    steady, changing = (curve(run, "train") for run in runs)
+    assert [step for step, _ in changing] == [step for step, _ in steady] == list(range(1, 17))
+    assert max(abs(a - b) for (_, a), (_, b) in zip(steady, changing, strict=True)) < 1e-3
+    evaluations = [curve(run, "eval") for run in runs]
+    assert [step for step, _ in evaluations[0]] == [step for step, _ in evaluations[1]] == [6, 12]
+    assert max(abs(a - b) for (_, a), (_, b) in zip(*evaluations, strict=True)) < 1e-3
