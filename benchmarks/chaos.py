@@ -297,7 +297,7 @@ def compare(calm: Path, killed: Path) -> dict:
 
     def figures(run):
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        rows = [row for row in rows if row["kind"] != "restart"]
+        rows = [row for row in rows if row["kind"] in ("train", "eval")]
         keys = [(row["kind"], row.get("split"), row["step"]) for row in rows]
         return keys, dict(zip(keys, [(row["loss"], row.get("top1"), row.get("lr")) for row in rows], strict=True))
 

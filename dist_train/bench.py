@@ -27,8 +27,8 @@ from dist_train.decode import decode_batch, decoders, read_from_files
 from dist_train.errors import UserError
 from dist_train.folds import open_index
 from dist_train.order import Order, sample_keys
-from dist_train.run import decoder_crop, input_size
 from dist_train.settings import read_config
+from dist_train.sizes import decoder_crop, input_size
 from dist_train.store import Store
 
 MOST_MB = 256  # payloads kept in memory, so that decoding can be measured without reading

@@ -191,6 +191,8 @@ class TrainConfig:
     """newest checkpoints kept; the best one is kept besides"""
     log_every_steps: int = 20
     """steps between log lines"""
+    profile_steps: int = 10
+    """steps, after ten to warm up, whose parts are timed one by one, for where the time goes; 0 is none"""
 
 
 @dataclass(frozen=True)
@@ -321,7 +323,8 @@ FREE_SHARD_SETTINGS = ("out", "workers", "max_bad", "overwrite", "download", "pa
 # Settings that may differ between a run and its continuation, because no result depends on them.
 FREE_SETTINGS = ("runtime.", "track.", "data.shards", "data.threads", "data.prefetch_mb", "data.verify", "data.max_bad",
                  "data.cache", "data.decoded_gb",
-                 "train.parallel", "train.split_ranks", "train.max_steps", "train.log_every_steps", "train.checkpoint_every_steps",
+                 "train.parallel", "train.split_ranks", "train.max_steps", "train.log_every_steps", "train.profile_steps",
+                 "train.checkpoint_every_steps",
                  "train.keep_checkpoints")  # fmt: skip
 
 

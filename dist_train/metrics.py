@@ -139,6 +139,24 @@ class Throughput:
         return figures
 
 
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Dense floating-point operations a second that the device reaches on one large matrix product, the best of a few.
+
+    That is what MFU is a share of: measured here and now, with the threads at hand, not a data sheet's figure.
+    """
+    side = 8192 if device.type == "cuda" else 512
+    a, b = (torch.full((side, side), 0.5, dtype=dtype, device=device) for _ in range(2))
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        a @ b
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - start
+
+    return 2 * side**3 / min(seconds() for _ in range(5))
+
+
 def flops_per_sample(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     """Floating-point operations of one sample's forward pass; a multiply-add is two.
 

@@ -18,8 +18,8 @@ from dist_train.mixing import mix
 from dist_train.order import Order
 from dist_train.page import Cell, Gallery, Section, write_page
 from dist_train.picture_plots import THUMBNAIL, cell, draw_gallery, some_of_each_class, thumbnails
-from dist_train.run import decoder_crop, input_size
 from dist_train.settings import read_config
+from dist_train.sizes import decoder_crop, input_size
 
 SHOWN_CLASSES = 10
 _CHUNK = 1 << 20  # places of an epoch that are looked through at once

@@ -25,10 +25,13 @@ from dist_train.folds import open_index
 from dist_train.guard import Guard
 from dist_train.index import ShardIndex
 from dist_train.layers import set_dropout_keys, use_keyed_dropout, use_sync_batchnorm
+from dist_train.metrics import flops_per_sample, peak_flops
 from dist_train.models import build_model, head_name
 from dist_train.optim import Plateau, WeightAverage, build_optimizer, lr_at
 from dist_train.parallel import spread
 from dist_train.settings import from_dict, to_dict
+from dist_train.sizes import check_sizes, decoder_crop, eval_crop, input_size, micro_batch_size
+from dist_train.step_parts import StepParts
 
 
 class Run:
@@ -46,9 +49,12 @@ class Run:
         self.checkpoints = Checkpoints(folder, config.train.keep_checkpoints)
         self.stop_requests = runtime.StopRequests(folder)
         self.tracker = None
+        self._peak_flops = None
 
         self.input_size = input_size(config, self.index)
         network = build_network(config, self.index)
+        entering = (3, *self.input_size) if self.input_size else (len(self.index.features),)
+        self.sample_flops = flops_per_sample(network, entering)  # of the whole network, before it is spread over the ranks
         if config.train.sync_batchnorm and world.world_size > 1:
             use_sync_batchnorm(network)
         if config.train.channels_last:
@@ -60,6 +66,7 @@ class Run:
         optimizer = self.parallel.optimizer(build_optimizer(self.network, config.optim, self.head))
         # the loader and the schedule stay with us: Accelerate would read on rank zero for all, and step once per rank
         self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.parts = StepParts(world.device, config.train.profile_steps)
         self.guard = Guard(world.device, world.world_size)
         crop = "none" if decoder_crop(config, self.index)[0] == "random_resized" else config.augment.crop
         on_device = dataclasses.replace(config.augment, crop=crop)  # what the decoder cuts is not cut again
@@ -97,14 +104,17 @@ class Run:
         num_micro = len(batch) // self.micro_batch_size
         loss_sum = torch.zeros((), device=self.world.device)
         for i in range(num_micro):
+            self.parts.mark("augment")
             part = slice(i * self.micro_batch_size, (i + 1) * self.micro_batch_size)
             inputs, targets = self.prepare(batch.images[part], batch.labels[part], batch.random_keys[part])
+            self.parts.mark("forward")
             set_dropout_keys(self.network, batch.random_keys[part])
             is_synced = i == num_micro - 1 and not is_frozen
             with contextlib.nullcontext() if is_synced else self.parallel.accumulating():
                 with self.accelerator.autocast():
                     logits = self.model(inputs)
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.config.optim.label_smoothing)
+                self.parts.mark("backward")
                 self.accelerator.backward(loss / num_micro)
             loss_sum += loss.detach() / num_micro
         if is_frozen and self.world.world_size > 1:
@@ -157,6 +167,19 @@ class Run:
         if self.world.world_size > 1:
             torch.distributed.all_reduce(value)
         return float(value) / self.world.world_size
+
+    def work_figures(self, images_per_s: float) -> dict[str, float]:
+        """{"tflops": reached by all ranks together, "mfu": their share of what they could}; {} before the profiled window's end.
+
+        A frozen network does less than is counted here. MFU: Chowdhery et al. 2022.
+        """
+        if not self.parts.is_complete:
+            return {}
+        if self._peak_flops is None:
+            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.train.precision]
+            self._peak_flops = peak_flops(self.world.device, dtype) * self.world.world_size
+        flops = 3 * images_per_s * self.sample_flops
+        return {"tflops": round(flops / 1e12, 4), "mfu": round(flops / self._peak_flops, 4)}
 
     def name_bad_samples(self) -> None:
         """Name the pictures that any rank could not decode. Raises UserError, on every rank, where they are too many."""
@@ -289,70 +312,6 @@ def build_network(config: RunConfig, index: ShardIndex) -> torch.nn.Module:
     return network
 
 
-def input_size(config: RunConfig, index: ShardIndex) -> tuple[int, int] | None:
-    """(height, width) that enters the network; None for tables."""
-    if index.features is not None:
-        return None
-    size = (config.data.image_size,) * 2 if config.data.image_size else index.image_size
-    if size is None:
-        raise UserError(f"{index.folder}: the pictures differ in size, so the recipe must set data.image_size.")
-    return size
-
-
-def decoder_crop(config: RunConfig, index: ShardIndex) -> tuple[str, int]:
-    """(crop, image_size) for the stream: pictures that differ in size are cut and resized while they are decoded."""
-    if config.data.crop != "auto":
-        return config.data.crop, config.data.image_size
-    if index.image_size is not None or index.features is not None:
-        return "resize", 0  # as stored; the device crops and resizes
-    return ("random_resized" if config.augment.crop == "random_resized" else "resize"), config.data.image_size
-
-
-def micro_batch_size(config: RunConfig, world_size: int) -> int:
-    """Samples through the network at once: the largest equal part of a rank's share below the limit."""
-    share, limit = config.data.global_batch_size // world_size, config.train.micro_batch_size
-    return next(
-        share // parts for parts in range(1, share + 1) if share % parts == 0 and (not limit or share // parts <= limit)
-    )
-
-
-def check_sizes(config: RunConfig, index: ShardIndex, world: runtime.World) -> None:
-    """Raise UserError, all faults at once, where settings, shards and ranks do not go together."""
-    problems = []
-    batch, share = config.data.global_batch_size, config.data.global_batch_size // world.world_size
-    if (split := config.data.train_split) not in index.splits:
-        problems.append(f"{index.folder}: there is no split {split!r} to train on; it has {', '.join(index.splits)}.")
-    if batch < 1 or batch % world.world_size:
-        problems.append(f"data.global_batch_size is {batch}, which {world.world_size} processes cannot share evenly.\n"
-                        f"  Choose a multiple of {world.world_size}, or start another number of processes.")  # fmt: skip
-    if (config.augment.mixup or config.augment.cutmix) and (
-        share % 2 or micro_batch_size(config, world.world_size) % 2
-    ):
-        problems.append(
-            f"mixup and cutmix pair neighbours, so each rank's share ({share}) and micro-batch must be even."
-        )
-    if config.train.epochs <= 0:
-        problems.append(f"train.epochs is {config.train.epochs}; expected more than 0.")
-    if config.optim.lr <= 0:
-        problems.append(f"optim.lr is {config.optim.lr}; expected more than 0.")
-    if not 0 < config.optim.layer_decay <= 1:
-        problems.append(f"optim.layer_decay is {config.optim.layer_decay}; expected more than 0, at most 1.")
-    if config.optim.freeze_epochs < 0:
-        problems.append(f"optim.freeze_epochs is {config.optim.freeze_epochs}; expected 0 or more.")
-    if config.optim.freeze_epochs > 0 and not config.model.pretrained:
-        problems.append(f"optim.freeze_epochs is {config.optim.freeze_epochs}, but nothing is trained below the last layer "
-                        f"that could be kept.\n  Set model.pretrained, or leave optim.freeze_epochs out.")  # fmt: skip
-    if config.optim.freeze_epochs > 0 and config.train.parallel != "ddp" and world.world_size > 1:
-        problems.append(f"optim.freeze_epochs is {config.optim.freeze_epochs} and train.parallel {config.train.parallel}, which "
-                        f"splits the one layer that is trained.\n  Use train.parallel: ddp.")  # fmt: skip
-    if index.features is not None and config.model.name != "mlp":
-        problems.append(f"{index.folder} is a table, so model.name must be mlp, not {config.model.name}.")
-    if index.features is None and config.model.name == "mlp":
-        problems.append(f"{index.folder} holds pictures; model.name mlp is for tables.")
-    if problems:
-        raise UserError("\n".join(problems))
-
-
 def open_run_folder(config: RunConfig, folder: Path, resume: bool) -> None:
     """Write the settings into the run folder, or accept those there. Raises UserError where it holds another run."""
     written = folder / "config.yaml"
@@ -379,11 +338,6 @@ def inference(config: RunConfig, index: ShardIndex, size: tuple[int, int] | None
         "image_size": size and list(size), "one_size": index.image_size is not None,
         "eval_crop": eval_crop(config, index),
     }  # fmt: skip
-
-
-def eval_crop(config: RunConfig, index: ShardIndex) -> float:
-    """Share of the picture's shorter side that is evaluated: the central crop only where training crops at random."""
-    return config.data.eval_crop if decoder_crop(config, index)[0] == "random_resized" else 0.0
 
 
 def can_skip_updates(optimizer) -> bool:

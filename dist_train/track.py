@@ -3,8 +3,9 @@
 metrics.jsonl is the record; the console and Weights & Biases are copies of it. Its lines are
 
     {"kind": "train", "step": 120, "epoch": 1.7, "loss": ..., "lr": ..., "images_per_s": ..., "data_wait": 0.03,
-     "time_s": ...}
+     "tflops": ..., "mfu": 0.4, "time_s": ...}
     {"kind": "eval", "split": "val", "step": 120, "epoch": 1.7, "loss": ..., "top1": ..., "time_s": ...}
+    {"kind": "profile", "step": 20, "step_s": 0.031, "data": 0.02, "augment": ..., "forward": ..., ...}
     {"kind": "restart", "step": 100, "time_s": ...}
 
 and no step of a series stands in it twice, however often the run was stopped. `time_s` counts seconds of running;
@@ -52,6 +53,8 @@ class SilentTracker:
 
     def evaluation(self, step: int, split: str, values: dict) -> None: ...
 
+    def profile(self, step: int, step_s: float, shares: dict) -> None: ...
+
     def message(self, text: str) -> None: ...
 
     def figures(self, pictures: dict) -> None: ...
@@ -65,6 +68,7 @@ class Tracker:
     def __init__(self, metrics, console, wandb):
         self._metrics, self._console, self._wandb = metrics, console, wandb
         self.takes_figures = wandb is not None
+        self._profiled = False
 
     def train(self, step: int, values: dict) -> None:
         """Record a step's figures: epoch, loss, lr, images_per_s, data_wait (share of the time, 0..1), any others."""
@@ -77,6 +81,19 @@ class Tracker:
         line = self._metrics.append({"kind": "eval", "split": split, "step": step, **values}, sync=True)
         self._console.message(f"{split:<5} {_figures(step, values)}")
         self._send(line)
+
+    def profile(self, step: int, step_s: float, shares: dict[str, float]) -> None:
+        """Record, once a run, where the time of a step goes. shares: {part: 0..1}; step_s: mean of the profiled steps."""
+        line = (
+            self._metrics.append({"kind": "profile", "step": step, "step_s": step_s, **shares})
+            if not self._profiled
+            else None
+        )
+        self._profiled = True
+        if line:
+            parts = "  ".join(f"{part} {share:.0%}" for part, share in shares.items())
+            self._console.message(f"where a step's {1000 * step_s:,.1f} ms go: {parts}")
+            self._send(line)
 
     def message(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -251,7 +268,8 @@ class Eta:
 # How each known figure is shown; others go to the file alone.
 _SHOWN = {
     "epoch": "epoch {:.2f}", "loss": "loss {:.4f}", "top1": "top1 {:.2%}", "top5": "top5 {:.2%}", "lr": "lr {:.2e}",
-    "images_per_s": "{:,.0f} images/s", "data_wait": "waits for data {:.0%}", "samples": "{:,} samples",
+    "images_per_s": "{:,.0f} images/s", "data_wait": "waits for data {:.0%}",
+    "mfu": "MFU {:.0%}", "samples": "{:,} samples",
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from dist_train.optim import set_lr
 from dist_train.order import fold
 from dist_train.run import Run, State, inference, open_run_folder
 from dist_train.settings import read_config
+from dist_train.step_parts import StepParts
 from dist_train.track import open_tracker
 from dist_train.watch import Watch
 
@@ -35,12 +36,13 @@ def train(run: Run, state: State) -> None:
     if run.is_evaluation_due(state) or run.is_over(state) or state.step >= run.halt_step:
         return run.checkpoints.wait()
     clock = Throughput()
-    for batch in timed(to_device(run.stream(state.step), world.device), clock):
+    for batch in timed(to_device(run.stream(state.step), world.device), clock, run.parts):
         lr = run.lr_at(state.step) * state.plateau.factor
         set_lr(state.optimizer, lr)
         torch.manual_seed(int(fold(config.seed, state.step, world.rank)) >> 1)  # for layers that draw by themselves
         loss = run.forward_backward(batch)
         asked = run.agree_to_stop(state, loss)
+        run.parts.mark("optimizer")
         if config.optim.clip_norm:
             run.parallel.clip_gradients(config.optim.clip_norm)
         state.optimizer.step()
@@ -49,6 +51,7 @@ def train(run: Run, state: State) -> None:
         if state.average:
             state.average.update(run.network)
         state.loss_sum += loss
+        run.parts.mark("other")
         clock.add(config.data.global_batch_size)
 
         stop = asked or state.step >= run.halt_step
@@ -59,8 +62,11 @@ def train(run: Run, state: State) -> None:
                 run.name_bad_samples()
             mean_loss = run.mean_over_ranks(state.loss_sum) / (state.step - state.logged_step)
             images_per_s, data_wait = clock.read()
+            figures = run.work_figures(images_per_s) if world.is_main else {}
             run.tracker.train(state.step, {"epoch": run.epoch_of(state.step), "loss": mean_loss, "lr": lr,
-                                           "images_per_s": images_per_s, "data_wait": data_wait})  # fmt: skip
+                                           "images_per_s": images_per_s, "data_wait": data_wait, **figures})  # fmt: skip
+            if run.parts.is_complete:
+                run.tracker.profile(state.step, run.parts.step_s(), run.parts.shares())
             state.loss_sum, state.logged_step = torch.zeros_like(state.loss_sum), state.step
         if run.is_evaluation_due(state) and not asked:
             judge_and_save(run, state)
@@ -106,11 +112,13 @@ def judge(run: Run, state: State) -> bool:
     return is_best
 
 
-def timed(batches, clock: Throughput):
+def timed(batches, clock: Throughput, parts: StepParts):
     """Pass batches on; the clock counts the time in which none was ready."""
     while True:
+        parts.mark("data")
         with clock.waiting():
             batch = next(batches, None)
+        parts.mark("other")
         if batch is None:
             return
         yield batch

@@ -155,7 +155,7 @@ class WandbRun:
                 self._run.log({"step": max(self._sent.values(), default=0), **fresh})
             self._shown |= fresh.keys()
             return
-        name = "train" if value["kind"] == "train" else value.get("split")
+        name = value["kind"] if value["kind"] in ("train", "profile") else value.get("split")
         if name is None or value["step"] <= self._sent.get(name, -1):
             return
         self._sent[name] = value["step"]

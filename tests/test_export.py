@@ -19,9 +19,10 @@ from dist_train.errors import UserError
 from dist_train.export import FILES, export, load_exported, main
 from dist_train.index import load_index
 from dist_train.predict import load_run
-from dist_train.run import build_network, inference, input_size
+from dist_train.run import build_network, inference
 from dist_train.runtime import write_json
 from dist_train.settings import to_dict
+from dist_train.sizes import input_size
 from dist_train.train import run_training
 
 

@@ -74,7 +74,7 @@ def figures(run):
     return [
         (row["kind"], row.get("split"), row["step"], row["loss"], row.get("top1"))
         for row in rows
-        if row["kind"] != "restart"
+        if row["kind"] in ("train", "eval")
     ]
 
 

@@ -15,8 +15,8 @@ from dist_train.config import RunConfig
 from dist_train.errors import UserError
 from dist_train.predict import eval_main, load_run
 from dist_train.predict import main as predict_main
-from dist_train.run import micro_batch_size
 from dist_train.settings import read_config
+from dist_train.sizes import micro_batch_size
 from dist_train.train import its_time, parse, run_training
 
 
@@ -24,7 +24,7 @@ def figures(run: Path) -> list[dict]:
     """What metrics.jsonl says, less what a clock measured."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     keep = ("kind", "split", "step", "epoch", "loss", "lr", "top1", "top5")
-    return [{k: line[k] for k in keep if k in line} for line in lines if line["kind"] != "restart"]
+    return [{k: line[k] for k in keep if k in line} for line in lines if line["kind"] in ("train", "eval")]
 
 
 def losses(run: Path) -> list[float]:

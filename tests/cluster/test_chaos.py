@@ -13,7 +13,18 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 def test_ten_kills_lose_nothing(tmp_path):
     out = tmp_path / "counts.json"
-    command = [sys.executable, "benchmarks/chaos.py", "--kills", "10", "--epochs", "4", "--launchers", "0", "--out", str(out)]
+    command = [
+        sys.executable,
+        "benchmarks/chaos.py",
+        "--kills",
+        "10",
+        "--epochs",
+        "4",
+        "--launchers",
+        "0",
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(
         command, cwd=PROJECT, env=os.environ | {"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True
     )

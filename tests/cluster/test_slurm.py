@@ -19,7 +19,7 @@ def lines(run, kind):
     if not path.exists():
         return []
     rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    measured = ("time_s", "images_per_s", "data_wait")
+    measured = ("time_s", "images_per_s", "data_wait", "tflops", "mfu")
     return [{k: v for k, v in row.items() if k not in measured} for row in rows if row["kind"] == kind]
 
 

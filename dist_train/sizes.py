@@ -1,0 +1,75 @@
+"""What follows from settings, shards and ranks together: sizes, crops and shares, and whether they go together."""
+
+from dist_train.config import RunConfig
+from dist_train.errors import UserError
+from dist_train.index import ShardIndex
+from dist_train.runtime import World
+
+
+def input_size(config: RunConfig, index: ShardIndex) -> tuple[int, int] | None:
+    """(height, width) that enters the network; None for tables."""
+    if index.features is not None:
+        return None
+    size = (config.data.image_size,) * 2 if config.data.image_size else index.image_size
+    if size is None:
+        raise UserError(f"{index.folder}: the pictures differ in size, so the recipe must set data.image_size.")
+    return size
+
+
+def decoder_crop(config: RunConfig, index: ShardIndex) -> tuple[str, int]:
+    """(crop, image_size) for the stream: pictures that differ in size are cut and resized while they are decoded."""
+    if config.data.crop != "auto":
+        return config.data.crop, config.data.image_size
+    if index.image_size is not None or index.features is not None:
+        return "resize", 0  # as stored; the device crops and resizes
+    return ("random_resized" if config.augment.crop == "random_resized" else "resize"), config.data.image_size
+
+
+def eval_crop(config: RunConfig, index: ShardIndex) -> float:
+    """Share of the picture's shorter side that is evaluated: the central crop only where training crops at random."""
+    return config.data.eval_crop if decoder_crop(config, index)[0] == "random_resized" else 0.0
+
+
+def micro_batch_size(config: RunConfig, world_size: int) -> int:
+    """Samples through the network at once: the largest equal part of a rank's share below the limit."""
+    share, limit = config.data.global_batch_size // world_size, config.train.micro_batch_size
+    return next(
+        share // parts for parts in range(1, share + 1) if share % parts == 0 and (not limit or share // parts <= limit)
+    )
+
+
+def check_sizes(config: RunConfig, index: ShardIndex, world: World) -> None:
+    """Raise UserError, all faults at once, where settings, shards and ranks do not go together."""
+    problems = []
+    batch, share = config.data.global_batch_size, config.data.global_batch_size // world.world_size
+    if (split := config.data.train_split) not in index.splits:
+        problems.append(f"{index.folder}: there is no split {split!r} to train on; it has {', '.join(index.splits)}.")
+    if batch < 1 or batch % world.world_size:
+        problems.append(f"data.global_batch_size is {batch}, which {world.world_size} processes cannot share evenly.\n"
+                        f"  Choose a multiple of {world.world_size}, or start another number of processes.")  # fmt: skip
+    if (config.augment.mixup or config.augment.cutmix) and (
+        share % 2 or micro_batch_size(config, world.world_size) % 2
+    ):
+        problems.append(
+            f"mixup and cutmix pair neighbours, so each rank's share ({share}) and micro-batch must be even."
+        )
+    if config.train.epochs <= 0:
+        problems.append(f"train.epochs is {config.train.epochs}; expected more than 0.")
+    if config.optim.lr <= 0:
+        problems.append(f"optim.lr is {config.optim.lr}; expected more than 0.")
+    if not 0 < config.optim.layer_decay <= 1:
+        problems.append(f"optim.layer_decay is {config.optim.layer_decay}; expected more than 0, at most 1.")
+    if config.optim.freeze_epochs < 0:
+        problems.append(f"optim.freeze_epochs is {config.optim.freeze_epochs}; expected 0 or more.")
+    if config.optim.freeze_epochs > 0 and not config.model.pretrained:
+        problems.append(f"optim.freeze_epochs is {config.optim.freeze_epochs}, but nothing is trained below the last layer "
+                        f"that could be kept.\n  Set model.pretrained, or leave optim.freeze_epochs out.")  # fmt: skip
+    if config.optim.freeze_epochs > 0 and config.train.parallel != "ddp" and world.world_size > 1:
+        problems.append(f"optim.freeze_epochs is {config.optim.freeze_epochs} and train.parallel {config.train.parallel}, which "
+                        f"splits the one layer that is trained.\n  Use train.parallel: ddp.")  # fmt: skip
+    if index.features is not None and config.model.name != "mlp":
+        problems.append(f"{index.folder} is a table, so model.name must be mlp, not {config.model.name}.")
+    if index.features is None and config.model.name == "mlp":
+        problems.append(f"{index.folder} holds pictures; model.name mlp is for tables.")
+    if problems:
+        raise UserError("\n".join(problems))

@@ -1,0 +1,65 @@
+"""Where a step's time goes: a window of steps, each part to its own clock; and what a log line makes of it."""
+
+import json
+import time
+
+import pytest
+import torch
+from conftest import tiny_run
+
+from dist_train.metrics import flops_per_sample, peak_flops
+from dist_train.step_parts import PARTS, StepParts
+from dist_train.train import run_training
+
+
+def one_step(parts: StepParts, forward_s: float = 0.0) -> None:
+    for part in ("data", "other", "augment", "forward"):
+        parts.mark(part)
+    time.sleep(forward_s)
+    parts.mark("backward")
+    parts.mark("optimizer")
+    parts.mark("other")
+
+
+def test_the_window_alone_is_timed_and_each_part_by_itself():
+    parts = StepParts(torch.device("cpu"), num_steps=3, skip=2)
+    for step in range(8):
+        one_step(parts, forward_s=0.02 if 2 <= step < 5 else 0.2 if step == 1 else 0)
+        assert parts.is_complete == (step >= 5)  # the next step's first mark ends the last part
+    assert 0.06 <= parts.seconds["forward"] < 0.15  # three steps, and none of the slow one before
+    assert parts.step_s() == pytest.approx(sum(parts.seconds.values()) / 3)
+    assert list(parts.shares()) == list(PARTS) and sum(parts.shares().values()) == pytest.approx(1, abs=1e-3)
+    assert parts.shares()["forward"] > 0.9
+
+
+def test_no_window_is_no_work():
+    parts = StepParts(torch.device("cpu"), num_steps=0)
+    for _ in range(30):
+        one_step(parts)
+    assert not parts.is_complete and not any(parts.seconds.values())
+
+
+def test_a_training_says_where_its_time_went_and_what_it_reached(digits, tmp_path, capsys):
+    argv = tiny_run(digits, tmp_path / "run", "--train.profile_steps", "3", "--train.epochs", "1.5")
+    assert run_training(argv) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    (profile,) = [line for line in lines if line["kind"] == "profile"]
+    assert profile["forward"] > 0 and profile["backward"] > 0 and profile["step_s"] > 0
+    assert sum(profile[part] for part in PARTS) == pytest.approx(1, abs=1e-3)
+    after = [line for line in lines if line["kind"] == "train" and line["step"] > profile["step"]]
+    assert after and all(0 < line["mfu"] < 1.5 and line["tflops"] > 0 for line in after)
+    assert "where a step's" in capsys.readouterr().out
+
+
+def test_the_peak_is_that_of_a_matrix_product():
+    a = torch.rand(1024, 1024)
+    a @ a
+    start = time.perf_counter()
+    a @ a
+    rate = 2 * 1024**3 / (time.perf_counter() - start)
+    assert 0.1 < peak_flops(torch.device("cpu"), torch.float32) / rate < 10  # the same machine, give or take its load
+
+
+def test_operations_of_a_known_network():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(8 * 16, 10))
+    assert flops_per_sample(network, (3, 4, 4)) == 2 * (3 * 9 * 8 * 16 + 128 * 10)
