@@ -35,11 +35,14 @@ MOST_MB = 256  # payloads kept in memory, so that decoding can be measured witho
 
 
 def main(argv: list[str]) -> None:
-    """`dist-train bench data (--shards DIR | --config RECIPE) [...]`. Raises UserError."""
+    """`dist-train bench data (--shards DIR | --config RECIPE) [...]`, or `bench step` (see bench_step). Raises UserError."""
+    if argv[:1] == ["step"]:
+        from dist_train import bench_step
+
+        return bench_step.main(argv[1:])
     if argv[:1] not in (["data"], ["-h"], ["--help"]):
-        raise UserError(
-            f"dist-train bench: {' '.join(argv[:1]) or 'nothing'} is not a benchmark; expected: bench data."
-        )
+        what = argv[0] if argv else "nothing"
+        raise UserError(f"dist-train bench: {what} is not a benchmark; there are bench data and bench step.")
     parser = argparse.ArgumentParser("dist-train bench data", description="What the feeding can give, part by part.")
     parser.add_argument("--shards", metavar="DIR", help="set to read; with --config it replaces the recipe's")
     parser.add_argument("--config", metavar="RECIPE", help="batch size, crop and augmentation are this recipe's")
@@ -264,3 +267,11 @@ def _rate(part: Iterator[int], seconds: float, device: torch.device) -> float:
 def _wait_for(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from dist_train.cli import run_command
+
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -20,7 +20,7 @@ COMMANDS = {
     "study": ("dist_train.study:main", "many trainings of one recipe, to find better settings; k-fold"),
     "compare": ("dist_train.compare:main", "a table and bar pictures of several runs"),
     "augment-preview": ("dist_train.preview:main", "pictures as the network sees them, epoch after epoch"),
-    "bench": ("dist_train.bench:main", "images a second of each part of the feeding, and which one limits"),
+    "bench": ("dist_train.bench:main", "where the time goes: the parts of the feeding (bench data), of a step (bench step)"),
     "report": ("dist_train.report:main", "one HTML page about a run"),
     "doctor": ("dist_train.doctor:main", "what this machine has, lacks, and what costs speed"),
 }

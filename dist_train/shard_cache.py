@@ -26,7 +26,7 @@ from dist_train.remote import download, file_size, join, read_range, shown
 from dist_train.tars import writing
 
 DEFAULT_GB = 100.0
-PATIENCE_S = 5.0  # batches in the making let go of their shards sooner
+PATIENCE_S = 30.0  # batches in the making let go of their shards sooner, on a busy machine as well
 _POLL_S = 0.02
 
 

@@ -5,8 +5,9 @@ import re
 
 import pytest
 import torch
+from conftest import tiny_run
 
-from dist_train import bench
+from dist_train import bench, bench_step
 from dist_train.config import DataConfig, RunConfig
 from dist_train.errors import UserError
 
@@ -54,3 +55,19 @@ def test_no_shards_and_no_benchmark_are_named():
         bench.main(["data"])
     with pytest.raises(UserError, match="speed is not a benchmark"):
         bench.main(["speed"])
+
+
+def test_a_step_is_timed_from_shards_and_from_memory(digits, tmp_path, capsys):
+    settings = tiny_run(digits, tmp_path / "unused")
+    at = settings.index("--run")
+    bench.main(["step", *settings[:at], *settings[at + 2 :], "--steps", "4", "--json"])
+    out = capsys.readouterr().out
+    figures = json.loads(out.splitlines()[-1])
+    assert figures["images_per_s"] == pytest.approx(96 / figures["step_s"])
+    assert figures["synthetic_images_per_s"] > 0 and 0 < figures["mfu"] < 1.5
+    assert sum(figures["shares"].values()) == pytest.approx(1, abs=1e-3) and figures["shares"]["backward"] > 0
+    assert "The largest part is" in out and not (tmp_path / "unused").exists()
+
+
+def test_the_gain_is_amdahls():
+    assert bench_step.gain(0.5) == 2 and bench_step.gain(0) == 1 and bench_step.gain(1) == float("inf")

@@ -29,7 +29,7 @@ LAYERS = [
      "runtime", "plots", "bars", "page", "ranking", "confusion", "table_plots", "picture_plots", "mistakes", "contact_sheet"],
     ["cache", "data", "checkpoint"],
     ["evaluate"],
-    ["sizes", "parallel", "run", "train", "predict", "export", "scores", "preview", "figures", "report", "bench"],
+    ["sizes", "parallel", "run", "train", "predict", "export", "scores", "preview", "figures", "report", "bench_step", "bench"],
     ["search", "trial", "study_report", "study", "compare"],
     ["cli"],
 ]  # fmt: skip
