@@ -35,6 +35,13 @@ class World:
         return self.rank == 0
 
 
+def is_slow(precision: str, device) -> bool:
+    """Whether the device does this precision without instructions for it: bf16 on a CPU, hundreds of times slower than fp32."""
+    import torch
+
+    return precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def start(precision: str, threads: int, timeout_s: int):
     """Start Accelerate and the process group; return (accelerator, world).
 

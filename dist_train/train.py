@@ -220,6 +220,8 @@ def run_training(argv: list[str]) -> int:
         goes_on = resume and (folder / "metrics.jsonl").exists()
         run.tracker = open_tracker(folder, config, world.is_main, run.num_steps, state.step if goes_on else None)
         leaving.push(lambda kind, error, trace: run.tracker.finish(kind is None))
+        if runtime.is_slow(config.train.precision, world.device):
+            complaints.append("train.precision is bf16, which this CPU has no instructions for: fp32 is far faster here.")
         for complaint in complaints:
             run.tracker.message(complaint)
         if world.is_main:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,3 +158,10 @@ def test_the_environment_is_recorded():
         about["packages"]["torch"] == torch.__version__.split("+")[0] or about["packages"]["torch"] == torch.__version__
     )
     assert about["cores"] >= 1 and about["device"] == "cpu" and json.dumps(about)
+
+
+def test_bf16_is_slow_where_the_cpu_has_no_wide_vectors_for_it():
+    flags = Path("/proc/cpuinfo").read_text()
+    if platform.machine() == "x86_64":
+        assert runtime.is_slow("bf16", torch.device("cpu")) == ("avx512bw" not in flags)
+    assert not runtime.is_slow("fp32", torch.device("cpu")) and not runtime.is_slow("bf16", torch.device("cuda"))
