@@ -2,10 +2,12 @@
 # ruff: noqa: F811
 
 import os
+import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from clusters import PROJECT, hosts, wait_for  # noqa: F401
 from conftest import tiny_run
@@ -64,3 +66,24 @@ def test_a_power_cut_ends_the_job_on_the_other_host(hosts, digits, tmp_path):
     assert time.monotonic() - began < TIMEOUT_S + 4
     assert "rank 1 on node2 no longer answers" in words(tmp_path, 0)
     ranks[1].wait(10)
+
+
+def test_a_frozen_process_ends_the_job_on_the_other_host_and_itself_once_it_wakes(hosts, digits, tmp_path):
+    ranks = start_job(hosts, digits, tmp_path)
+    began = time.monotonic()
+    freeze(ranks[1], signal.SIGSTOP)
+    try:
+        assert ranks[0].wait(TIMEOUT_S + 10) == EXIT_LOST_RANK, words(tmp_path, 0)
+        assert time.monotonic() - began < TIMEOUT_S + 4
+        assert "rank 1 on node2 no longer answers" in words(tmp_path, 0)
+        freeze(ranks[1], signal.SIGCONT)
+        assert ranks[1].wait(TIMEOUT_S + 10) != 0
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def freeze(rank, signal_number):
+    """Stop or wake a rank and whatever started it."""
+    for process in [psutil.Process(rank.pid), *psutil.Process(rank.pid).children(recursive=True)]:
+        process.send_signal(signal_number)
