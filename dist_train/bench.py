@@ -21,6 +21,7 @@ import torch
 from dist_train import runtime
 from dist_train.augment import Augment
 from dist_train.boxes import random_resized_boxes
+from dist_train.cache import DecodedCache
 from dist_train.config import RunConfig
 from dist_train.data import open_stream, to_device
 from dist_train.decode import decode_batch, decoders, read_from_files
@@ -151,7 +152,7 @@ def _parts(config: RunConfig, device: torch.device, threads: int) -> dict[str, I
     crop, size = decoder_crop(config, index)
     num_samples = index.split(data.train_split).num_samples
 
-    def stream(cache: str = "none") -> Iterator:
+    def stream(cache: str | DecodedCache = "none") -> Iterator:
         return open_stream(
             index, data.train_split, data.global_batch_size, size, crop, config.seed, threads, scale=config.augment.scale,
             ratio=config.augment.ratio, window_shards=data.window_shards, lanes=data.lanes, prefetch_mb=data.prefetch_mb,
@@ -162,9 +163,13 @@ def _parts(config: RunConfig, device: torch.device, threads: int) -> dict[str, I
     if not is_table:
         parts["decode"] = _decoded(config, index, threads)
     parts["stream"] = map(len, stream())
-    shape = (len(index.features) * 4,) if is_table else (*input_size(config, index), 3)
-    if crop == "resize" and num_samples * math.prod(shape) <= data.decoded_gb * 1e9:
-        parts["cached"] = _after_an_epoch(map(len, stream("auto")), num_samples)
+    kept_size = index.image_size or input_size(config, index)
+    shape = (len(index.features) * 4,) if is_table else (*kept_size, 3)
+    if (
+        crop == "resize"
+        and index.split(data.train_split).stored.num_samples * math.prod(shape) <= data.decoded_gb * 1e9
+    ):
+        parts["cached"] = _after_an_epoch(map(len, stream(DecodedCache("auto", data.decoded_gb))), num_samples)
     if device.type != "cpu":
         parts["device"] = map(len, to_device(stream(), device))
     if not is_table:

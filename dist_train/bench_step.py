@@ -5,6 +5,7 @@ On several ranks it is launched as a training is, with `-m dist_train.bench step
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -32,6 +33,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     options, settings = parser.parse_known_args(argv)
     config = read_config(RunConfig, settings, "dist-train bench step")
+    if options.steps < 1:
+        raise UserError(f"dist-train bench step: --steps is {options.steps}; expected at least 1.")
     if not config.data.shards:
         raise UserError("dist-train bench step: no shards; name them with --data.shards, or a recipe with --config.")
     accelerator, world = runtime.start(config.train.precision, config.runtime.threads, config.runtime.timeout_s)
@@ -53,8 +56,10 @@ def measure(config: RunConfig, accelerator, world: runtime.World, num_steps: int
     """
     endless = dataclasses.replace(config.train, epochs=1e6, eval_every_epochs=0, checkpoint_every_steps=0, profile_steps=0,
                                   patience=0, log_every_steps=10**9)  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="dist_train-bench-") as folder:
-        run = Run(dataclasses.replace(config, train=endless), Path(folder), accelerator, world)
+    with tempfile.TemporaryDirectory(prefix="dist_train-bench-") as folder, contextlib.ExitStack() as open_files:
+        run = open_files.enter_context(
+            contextlib.closing(Run(dataclasses.replace(config, train=endless), Path(folder), accelerator, world))
+        )
         run.tracker, run.save = SilentTracker(), lambda state, is_best: None
         state = run.new_state()
         real = _window(run, state, num_steps)
@@ -68,7 +73,6 @@ def measure(config: RunConfig, accelerator, world: runtime.World, num_steps: int
             "step_s": real.step_s(), "shares": real.shares(), **run.work_figures(rate), "num_steps": num_steps,
             "world_size": world.world_size, "device": str(world.device),
         }  # fmt: skip
-        run.close()
     return figures
 
 
@@ -105,6 +109,8 @@ def _window(run: Run, state: State, num_steps: int) -> StepParts:
     run.parts = StepParts(run.world.device, num_steps)
     run.halt_step = state.step + run.parts.skip + num_steps + 1
     train(run, state)
+    if run.stop_requests:
+        raise UserError(f"dist-train bench step: ended before its figures were complete ({run.stop_requests.reason}).")
     if not run.parts.is_complete:  # the last step's end: the loop has left without asking for another batch
         run.parts.mark("data")
     return run.parts

@@ -7,6 +7,7 @@ device fill as samples are first read, so the first batch waits for nothing; a f
 import contextlib
 import fcntl
 import io
+import itertools
 import mmap
 import os
 import shutil
@@ -294,16 +295,20 @@ def _write_file(path: Path, wanted: Wanted) -> None:
     print(f"{path}: decoding {wanted.split.num_samples:,} samples ({wanted.num_bytes / 1e9:,.2f} GB), once",
           file=sys.stderr, flush=True)  # fmt: skip
     partial, digest, size = path.with_suffix(".partial"), xxhash.xxh3_128(), 0
-    with writing(path), open(partial, "wb") as file:
-        for chunk in (_header(wanted), *wanted.in_order()):
-            chunk = memoryview(chunk).cast("B") if isinstance(chunk, np.ndarray) else chunk
-            digest.update(chunk)
-            size += file.write(chunk)
-        file.write(digest.hexdigest().encode())
-        file.flush()
-        os.fsync(file.fileno())
-        assert size == len(_header(wanted)) + wanted.num_bytes, f"{size} bytes decoded"
-        os.replace(partial, path)
+    try:
+        with writing(path), open(partial, "wb") as file:
+            for chunk in itertools.chain([_header(wanted)], wanted.in_order()):
+                chunk = memoryview(chunk).cast("B") if isinstance(chunk, np.ndarray) else chunk
+                digest.update(chunk)
+                size += file.write(chunk)
+            file.write(digest.hexdigest().encode())
+            file.flush()
+            os.fsync(file.fileno())
+            assert size == len(_header(wanted)) + wanted.num_bytes, f"{size} bytes decoded"
+            os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _header(wanted: Wanted) -> bytes:

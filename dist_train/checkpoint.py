@@ -51,7 +51,7 @@ class Checkpoints:
         """Copy now, write in the background; waits for the one before. Raises UserError if that one failed."""
         self.wait()
         copies = {stem: {k: _host_copy(t) for k, t in named.items()} for stem, named in saved.tensors.items()}
-        saved = Saved(saved.step, copies, saved.state)
+        saved = Saved(saved.step, copies, {**saved.state, "is_best": is_best})
         self._thread = threading.Thread(target=self._write, args=(saved, is_best), name="checkpoint")
         self._thread.start()
 
@@ -72,10 +72,16 @@ class Checkpoints:
         complaints = []
         for path in reversed(self._finished()):
             try:
-                return load_checkpoint(path), complaints
+                saved = load_checkpoint(path)
+                self._newest = path
+                return saved, complaints
             except UserError as error:
                 complaints.append(f"{error}\n  Going back to the one before.")
         return None, complaints
+
+    def name_newest_best(self) -> None:
+        """Say again that the checkpoint that `newest` has given is the best: a kill may have come before it was said."""
+        replace_text(self.folder / "best.json", json.dumps({"checkpoint": self._newest.name}) + "\n")
 
     def best_path(self) -> Path | None:
         """Folder of the best checkpoint so far, if any."""

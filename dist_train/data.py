@@ -236,6 +236,8 @@ class _Loader:
             at_once = max(1, 2**22 // self.sample_bytes)
             num_samples = self.store.split.num_samples
             steps = range(-(-num_samples // at_once))
+            if self.store.split.remote:  # shard after shard: more than these would only stand in each other's way
+                self.store.max_open = min(self.store.max_open, 2 + _num_threads(threads))
 
             def chunk(step: int) -> np.ndarray:
                 samples = np.arange(step * at_once, min(num_samples, (step + 1) * at_once))

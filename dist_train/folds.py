@@ -119,7 +119,8 @@ def statistics(index: ShardIndex, split: SplitIndex, num_threads: int = 0) -> tu
     Reads the split once; pictures are decoded as they are stored. A column that never changes gets a deviation of 1.
     Raises UserError if a sample cannot be read.
     """
-    store, samples = Store(split.stored), split.stored_numbers(np.arange(split.num_samples))
+    num_threads = num_threads or len(os.sched_getaffinity(0))
+    store, samples = Store(split.stored, 2 * num_threads), split.stored_numbers(np.arange(split.num_samples))
     if index.features is not None:
         count = len(index.features)
         values = np.stack([np.frombuffer(payload[-4 * count :], "<f4") for payload in store.payloads(samples)])
@@ -137,7 +138,6 @@ def statistics(index: ShardIndex, split: SplitIndex, num_threads: int = 0) -> tu
             sums.add(out)
         return sums.finished()
 
-    num_threads = num_threads or len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(num_threads) as pool:  # sums of integers: the same on any number of threads
         totals = list(pool.map(sums_of, np.array_split(samples, min(len(samples), 16 * num_threads))))
     return mean_and_std([sum(column) for column in zip(*totals, strict=True)])

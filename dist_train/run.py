@@ -204,6 +204,17 @@ class Run:
         period = self.config.train.eval_every_epochs * self.steps_per_epoch
         return period > 0 and int(step / period) != int((step - 1) / period)
 
+    def prove_weights(self, state: "State") -> None:
+        """Raise UserError, on every rank, if a weight is not finite: from a finite loss a gradient may still overflow."""
+        here = [getattr(p, "to_local", lambda p=p: p)() for p in self.network.parameters()]
+        norm = torch.nn.utils.get_total_norm([p.detach() for p in here if p.numel()], float("inf"))
+        bad = (~torch.isfinite(norm)).float()
+        if self.world.world_size > 1:
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+        if bad:
+            raise UserError(f"step {state.step}: the weights are no longer finite, so they were not saved.\n"
+                            f"  Lower optim.lr or set optim.clip_norm; --resume goes on from the last checkpoint.")  # fmt: skip
+
     def is_evaluation_due(self, state: "State") -> bool:
         """Whether these weights are to be judged and have not been: after the last step in any case."""
         is_time = self.is_evaluation_step(state.step) or state.step >= self.num_steps
@@ -224,11 +235,13 @@ class Run:
 
     def save(self, state: "State", is_best: bool) -> None:
         self.prove()
+        self.prove_weights(state)
         saved = state.to_saved(self.accelerator.scaler)
         tensors = self.parallel.gathered(saved.tensors)
         if self.world.is_main:
             saved = dataclasses.replace(saved, tensors=tensors)
-            saved.state["shards"] = self.index.split(self.config.data.train_split).fingerprint()
+            split = self.index.split(self.config.data.train_split)
+            saved.state.update(shards=split.fingerprint(), table=split.table_checksum.partition(" ")[0])
             self.checkpoints.save(saved, is_best)
 
     def close(self) -> None:
@@ -241,9 +254,13 @@ class Run:
         """Bring state to the newest whole checkpoint, if there is one; return what is to be said of damaged ones."""
         saved, complaints = self.checkpoints.newest()
         if saved is not None:
-            if saved.state["shards"] != self.index.split(self.config.data.train_split).fingerprint():
+            split = self.index.split(self.config.data.train_split)
+            table = split.table_checksum.partition(" ")[0]
+            if saved.state["shards"] != split.fingerprint() or saved.state.get("table", table) != table:
                 raise UserError(f"{self.index.folder}: these are not the shards that {self.folder} was trained on.\n"
                                 f"  Put data.shards back, or begin another run with --run.")  # fmt: skip
+            if saved.state.get("is_best") and self.world.is_main:
+                self.checkpoints.name_newest_best()
             parts = self.parallel.parts(saved.tensors)
             state.restore(dataclasses.replace(saved, tensors=parts), self.accelerator.scaler)
         return complaints

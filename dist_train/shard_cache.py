@@ -240,8 +240,11 @@ class ReadAhead:
 
     def _shards(self) -> Iterator[tuple[int, int]]:
         """(samples located before its first use, shard) of every shard that the store will have to open."""
-        place = 0
+        place, fits = 0, self.store.split.num_shards <= self.store.max_open
         for samples in self.upcoming:
+            self._wait_for_reader(place)
+            if self._stopped.is_set() or (fits and len(self._open) == self.store.split.num_shards):
+                return  # nothing is left to fetch
             for shard in dict.fromkeys(self.store.split.shard_of(samples).tolist()):
                 if shard not in self._open:
                     yield place, shard
@@ -263,6 +266,11 @@ class ReadAhead:
                 self._ahead.append((place, num_bytes))
             with contextlib.suppress(UserError, InterruptedError):
                 os.close(split.remote.open(split, job[1], self._is_wanted))
+
+    def _wait_for_reader(self, place: int) -> None:
+        """Stay within an epoch of the reading: where every sample is kept already, no shard will ever be asked for."""
+        while place - (self.store.num_located - self._first) > self.store.split.num_samples and self._is_wanted():
+            self._stopped.wait(0.05)
 
     def _wait_for_room(self, num_bytes: int) -> None:
         while self._is_wanted():

@@ -53,6 +53,10 @@ def check_sizes(config: RunConfig, index: ShardIndex, world: World) -> None:
         problems.append(
             f"mixup and cutmix pair neighbours, so each rank's share ({share}) and micro-batch must be even."
         )
+    if config.data.max_bad and (config.data.cache == "disk" or config.data.folds):
+        what = f"data.folds {config.data.folds}" if config.data.folds else "data.cache disk"
+        problems.append(f"data.max_bad is {config.data.max_bad} and {what}, which needs every picture.\n"
+                        f"  Convert the set again without the bad ones (--max-bad), or leave one of the two out.")  # fmt: skip
     if config.train.epochs <= 0:
         problems.append(f"train.epochs is {config.train.epochs}; expected more than 0.")
     if config.optim.lr <= 0:

@@ -4,6 +4,7 @@ accelerate launch --config_file accelerate_config.yaml -m dist_train.train --con
 """
 
 import contextlib
+import math
 import sys
 import time
 from pathlib import Path
@@ -104,7 +105,8 @@ def judge(run: Run, state: State) -> bool:
     )
     state.judged_step = state.step
     # of equal accuracies the lower loss is the better one
-    value = [-result.loss] if run.config.train.monitor == "loss" else [result.top1, -result.loss]
+    loss = result.loss if math.isfinite(result.loss) else math.inf  # NaN would be beaten by nothing
+    value = [-loss] if run.config.train.monitor == "loss" else [result.top1, -loss]
     is_best = state.best_value is None or value > state.best_value
     state.best_value, state.bad_evaluations = (value, 0) if is_best else (state.best_value, state.bad_evaluations + 1)
     if run.config.optim.schedule == "plateau":
@@ -136,7 +138,10 @@ def finish(run: Run, state: State) -> bool:
     """
     config, index, folder = run.config, run.index, run.folder
     best = run.checkpoints.best_path() if run.world.is_main else None
-    if run.world.is_main and best is not None:
+    if run.world.is_main:
+        if best is None:
+            raise UserError(f"{folder}/checkpoints: best.json names no checkpoint that is there, so there are no weights to keep.\n"
+                            f"  Put it right ({{\"checkpoint\": \"step-...\"}}), and finish with --resume.")  # fmt: skip
         weights = load_checkpoint(best).tensors["ema" if state.average else "model"]
         save_file(weights, folder / "weights.safetensors.partial")
         (folder / "weights.safetensors.partial").replace(folder / "weights.safetensors")

@@ -93,6 +93,15 @@ def test_a_training_names_them_and_ends_past_the_limit(shards, tmp_path, capsys)
         )
 
 
+@pytest.mark.parametrize("more", [("--data.cache", "disk"), ("--data.folds", "2")])
+def test_what_needs_every_picture_is_refused_beside_a_limit(shards, tmp_path, more):
+    settings = tiny_run(shards, tmp_path / "run", "--data.global_batch_size", "8", "--data.max_bad", "3", *more)
+    with pytest.raises(
+        UserError, match=r"data.max_bad is 3 and data\.\w+ \w+, which needs every picture|damaged|decoded"
+    ):
+        train.run_training(settings)
+
+
 def test_ranks_count_together(capsys):
     ranks = [BadSamples(2) for _ in range(2)]
     for rank, samples in zip(ranks, ((1, 2), (2, 3)), strict=True):

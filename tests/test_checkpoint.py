@@ -206,3 +206,16 @@ def test_the_manifest_lists_every_file(tmp_path):
     write_checkpoint(tmp_path / "step-00000001", saved(1))
     manifest = json.loads((tmp_path / "step-00000001" / "manifest.json").read_text())
     assert set(manifest["files"]) == {"model.safetensors", "optimizer.safetensors", "state.json"}
+
+
+def test_the_best_is_named_again_where_a_kill_came_before_it_was(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 1)
+    for step, is_best in ((1, True), (2, True)):
+        checkpoints.save(Saved(step, {"model": {"w": torch.full((2,), float(step))}}, {}), is_best)
+    checkpoints.wait()
+    (tmp_path / "checkpoints/best.json").unlink()  # as if the kill had come after the rename
+    again = Checkpoints(tmp_path, 1)
+    saved, _ = again.newest()
+    assert saved.step == 2 and saved.state["is_best"] and again.best_path() is None
+    again.name_newest_best()
+    assert again.best_path().name == "step-00000002"

@@ -7,9 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_train import train as training
 from dist_train.config import OptimConfig
+from dist_train.errors import UserError
 from dist_train.guard import Guard
 from dist_train.optim import build_optimizer
-from dist_train.run import can_skip_updates
+from dist_train.run import Run, can_skip_updates
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -25,6 +26,23 @@ class NoReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path, value):
+    def spoil(run, state, is_best):
+        with torch.no_grad():
+            next(run.network.parameters())[0, 0, 0, 0] = value
+        save(run, state, is_best)
+
+    save = Run.save
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(UserError, match="no longer finite, so they were not saved"),
+    ):
+        patch.setattr(Run, "save", spoil)
+        training.run_training(tiny_run(digits, tmp_path / "run", "--train.max_steps", "1"))
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
 def train_without_reads(digits, run, monkeypatch, *argv):
     loop = training.train
 
@@ -33,6 +51,9 @@ def train_without_reads(digits, run, monkeypatch, *argv):
             loop(run, state)
 
     monkeypatch.setattr(training, "train", watched)
+    monkeypatch.setattr(
+        Run, "prove_weights", lambda run, state: None
+    )  # a checkpoint, unlike a step, waits by its nature
     quiet = ["--train.max_steps", "4", "--train.eval_every_epochs", "0", *argv]
     return training.run_training(tiny_run(digits, run, *quiet))
 

@@ -592,3 +592,19 @@ def test_object_storage_is_read_in_parts_too_and_its_tars_are_indexed(foreign_ta
     assert store.payload(23) == tar[int(row["offset"]) :][: int(row["size"])] and not (tmp_path / "empty").exists()
     with pytest.raises(UserError, match="s3://set/absent.tar: there is no such file"):
         remote.read_range("s3://set/absent.tar", 0, 9)
+
+
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_nothing_left_to_fetch_is_no_work_and_no_thread_outlives_its_stream(many, server, tmp_path, cache):
+    index = load_index(server.url, str(tmp_path))
+    stream = open_stream(index, batch_size=48, window_shards=24, cache=cache, threads=1)
+    for _ in range(60):  # all shards, and an epoch besides
+        next(stream)
+    began = time.process_time()
+    time.sleep(1)
+    assert time.process_time() - began < 0.5
+    stream.close()
+    until = time.monotonic() + 10
+    while any(thread.name.startswith("fetch") for thread in threading.enumerate()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
