@@ -106,6 +106,9 @@ class ModelConfig:
     128 px, where 5x5 kernels with stride 2 serve from 64 px on)"""
     width: float = 1.0
     """channels and hidden units of alexnet and vgg, times this"""
+    init: Literal["he", "dirac"] = "he"
+    """how alexnet and vgg begin: he draws every filter; dirac lets each convolution but the first pass its inputs on in as many
+    of its filters, which learns faster from scratch, with BatchNorm most of all"""
     hidden: tuple[int, ...] = (128, 128, 128)
     """hidden layers of the mlp"""
     activation: Literal["relu", "leaky_relu", "elu", "selu", "gelu", "silu", "tanh"] = "relu"

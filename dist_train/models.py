@@ -27,6 +27,8 @@ def build_model(
         raise UserError(
             f"model.name is {config.name}, but the set holds {kind}; mlp is for tables, all others for pictures."
         )
+    if config.init == "dirac" and (config.name == "mlp" or config.name not in OWN):
+        raise UserError(f"model.init is dirac, which is for alexnet and vgg, not {config.name}; leave it out.")
     if num_features is None:
         _check_size(config, image_size)
     with torch.random.fork_rng(devices=[]):
@@ -88,7 +90,7 @@ def _own(config: ModelConfig, num_classes: int, image_size, num_features) -> nn.
             convs = networks.VGG_CONVS[name]
             model = networks.vgg(num_classes, convs, stem, image_size, batchnorm, config.width, config.dropout)
     _take_memory(model)
-    networks.initialize(model, config.activation if name == "mlp" else "relu")
+    networks.initialize(model, config.activation if name == "mlp" else "relu", config.init == "dirac")
     return model
 
 

@@ -121,12 +121,13 @@ def mlp(
     return nn.Sequential(OrderedDict(hidden=nn.Sequential(*layers), head=nn.Linear(last, num_classes)))
 
 
-def initialize(model: nn.Module, activation: str = "relu") -> None:
+def initialize(model: nn.Module, activation: str = "relu", passes_on: bool = False) -> None:
     """Draw every parameter from torch's CPU generator, anew even where memory was never filled.
 
     He et al. 2015 for what an activation follows: it keeps the scale through a VGG without BatchNorm, which does not
     learn otherwise. tanh takes Glorot's gain, selu LeCun's. The last layer starts near zero, so that the first loss
-    is ln(classes).
+    is ln(classes). passes_on: all convolutions but the first start with a filter for each of their input channels that
+    passes it on, as far as they have filters (partial Dirac; Jordan 2024, arXiv:2404.00498); the others stay drawn.
     """
     gain = {"tanh": 5 / 3, "selu": 1.0}.get(activation, 2**0.5)
     weighted = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -138,6 +139,9 @@ def initialize(model: nn.Module, activation: str = "relu") -> None:
             nn.init.uniform_(module.weight, -bound, bound)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    if passes_on:
+        for conv in [m for m in weighted if isinstance(m, nn.Conv2d)][1:]:
+            nn.init.dirac_(conv.weight[: conv.in_channels])
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.reset_parameters()

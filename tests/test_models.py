@@ -36,7 +36,7 @@ def test_names_and_shapes_are_torchvisions(name, monkeypatch):
     import torchvision
 
     monkeypatch.setattr(models, "_take_memory", lambda model: None)  # half a gigabyte each
-    monkeypatch.setattr(networks, "initialize", lambda model, activation: None)
+    monkeypatch.setattr(networks, "initialize", lambda *how: None)
     with torch.device("meta"):
         theirs = torchvision.models.get_model(name, weights=None)
     assert shapes(build(name, 1000, (224, 224))) == shapes(theirs)
@@ -65,6 +65,20 @@ def test_small_pictures_pass_and_every_weight_learns(name, size):
     F.cross_entropy(logits, torch.arange(4)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert all(p.grad.abs().max() > 0 for name, p in model.named_parameters() if name.endswith("weight"))
+
+
+@pytest.mark.parametrize("name", ["alexnet", "alexnet_bn", "vgg13_bn"])
+def test_dirac_lets_every_convolution_but_the_first_pass_its_inputs_on(name):
+    drawn, passing = (build(name, width=0.25, init=init) for init in ("he", "dirac"))
+    assert torch.equal(drawn.features[0].weight, passing.features[0].weight)
+    for conv, before in zip(passing.features, drawn.features, strict=True):
+        if isinstance(conv, nn.Conv2d) and conv is not passing.features[0]:
+            num_passed = min(conv.in_channels, conv.out_channels)
+            x = torch.randn(1, conv.in_channels, 9, 9)
+            torch.testing.assert_close(conv(x)[:, :num_passed], x[:, :num_passed])
+            assert torch.equal(conv.weight[num_passed:], before.weight[num_passed:])
+    with pytest.raises(UserError, match="model.init is dirac, which is for alexnet and vgg, not resnet18"):
+        build("resnet18", init="dirac")
 
 
 @pytest.mark.parametrize("name, size, grid", [
