@@ -17,6 +17,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tiny nets: on a busy machine two threads wait for each other many times longer than they compute."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> str:
     """scikit-learn's digits as shards: 1,797 grey 8x8 pictures, train/val/test."""

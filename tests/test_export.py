@@ -25,14 +25,7 @@ from dist_train.settings import to_dict
 from dist_train.sizes import input_size
 from dist_train.train import run_training
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny nets: on a busy machine two threads wait for each other many times longer than they compute."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,7 @@ from dist_train.train import run_training
 THAW = 8  # the first step that trains all layers, of 15: half an epoch of the digits is 7.5 steps
 HEAD = "classifier.6"
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny nets: on a busy machine two threads wait for each other many times longer than they compute."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

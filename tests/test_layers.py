@@ -17,14 +17,7 @@ from dist_train.layers import (
     use_sync_batchnorm,
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny nets: on a busy machine two threads wait for each other many times longer than they compute."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def keys_of(num_samples, epoch=0):

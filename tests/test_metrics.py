@@ -12,14 +12,7 @@ from torch import nn
 
 from dist_train.metrics import Sums, Throughput, class_table, flops_per_sample
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny nets: on a busy machine two threads wait for each other many times longer than they compute."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made_up(num_samples=500, num_classes=7, seed=0):

@@ -13,14 +13,7 @@ from dist_train.config import ModelConfig
 from dist_train.errors import UserError
 from dist_train.models import build_model, head_name, uses_small_stem
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny nets: on a busy machine two threads wait for each other many times longer than they compute."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(name, num_classes=10, size=(32, 32), num_features=None, seed=0, **settings):

@@ -10,14 +10,7 @@ from torch import nn
 from dist_train.config import OptimConfig
 from dist_train.optim import Plateau, WeightAverage, build_optimizer, lr_at, set_lr
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny nets: on a busy machine two threads wait for each other many times longer than they compute."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_net():

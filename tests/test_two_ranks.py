@@ -16,14 +16,7 @@ from dist_train.metrics import Sums
 SHARES = [slice(0, 10), slice(10, 16)]  # unequal on purpose
 DTYPES = [torch.float64, torch.float32]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny nets: on a busy machine two threads wait for each other many times longer than they compute."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
