@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from dist_train import runtime
+from dist_train import messages, runtime
 from dist_train.augment import Augment, mix
 from dist_train.bad_samples import BadSamples, record
 from dist_train.cache import DecodedCache
@@ -66,7 +66,7 @@ class Run:
         optimizer = self.parallel.optimizer(build_optimizer(self.network, config.optim, self.head))
         # the loader and the schedule stay with us: Accelerate would read on rank zero for all, and step once per rank
         self.optimizer = accelerator.prepare_optimizer(optimizer)
-        self.parts = StepParts(world.device, config.train.profile_steps)
+        self.parts = self.new_parts(config.train.profile_steps)
         self.guard = Guard(world.device, world.world_size)
         crop = "none" if decoder_crop(config, self.index)[0] == "random_resized" else config.augment.crop
         on_device = dataclasses.replace(config.augment, crop=crop)  # what the decoder cuts is not cut again
@@ -77,6 +77,11 @@ class Run:
         data = config.data
         self.bad_samples = BadSamples(data.max_bad)
         self.decoded = DecodedCache(data.cache, data.decoded_gb, data.cache_dir, world.device, data.verify)
+
+    def new_parts(self, num_steps: int) -> StepParts:
+        """Clocks for a window of steps."""
+        watched = list(self.network.parameters()) if self.world.world_size > 1 else ()
+        return StepParts(self.world.device, num_steps, parameters=watched)
 
     def new_state(self) -> "State":
         optim = self.config.optim
@@ -116,9 +121,11 @@ class Run:
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.config.optim.label_smoothing)
                 self.parts.mark("backward")
                 self.accelerator.backward(loss / num_micro)
+            messages.clock.backward_is_over()
             loss_sum += loss.detach() / num_micro
         if is_frozen and self.world.world_size > 1:
-            average_gradients(self.network)
+            with messages.clock.waiting():
+                average_gradients(self.network)
         self.parallel.reduce_gradients()
         return loss_sum
 
@@ -165,7 +172,8 @@ class Run:
     def mean_over_ranks(self, value: torch.Tensor) -> float:
         value = value.clone()
         if self.world.world_size > 1:
-            torch.distributed.all_reduce(value)
+            with messages.clock.waiting():
+                torch.distributed.all_reduce(value)
         return float(value) / self.world.world_size
 
     def work_figures(self, images_per_s: float) -> dict[str, float]:
