@@ -49,8 +49,10 @@ class Replicated:
     def __init__(self, network: nn.Module, config: RunConfig, accelerator, world: World):
         self.network, self.config, self.accelerator, self.world = network, config, accelerator, world
         self.model = self._wrapped = self._wrap()
+        self.replays_graphs = config.train.compile and config.train.compile_mode != "default"
         if config.train.compile:
-            self.model = torch.compile(self._wrapped, dynamic=False)
+            mode = config.train.compile_mode if self.replays_graphs else None
+            self.model = torch.compile(self._wrapped, dynamic=False, mode=mode)
 
     def _wrap(self) -> nn.Module:
         return self._averaged(set())

@@ -22,6 +22,7 @@ from dist_train.errors import UserError
 from dist_train.evaluate import Evaluation, evaluate, standardised
 from dist_train.finetune import average_gradients, freeze_below_head
 from dist_train.folds import open_index
+from dist_train.gpu_decode import GpuDecoder
 from dist_train.guard import Guard
 from dist_train.index import ShardIndex
 from dist_train.layers import set_dropout_keys, use_keyed_dropout, use_sync_batchnorm
@@ -76,6 +77,7 @@ class Run:
         self.micro_batch_size = micro_batch_size(config, world.world_size)
         data = config.data
         self.bad_samples = BadSamples(data.max_bad)
+        self.gpu_decoder = GpuDecoder(world.device) if data.decode == "gpu" else None
         self.decoded = DecodedCache(data.cache, data.decoded_gb, data.cache_dir, world.device, data.verify)
 
     def new_parts(self, num_steps: int) -> StepParts:
@@ -97,7 +99,7 @@ class Run:
             self.index, data.train_split, data.global_batch_size, size, crop, self.config.seed, data.threads,
             (self.world.rank, self.world.world_size), first_step, self.num_steps, augment.scale, augment.ratio,
             data.window_shards, data.lanes, data.prefetch_mb, data.verify, self.world.device.type == "cuda", self.decoded,
-            self.bad_samples,
+            self.bad_samples, self.gpu_decoder,
         )  # fmt: skip
 
     def forward_backward(self, batch: Batch) -> torch.Tensor:
@@ -114,6 +116,8 @@ class Run:
             inputs, targets = self.prepare(batch.images[part], batch.labels[part], batch.random_keys[part])
             self.parts.mark("forward")
             set_dropout_keys(self.network, batch.random_keys[part])
+            if self.parallel.replays_graphs:
+                torch.compiler.cudagraph_mark_step_begin()  # what the graphs of the pass before wrote is not needed any more
             is_synced = i == num_micro - 1 and not is_frozen
             with contextlib.nullcontext() if is_synced else self.parallel.accumulating():
                 with self.accelerator.autocast():
@@ -342,6 +346,7 @@ def open_run_folder(config: RunConfig, folder: Path, resume: bool) -> None:
     written = folder / "config.yaml"
     if written.exists():
         old = yaml.safe_load(written.read_text())
+        old.setdefault("data", {}).setdefault("decode", "cpu")  # runs from before there was a choice
         differing = conflicts(to_dict(from_dict(RunConfig, old)), to_dict(config))
         if differing:
             raise UserError(f"{folder}: the folder holds a run with other settings:\n  " + "\n  ".join(differing)
