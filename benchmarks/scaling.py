@@ -1,14 +1,16 @@
 """Many ranks: images a second and bytes sent a step for ddp and hybrid, in turns, in one run.
 
-    python benchmarks/scaling.py [--model alexnet] [--size 64] [--batch-size 128] [--ranks 2] [--json]
+    python benchmarks/scaling.py [--model alexnet] [--size 64] [--batch-size 128] [--precision fp32] [--ranks 2] [--json]
     python benchmarks/scaling.py --hosts 1 2 4       one rank a host, hosts joined by 1 Gbit/s links; root and iproute2
 
 The trainer as it is, on one batch in memory. Beside each figure stands what the model of docs/scaling.md predicts from the
-bytes, the bandwidth of an all-reduce, and the same step without messages, all measured here. Bytes are those that left this
-host's interfaces (all ranks', where they share a host). Writes benchmarks/results/scaling.json, a part for each kind of run.
+bytes, the bandwidth of an all-reduce, and the same layout's step without messages ("alone"), all measured here in turns.
+Bytes are those that left this host's interfaces (all ranks', where they share a host). A host has the same threads however
+many there are. Writes benchmarks/results/scaling.json, a part for each kind of run.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -34,6 +37,7 @@ def main() -> None:
     parser.add_argument("--model", default="alexnet")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=128, help="the global one")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument(
         "--hosts", type=int, nargs="+", help="numbers of hosts, one rank on each, instead of --ranks here"
@@ -47,6 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--gbit", type=float, default=1.0, help="with --predict: bandwidth of each rank's link")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=0, help="of each rank; 0 shares the cores")
     parser.add_argument("--shards", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -58,6 +63,8 @@ def main() -> None:
 
         options.shards = make_shards(Path(scratch), options.size, max(256, options.batch_size))
         if options.hosts:
+            # hosts that are pieces of one machine share its cores
+            options.threads = options.threads or max(1, os.cpu_count() // max(options.hosts))
             runs = {f"{n} hosts": on_hosts(options, Path(scratch), n) for n in options.hosts}
         else:
             runs = {f"{options.ranks} ranks": on_this_machine(options)}
@@ -65,7 +72,8 @@ def main() -> None:
     out = Path(options.out)
     kept = json.loads(out.read_text()) if out.exists() else {}
     for result in results:
-        kept[f"{result['model']}@{result['size']}, {result['where']}"] = result
+        precision = "" if result["precision"] == "fp32" else f" {result['precision']}"
+        kept[f"{result['model']}@{result['size']}{precision}, {result['where']}"] = result
     out.write_text(json.dumps(kept, indent=1) + "\n")
     if options.json:
         last = results[-1]
@@ -112,7 +120,8 @@ def start(where: list[str], options, rank: int, world_size: int, local_world_siz
     job = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank % local_world_size, "LOCAL_WORLD_SIZE": local_world_size,
            "MASTER_ADDR": master, "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}  # fmt: skip
     words = {"--model": options.model, "--size": options.size, "--batch-size": options.batch_size, "--steps": options.steps,
-             "--repeats": options.repeats, "--shards": options.shards}  # fmt: skip
+             "--repeats": options.repeats, "--shards": options.shards, "--precision": options.precision,
+             "--threads": options.threads}  # fmt: skip
     argv = [str(word) for pair in words.items() for word in pair]
     command = [*where, sys.executable, str(Path(__file__).resolve()), "--worker", *argv]
     environment = os.environ | {key: str(value) for key, value in job.items()}
@@ -137,52 +146,62 @@ def work(options) -> None:
     from dist_train import runtime
 
     num_ranks, num_local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    # hosts that are pieces of one machine share its cores
-    threads = 0 if num_local > 1 else max(1, os.cpu_count() // num_ranks)
-    accelerator, world = runtime.start("fp32", threads, 600)
+    accelerator, world = runtime.start(options.precision, options.threads, 600)
     trainings = {}
-    for layout in (*LAYOUTS, "silent") if num_ranks > 1 else ("ddp",):
-        more = [
-            "--train.parallel",
-            layout if layout in LAYOUTS else "ddp",
-            "--train.log_every_steps",
-            str(options.steps),
-        ]
-        config = settings(options.shards, options.model, options.size, options.batch_size, "fp32", *more)
+    for layout in LAYOUTS if num_ranks > 1 else ("ddp",):
+        more = ("--train.parallel", layout, "--train.log_every_steps", str(options.steps))
+        config = settings(options.shards, options.model, options.size, options.batch_size, options.precision, *more)
         trainings[layout] = TimedTraining(config, Path(options.shards, layout), accelerator, world, is_synthetic=True)
-        if layout == "silent":  # every rank for itself: what the arithmetic takes
-            silence(trainings[layout].run)
-    found = {layout: {"images_per_s": [], "bytes": [], "cpu_s": []} for layout in trainings}
+    kinds = [(layout, is_alone) for layout in trainings for is_alone in ((False, True) if num_ranks > 1 else (False,))]
+    found = {layout + " alone" * is_alone: {"images_per_s": [], "bytes": [], "cpu_s": []} for layout, is_alone in kinds}
     for turn in range(options.repeats + 1):
-        for layout, training in trainings.items():
+        for layout, is_alone in kinds:
             if num_ranks > 1:
                 dist.barrier()
             before, cpu = sent_bytes(), cpu_seconds()
-            rate = training.window()["images_per_s"]
+            with without_messages(trainings[layout].run) if is_alone else contextlib.nullcontext():
+                rate = trainings[layout].window()["images_per_s"]
             if num_ranks > 1:
                 dist.barrier()
             sent, cpu = sent_bytes() - before, cpu_seconds() - cpu
             if turn:
-                found[layout]["cpu_s"].append(cpu / (2 * options.steps))
-                found[layout]["images_per_s"].append(rate)
-                found[layout]["bytes"].append(sent / (2 * options.steps) / num_local)
-    found["link"] = link(dist, torch, num_local) if num_ranks > 1 else {}
-    found["sizes"] = sizes(trainings["ddp"].run.network, options.batch_size // num_ranks)
+                figures = found[layout + " alone" * is_alone]
+                figures["cpu_s"].append(cpu / (2 * options.steps))
+                figures["images_per_s"].append(rate)
+                figures["bytes"].append(sent / (2 * options.steps) / num_local)
+    found["link"] = link(dist, torch) if num_ranks > 1 else {}
+    found["sizes"] = sizes(trainings["ddp"].run.network, options.batch_size // num_ranks, options.precision)
     if world.is_main:
         print(json.dumps(found))
     runtime.end()
 
 
-def silence(run) -> None:
-    run.world = type(run.world)(run.world.rank, 1, 0, 1, run.world.device)
-    run.guard.world_size = 1
+@contextlib.contextmanager
+def without_messages(run):
+    """Every rank for itself, with the arithmetic and the memory of its layout: what a step would take on an endless link.
+
+    What others would send is a copy of this rank's own, so weights and losses mean nothing from here on.
+    """
+    import torch.distributed as dist
+
+    done = mock.Mock()
+
+    def all_gather(everyone, own, group=None):
+        everyone.view(-1, *own.shape).copy_(own.expand(dist.get_world_size(group), *own.shape))
+
+    def all_to_all(parts, own, group=None, async_op=False):
+        parts.copy_(own)
+        return done
+
     forward_backward = run.forward_backward
 
     def alone(batch):
         with run.parallel.accumulating():
             return forward_backward(batch)
 
-    run.forward_backward = alone
+    silent = {"all_gather_into_tensor": all_gather, "all_to_all_single": all_to_all, "all_reduce": lambda *a, **k: done}
+    with mock.patch.multiple(dist, **silent), mock.patch.object(run, "forward_backward", alone):
+        yield
 
 
 def sent_bytes() -> int:
@@ -197,10 +216,10 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def link(dist, torch, num_local: int) -> dict:
-    """Bytes a second that a rank sends in a large all-reduce, and the seconds of a tiny one."""
-    seconds = {}
-    for name, size in (("large", 16 * 2**20), ("tiny", 1)):
+def link(dist, torch) -> dict:
+    """Bytes a second that a rank sends in a large all-reduce, seconds of a tiny one, bytes a second copied in memory."""
+    seconds, large = {}, 16 * 2**20
+    for name, size in (("large", large), ("tiny", 1)):
         tensor, times = torch.zeros(size), []
         for _ in range(6):
             dist.barrier()
@@ -208,18 +227,30 @@ def link(dist, torch, num_local: int) -> dict:
             dist.all_reduce(tensor)
             times.append(time.perf_counter() - began)
         seconds[name] = statistics.median(times[1:])
+    source, target, times = torch.zeros(large), torch.zeros(large), []
+    for _ in range(6):  # by all ranks at once, as in a step
+        dist.barrier()
+        began = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - began)
     world_size = dist.get_world_size()
-    sent = 2 * (world_size - 1) / world_size * 4 * 16 * 2**20
-    return {"bytes_per_s": sent / seconds["large"], "latency_s": seconds["tiny"]}
+    sent = 2 * (world_size - 1) / world_size * 4 * large
+    return {
+        "bytes_per_s": sent / seconds["large"], "latency_s": seconds["tiny"],
+        "copied_bytes_per_s": 4 * large / statistics.median(times[1:]),
+    }  # fmt: skip
 
 
-def sizes(network, samples: int) -> dict:
+def sizes(network, samples: int, precision: str) -> dict:
     """What the prediction needs of a network: weights before the classifier, and its layers' inputs and outputs."""
     import torch
 
     layers = [(m.in_features, m.out_features) for m in network.classifier if isinstance(m, torch.nn.Linear)]
     below = sum(p.numel() for name, p in network.named_parameters() if not name.startswith("classifier"))
-    return {"samples_per_rank": samples, "weights_below": below, "layers": layers}
+    return {
+        "samples_per_rank": samples, "weights_below": below, "layers": layers,
+        "activation_bytes": 2 if precision == "bf16" else 4,
+    }  # fmt: skip
 
 
 def predicted_bytes(sizes: dict, layout: str, num_ranks: int, split_ranks: int = 0) -> float:
@@ -232,15 +263,23 @@ def predicted_bytes(sizes: dict, layout: str, num_ranks: int, split_ranks: int =
         return around(num_ranks, sizes["weights_below"] + inside)
     # the first layer's inputs, what goes from layer to layer, the logits: to each other rank, and back
     widths = [sizes["layers"][0][0], *(o for _, o in sizes["layers"][1:])]
-    activations = 2 * (group - 1) * sizes["samples_per_rank"] * 4 * sum(widths)
+    activations = 2 * (group - 1) * sizes["samples_per_rank"] * sizes.get("activation_bytes", 4) * sum(widths)
     return around(num_ranks, sizes["weights_below"]) + activations + around(replicas, inside / group)
 
 
-def predicted_seconds(found: dict, layout: str, num_ranks: int) -> float:
-    """Seconds of a step: the arithmetic, then the bytes, one after the other; and a wait for each message."""
-    step = found["sizes"]["samples_per_rank"] * num_ranks / statistics.median(found["silent"]["images_per_s"])
-    sent = predicted_bytes(found["sizes"], layout, num_ranks)
-    return step + sent / found["link"]["bytes_per_s"] + messages(found["sizes"], layout) * found["link"]["latency_s"]
+def predicted_seconds(
+    sizes: dict, link: dict, alone_s: float, layout: str, num_ranks: int, split_ranks: int = 0
+) -> tuple[float, float]:
+    """Seconds of a step: where nothing travels while the rank computes, and where everything that can does.
+
+    alone_s: the same layout's step without messages.
+    """
+    sent = predicted_bytes(sizes, layout, num_ranks, split_ranks) / link["bytes_per_s"]
+    waits = messages(sizes, layout) * link["latency_s"]
+    # into the buckets that are sent: what DistributedDataParallel does with every gradient that it averages
+    averaged = 4 * (sizes["weights_below"] + (sum(i * o + o for i, o in sizes["layers"]) if layout == "ddp" else 0))
+    copying = averaged / link.get("copied_bytes_per_s", float("inf"))
+    return alone_s + copying + sent + waits, max(alone_s + copying, sent) + waits
 
 
 def messages(sizes: dict, layout: str) -> int:
@@ -251,55 +290,53 @@ def messages(sizes: dict, layout: str) -> int:
 def predict(result: dict, gbit: float) -> None:
     """Print a table in Markdown: MB and milliseconds a step on ever more ranks, with as many samples a rank as measured.
 
-    Arithmetic and latency are the measured run's; a collective's latency grows with the logarithm of the ranks.
+    Times are those of messages that wait for the arithmetic. Arithmetic and latency are the measured run's; a collective's
+    latency grows with the logarithm of the ranks.
     """
     sizes = result["sizes"]
     num_measured = result["batch_size"] // sizes["samples_per_rank"]
-    arithmetic = result["batch_size"] / result["silent"]["images_per_s"]
     ways = {"ddp": ("ddp", 0), "hybrid over all": ("hybrid", 0), "hybrid by 8": ("hybrid", 8)}
     print("| ranks | " + " | ".join(f"{way}, MB | ms" for way in ways) + " |\n|" + "---|" * (1 + 2 * len(ways)))
     for num_ranks in (8, 16, 32, 64, 128, 256, 512, 1024):
         cells = []
         for layout, group in ways.values():
-            sent = predicted_bytes(sizes, layout, num_ranks, group)
             latency = result["link"]["latency_s"] * math.log2(num_ranks) / max(1, math.log2(num_measured))
-            seconds = arithmetic + sent / (gbit * 1e9 / 8) + messages(sizes, layout) * latency
-            cells += [f"{sent / 1e6:,.1f}", f"{1000 * seconds:,.0f}"]
+            link = result["link"] | {"latency_s": latency, "bytes_per_s": gbit * 1e9 / 8}
+            alone_s = result["batch_size"] / result[f"{layout} alone"]["images_per_s"]
+            seconds, _ = predicted_seconds(sizes, link, alone_s, layout, num_ranks, group)
+            cells += [f"{predicted_bytes(sizes, layout, num_ranks, group) / 1e6:,.1f}", f"{1000 * seconds:,.0f}"]
         print(f"| {num_ranks:,} | " + " | ".join(cells) + " |")
 
 
 def show(options, where: str, found: dict) -> dict:
     """Print a run's figures beside the prediction; return them for the file."""
-    num_ranks = options.batch_size // found["sizes"]["samples_per_rank"]
+    sizes, link, batch = found["sizes"], found["link"], options.batch_size
+    num_ranks = batch // sizes["samples_per_rank"]
     result = {
-        "where": where, "model": options.model, "size": options.size, "batch_size": options.batch_size, "n": options.repeats,
-        "steps": options.steps, "link": found["link"], "sizes": found["sizes"], "cpu": cpu_name(), "cores": os.cpu_count(),
-        "load": os.getloadavg()[0], "date": time.strftime("%Y-%m-%d"),
+        "where": where, "model": options.model, "size": options.size, "batch_size": batch, "precision": options.precision,
+        "n": options.repeats, "steps": options.steps, "threads": options.threads or "cores / ranks", "link": link,
+        "sizes": sizes, "cpu": cpu_name(), "cores": os.cpu_count(), "load": os.getloadavg()[0],
+        "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-    print(f"{options.model}@{options.size}, global batch {options.batch_size}, {where}")
-    for layout, figures in found.items():
+    print(f"{options.model}@{options.size} {options.precision}, global batch {batch}, {where}")
+    for kind, figures in found.items():
         if "images_per_s" not in figures:
             continue
         rates = figures["images_per_s"]
-        result[layout] = {
+        result[kind] = {
             "images_per_s": round(statistics.median(rates), 1), "all": [round(r, 1) for r in rates],
             "bytes_per_step": round(min(figures["bytes"])),  # other programs may use an interface as well
             "cpu_s_per_step": round(min(figures["cpu_s"]), 4),
         }  # fmt: skip
-        line = f"  {layout:7} {statistics.median(rates):8.1f} images/s ({min(rates):.1f} to {max(rates):.1f})"
-        if num_ranks > 1 and layout in LAYOUTS:
-            seconds, expected = (
-                predicted_seconds(found, layout, num_ranks),
-                predicted_bytes(found["sizes"], layout, num_ranks),
-            )
-            result[layout] |= {
-                "predicted_images_per_s": round(options.batch_size / seconds, 1),
-                "predicted_bytes": round(expected),
-            }
-            line += (
-                f", predicted {options.batch_size / seconds:.1f}; {min(figures['bytes']) / 1e6:.2f} MB a step and rank"
-            )
-            line += f", predicted {expected / 1e6:.2f}"
+        line = f"  {kind:12} {statistics.median(rates):8.1f} images/s ({min(rates):.1f} to {max(rates):.1f})"
+        if num_ranks > 1 and kind in LAYOUTS:
+            alone_s = statistics.median(batch / rate for rate in found[f"{kind} alone"]["images_per_s"])
+            slow, fast = (batch / s for s in predicted_seconds(sizes, link, alone_s, kind, num_ranks))
+            expected = predicted_bytes(sizes, kind, num_ranks)
+            result[kind] |= {"predicted_images_per_s": round(slow, 1), "predicted_overlapping": round(fast, 1),
+                             "predicted_bytes": round(expected)}  # fmt: skip
+            line += f", predicted {slow:.1f} to {fast:.1f}; {min(figures['bytes']) / 1e6:.2f} MB a step and rank, "
+            line += f"predicted {expected / 1e6:.2f}"
         print(line)
     if "hybrid" in result:
         pairs = zip(found["hybrid"]["images_per_s"], found["ddp"]["images_per_s"], strict=True)

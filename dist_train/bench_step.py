@@ -106,7 +106,7 @@ def gain(share: float) -> float:
 
 
 def _window(run: Run, state: State, num_steps: int) -> StepParts:
-    run.parts = StepParts(run.world.device, num_steps)
+    run.parts = run.new_parts(num_steps)
     run.halt_step = state.step + run.parts.skip + num_steps + 1
     train(run, state)
     if run.stop_requests:

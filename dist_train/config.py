@@ -35,6 +35,9 @@ class DataConfig:
     """samples are shuffled inside windows of this many shards; at least the number of shards is a full shuffle"""
     lanes: int = 0
     """parts of an epoch read side by side, dealt over the ranks; 0 derives it from the shards and the batch size"""
+    decode: Literal["auto", "cpu", "gpu"] = "auto"
+    """who decodes pictures that are cut anew in every epoch: auto measures both at the start of a run where there is a GPU, and
+    is cpu elsewhere. Pixels differ a little, so a run keeps what it began with; evaluation is decoded by the CPU"""
     threads: int = 0
     """decoding threads per process; 0 is the number of cores this process may use"""
     prefetch_mb: int = 256
@@ -188,6 +191,9 @@ class TrainConfig:
     """memory format of pictures and kernels"""
     compile: bool = False
     """torch.compile the network; pays on GPUs"""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """with compile: reduce-overhead replays a step's kernels as CUDA graphs, for networks of many small ones; max-autotune also
+    times several kernels for each product, which takes minutes"""
     checkpoint_every_steps: int = 500
     """steps between checkpoints, besides one at every evaluation; 0 is none besides"""
     keep_checkpoints: int = 2

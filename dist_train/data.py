@@ -22,6 +22,7 @@ from dist_train.bad_samples import BadSamples, Undecodable
 from dist_train.cache import DecodedCache, DeviceRows, Wanted
 from dist_train.decode import SHARD_FAULTS, decode_from_files
 from dist_train.errors import UserError
+from dist_train.gpu_decode import GpuDecoder
 from dist_train.index import ShardIndex, load_index
 from dist_train.order import Order, evaluation_share, rank_share, sample_keys
 from dist_train.shard_cache import read_ahead, shards_in_play
@@ -79,6 +80,7 @@ def open_stream(
     pin_memory: bool = False,
     cache: str | DecodedCache = "auto",
     bad_samples: BadSamples | None = None,
+    gpu_decoder: GpuDecoder | None = None,
 ) -> Iterator[Batch]:
     """The shuffled, endless stream of batches of a split: every sample exactly once an epoch, any step at once.
 
@@ -89,7 +91,8 @@ def open_stream(
     Steps start_step, start_step + 1, ... come until stop_step, or without end; the state of the stream is that number.
     cache: where decoded samples are kept from epoch to epoch (cache.DecodedCache, or one of its modes for this stream alone);
     with "device" the images come on its device. It changes no pixel. bad_samples: takes note of pictures that cannot be
-    decoded, and says what comes in their place; without it the first one ends the stream.
+    decoded, and says what comes in their place; without it the first one ends the stream. gpu_decoder: decodes what is cut at
+    random, and leaves it on its device.
     Raises UserError if the split, the sizes or a sample cannot be had.
     """
     index = shards if isinstance(shards, ShardIndex) else load_index(shards)
@@ -117,6 +120,7 @@ def open_stream(
     load = _Loader(index, split, size, random_boxes if is_random else None, verify, pin_memory)
     if not is_random:
         load.keep(cache, "whole", threads, prefetch_mb)
+    load.gpu_decoder = gpu_decoder if is_random else None
 
     bad = bad_samples or BadSamples(0)
 
@@ -223,7 +227,7 @@ class _Loader:
         self.is_table = index.features is not None
         self.shape = (len(index.features),) if self.is_table else (*size, 3)
         self.dtype = torch.float32 if self.is_table else torch.uint8
-        self.kept = None
+        self.kept = self.gpu_decoder = None
 
     @property
     def sample_bytes(self) -> int:
@@ -274,6 +278,11 @@ class _Loader:
 
     def _decoded(self, samples: np.ndarray, keys: np.ndarray) -> torch.Tensor:
         """(n, H, W, 3) uint8, or (n, F) float32 of a table."""
+        if self.gpu_decoder:
+            at = self.store.locate(samples)
+            boxes = self.boxes(self.store.table[samples], keys) if self.boxes else None
+            return self._proven(samples, *self.gpu_decoder(at.fds, at.offsets, at.sizes, at.checksums if self.verify else None,
+                                                           boxes, self.shape[:2]))  # fmt: skip
         out = torch.empty((len(samples), *self.shape), dtype=self.dtype, pin_memory=self.pin_memory)
         rows = out.numpy()
         if self.is_table:
@@ -283,6 +292,9 @@ class _Loader:
         at = self.store.locate(samples)
         boxes = self.boxes(self.store.table[samples], keys) if self.boxes else None
         failures = decode_from_files(at.fds, at.offsets, at.sizes, at.checksums if self.verify else None, boxes, rows)
+        return self._proven(samples, out, failures)
+
+    def _proven(self, samples: np.ndarray, out: torch.Tensor, failures) -> torch.Tensor:
         if failures:
             i, reason = next((failure for failure in failures if failure[1] in SHARD_FAULTS), failures[0])
             fault = self.store.fault(int(samples[i]), reason)

@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_train import messages
+
 
 class Guard:
     """Two flags a step, and `not_finite`: () float32 on the device, 1 from the first step on that had a bad loss anywhere.
@@ -28,7 +30,8 @@ class Guard:
         # no torch.tensor(...): its copy to the device would wait
         flags = torch.stack([(~torch.isfinite(loss)).float(), torch.full_like(self.not_finite, float(stop))])
         if self.world_size > 1:
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
+            with messages.clock.waiting():
+                dist.all_reduce(flags, dist.ReduceOp.MAX)
         torch.maximum(self.not_finite, flags[0], out=self.not_finite)
         self._host[slot].copy_(flags, non_blocking=True)
         if self._written:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_train import messages
 from dist_train.layers import KeyedDropout
 
 
@@ -157,7 +158,8 @@ class _LinearScatterSamples(torch.autograd.Function):
 def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """(n, ...) of each rank -> (G n, ...) of all, in the order of the ranks."""
     everyone = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(everyone, x.contiguous(), group)
+    with messages.clock.waiting():
+        dist.all_gather_into_tensor(everyone, x.contiguous(), group)
     return everyone
 
 
@@ -167,7 +169,12 @@ def _reduce_scatter(x: Tensor, group: dist.ProcessGroup | None) -> Callable[[], 
     if dist.get_backend(group) != "gloo":
         out = x.new_empty(len(x) // num_ranks, *x.shape[1:])
         work = dist.reduce_scatter_tensor(out, x, group=group, async_op=True)
-        return lambda: (work.wait(), out)[1]
+        return lambda: (_wait(work), out)[1]
     parts = torch.empty_like(x)  # gloo's own reduce-scatter is an all-reduce inside: twice the bytes (torch 2.15)
     work = dist.all_to_all_single(parts, x, group=group, async_op=True)
-    return lambda: (work.wait(), parts.view(num_ranks, -1, *parts.shape[1:]).sum(0))[1]
+    return lambda: (_wait(work), parts.view(num_ranks, -1, *parts.shape[1:]).sum(0))[1]
+
+
+def _wait(work: dist.Work) -> None:
+    with messages.clock.waiting():
+        work.wait()

@@ -5,6 +5,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_train import messages
+
 _STREAM = 0x5DEECE66D1CE4E5B  # tells dropout's random bits from those that augmentation draws from the same keys
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
@@ -36,7 +38,8 @@ def set_dropout_keys(model: nn.Module, keys: Tensor) -> None:
         if isinstance(module, KeyedDropout):
             if module.is_split and module.group not in everyone:
                 everyone[module.group] = keys.new_empty(dist.get_world_size(module.group) * len(keys))
-                dist.all_gather_into_tensor(everyone[module.group], keys.contiguous(), module.group)
+                with messages.clock.waiting():
+                    dist.all_gather_into_tensor(everyone[module.group], keys.contiguous(), module.group)
             module.keys = everyone[module.group] if module.is_split else keys
 
 
@@ -157,7 +160,8 @@ class _Normalise(torch.autograd.Function):
         mean, var, count = _local_moments(x)
         # One message a layer, in float64: there E[x^2] - E[x]^2 loses nothing that float32 could show.
         sums = torch.cat([mean * count, (var + mean * mean) * count, count])
-        dist.all_reduce(sums, group=group)
+        with messages.clock.waiting():
+            dist.all_reduce(sums, group=group)
         count = sums[-1]
         mean, square = (sums[:-1] / count).chunk(2)
         var = (square - mean * mean).clamp_(min=0).to(weight.dtype)
@@ -176,7 +180,8 @@ class _Normalise(torch.autograd.Function):
             dy, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
         )
         sums = torch.cat([dweight, dbias])
-        dist.all_reduce(sums, group=ctx.group)
+        with messages.clock.waiting():
+            dist.all_reduce(sums, group=ctx.group)
         by_scale, by_shift = (sums / count).chunk(2)
         invstd = torch.rsqrt(var + ctx.eps)
         slope = weight * invstd * invstd * by_scale

@@ -13,7 +13,7 @@ from dist_train.finetune import layer_depths
 def build_optimizer(model: nn.Module, config: OptimConfig, head: str = "") -> torch.optim.Optimizer:
     """The optimizer over model's trainable parameters, at the peak rate. head: name of the last layer.
 
-    Two groups: "decay" (matrices and kernels) and "no_decay" (biases and norms: all with fewer than two dimensions);
+    Two groups: "decay" (matrices and kernels) and "no_decay" (biases, norms, layer scales, tokens, tables of positions);
     with config.layer_decay two for each layer, with freeze_epochs two for the last one. Each carries "lr_scale", which
     `set_lr` multiplies by: layer_decay to the power of the layers above. Fused kernels are used where the class has
     them for the device.
@@ -25,7 +25,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, head: str = "") -> to
             depth = depths.get(name, 0)
             # what thaws must not share a group with the head: torch's fused SGD wants all first steps at once
             group = depth if config.layer_decay != 1 else min(depth, 1)
-            split.setdefault((group, "decay" if p.dim() >= 2 else "no_decay"), []).append(p)
+            split.setdefault((group, "decay" if _is_decayed(name, p) else "no_decay"), []).append(p)
     groups = [
         {"params": params, "name": name, "lr_scale": config.layer_decay**depth,
          "weight_decay": config.weight_decay if name == "decay" else 0.0}
@@ -178,6 +178,11 @@ def _match_layouts(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
             for name, t in optimizer.state.get(p, {}).items():
                 if isinstance(t, Tensor) and t.shape == p.shape and _layout(t) != _layout(p):
                     optimizer.state[p][name] = torch.empty_like(p).copy_(t)
+
+
+def _is_decayed(name: str, p: nn.Parameter) -> bool:
+    # torch calls every matrix and kernel a weight; what else has two dimensions is a scale, a token or a table
+    return p.dim() >= 2 and "weight" in name.rpartition(".")[2]
 
 
 def _layout(t: Tensor) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_train import messages
 from dist_train.config import RunConfig
 from dist_train.errors import UserError
 from dist_train.hybrid import split_classifier
@@ -48,8 +49,10 @@ class Replicated:
     def __init__(self, network: nn.Module, config: RunConfig, accelerator, world: World):
         self.network, self.config, self.accelerator, self.world = network, config, accelerator, world
         self.model = self._wrapped = self._wrap()
+        self.replays_graphs = config.train.compile and config.train.compile_mode != "default"
         if config.train.compile:
-            self.model = torch.compile(self._wrapped, dynamic=False)
+            mode = config.train.compile_mode if self.replays_graphs else None
+            self.model = torch.compile(self._wrapped, dynamic=False, mode=mode)
 
     def _wrap(self) -> nn.Module:
         return self._averaged(set())
@@ -147,15 +150,17 @@ class Hybrid(_Parted):
     def reduce_gradients(self) -> None:
         if self.replicas is not None:
             gradients = [p.grad for p in self._split_parameters() if p.grad is not None]
-            for work in [dist.all_reduce(g, group=self.replicas, async_op=True) for g in gradients]:
-                work.wait()
+            with messages.clock.waiting():
+                for work in [dist.all_reduce(g, group=self.replicas, async_op=True) for g in gradients]:
+                    work.wait()
 
     def clip_gradients(self, max_norm):
         split = {id(p) for p in self._split_parameters()}
         parameters = [p for p in self.network.parameters() if p.grad is not None]
         here = torch.nn.utils.get_total_norm([p.grad for p in parameters if id(p) in split])
         square = here.square()
-        dist.all_reduce(square, group=self.group)
+        with messages.clock.waiting():
+            dist.all_reduce(square, group=self.group)
         alike = torch.nn.utils.get_total_norm([p.grad for p in parameters if id(p) not in split])
         norm = (square + alike.square()).sqrt()
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

@@ -293,6 +293,14 @@ def _timings(lines: list[dict], result) -> list[tuple[str, str]]:
                      f"{statistics.median(rates):,.0f}, {min(rates):,.0f}, {max(rates):,.0f}"))  # fmt: skip
     if waits := [line["data_wait"] for line in trained if line.get("data_wait") is not None]:
         rows.append(("share of the time waiting for data, mean", f"{statistics.fmean(waits):.1%}"))
+    if shares := [line["mfu"] for line in trained if line.get("mfu") is not None]:
+        tflops = statistics.median(line["tflops"] for line in trained if line.get("tflops") is not None)
+        rows.append(("TFLOP/s, and share of what a matrix product reaches (MFU), median",
+                     f"{tflops:.3g}, {statistics.median(shares):.1%}"))  # fmt: skip
+    if profile := next((line for line in lines if line["kind"] == "profile"), None):
+        parts = {key: share for key, share in profile.items() if key not in ("kind", "step", "step_s", "time_s")}
+        rows.append((f"where a step's {1000 * profile['step_s']:,.1f} ms go, measured up to step {profile['step']:,}",
+                     ", ".join(f"{part} {share:.1%}" for part, share in parts.items())))  # fmt: skip
     if trained:
         rows.append(("steps", f"{trained[-1]['step']:,}"))
     rows.append(("evaluations", str(sum(line["kind"] == "eval" for line in lines))))

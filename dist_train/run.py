@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from dist_train import runtime
+from dist_train import messages, runtime
 from dist_train.augment import Augment, mix
 from dist_train.bad_samples import BadSamples, record
 from dist_train.cache import DecodedCache
@@ -22,6 +22,7 @@ from dist_train.errors import UserError
 from dist_train.evaluate import Evaluation, evaluate, standardised
 from dist_train.finetune import average_gradients, freeze_below_head
 from dist_train.folds import open_index
+from dist_train.gpu_decode import GpuDecoder
 from dist_train.guard import Guard
 from dist_train.index import ShardIndex
 from dist_train.layers import set_dropout_keys, use_keyed_dropout, use_sync_batchnorm
@@ -66,7 +67,7 @@ class Run:
         optimizer = self.parallel.optimizer(build_optimizer(self.network, config.optim, self.head))
         # the loader and the schedule stay with us: Accelerate would read on rank zero for all, and step once per rank
         self.optimizer = accelerator.prepare_optimizer(optimizer)
-        self.parts = StepParts(world.device, config.train.profile_steps)
+        self.parts = self.new_parts(config.train.profile_steps)
         self.guard = Guard(world.device, world.world_size)
         crop = "none" if decoder_crop(config, self.index)[0] == "random_resized" else config.augment.crop
         on_device = dataclasses.replace(config.augment, crop=crop)  # what the decoder cuts is not cut again
@@ -76,7 +77,13 @@ class Run:
         self.micro_batch_size = micro_batch_size(config, world.world_size)
         data = config.data
         self.bad_samples = BadSamples(data.max_bad)
+        self.gpu_decoder = GpuDecoder(world.device) if data.decode == "gpu" else None
         self.decoded = DecodedCache(data.cache, data.decoded_gb, data.cache_dir, world.device, data.verify)
+
+    def new_parts(self, num_steps: int) -> StepParts:
+        """Clocks for a window of steps."""
+        watched = list(self.network.parameters()) if self.world.world_size > 1 else ()
+        return StepParts(self.world.device, num_steps, parameters=watched)
 
     def new_state(self) -> "State":
         optim = self.config.optim
@@ -92,7 +99,7 @@ class Run:
             self.index, data.train_split, data.global_batch_size, size, crop, self.config.seed, data.threads,
             (self.world.rank, self.world.world_size), first_step, self.num_steps, augment.scale, augment.ratio,
             data.window_shards, data.lanes, data.prefetch_mb, data.verify, self.world.device.type == "cuda", self.decoded,
-            self.bad_samples,
+            self.bad_samples, self.gpu_decoder,
         )  # fmt: skip
 
     def forward_backward(self, batch: Batch) -> torch.Tensor:
@@ -109,6 +116,8 @@ class Run:
             inputs, targets = self.prepare(batch.images[part], batch.labels[part], batch.random_keys[part])
             self.parts.mark("forward")
             set_dropout_keys(self.network, batch.random_keys[part])
+            if self.parallel.replays_graphs:
+                torch.compiler.cudagraph_mark_step_begin()  # what the graphs of the pass before wrote is not needed any more
             is_synced = i == num_micro - 1 and not is_frozen
             with contextlib.nullcontext() if is_synced else self.parallel.accumulating():
                 with self.accelerator.autocast():
@@ -116,9 +125,11 @@ class Run:
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.config.optim.label_smoothing)
                 self.parts.mark("backward")
                 self.accelerator.backward(loss / num_micro)
+            messages.clock.backward_is_over()
             loss_sum += loss.detach() / num_micro
         if is_frozen and self.world.world_size > 1:
-            average_gradients(self.network)
+            with messages.clock.waiting():
+                average_gradients(self.network)
         self.parallel.reduce_gradients()
         return loss_sum
 
@@ -165,7 +176,8 @@ class Run:
     def mean_over_ranks(self, value: torch.Tensor) -> float:
         value = value.clone()
         if self.world.world_size > 1:
-            torch.distributed.all_reduce(value)
+            with messages.clock.waiting():
+                torch.distributed.all_reduce(value)
         return float(value) / self.world.world_size
 
     def work_figures(self, images_per_s: float) -> dict[str, float]:
@@ -334,6 +346,7 @@ def open_run_folder(config: RunConfig, folder: Path, resume: bool) -> None:
     written = folder / "config.yaml"
     if written.exists():
         old = yaml.safe_load(written.read_text())
+        old.setdefault("data", {}).setdefault("decode", "cpu")  # runs from before there was a choice
         differing = conflicts(to_dict(from_dict(RunConfig, old)), to_dict(config))
         if differing:
             raise UserError(f"{folder}: the folder holds a run with other settings:\n  " + "\n  ".join(differing)

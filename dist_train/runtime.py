@@ -91,6 +91,7 @@ def start(precision: str, threads: int, timeout_s: int):
             mixed_precision=precision.replace("fp32", "no"),
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)),
+                # static_graph takes as long (docs/scaling.md), and would rule out frozen layers and micro-batches
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )

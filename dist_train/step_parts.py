@@ -1,27 +1,32 @@
-"""Where the time of a training step goes: data, augmentation, forward, backward, optimizer; timed over a window of steps."""
+"""Where the time of a training step goes: data, augmentation, the passes, optimizer, messages; timed over a window of steps."""
 
 import time
+from collections.abc import Iterable
 
 import torch
 
-PARTS = ("data", "augment", "forward", "backward", "optimizer", "other")
+from dist_train import messages
+
+PARTS = ("data", "augment", "forward", "backward", "optimizer", "communication", "other")
 
 
 class StepParts:
     """Clocks over `num_steps` steps, after `skip` steps of warming up. Outside the window a mark costs nothing.
 
     Within it the host waits for the device at each mark, so that what the device still does is counted where it belongs;
-    that makes the steps of the window a little slower on a GPU. Messages between ranks count where they are waited for.
+    that makes the steps of the window a little slower on a GPU. "communication" is the time in which the rank does
+    nothing but wait for messages (see `messages.MessageClock`), taken out of the part in which it waits. parameters:
+    those whose gradients are averaged over the ranks during the backward pass.
     """
 
-    def __init__(self, device: torch.device, num_steps: int, skip: int = 10):
-        self.device, self.skip, self.num_steps = device, skip, num_steps
+    def __init__(self, device: torch.device, num_steps: int, skip: int = 10, parameters: Iterable[torch.Tensor] = ()):
+        self.device, self.skip, self.num_steps, self._parameters = device, skip, num_steps, parameters
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.is_complete = False  # the window has been, its figures can be read
         self._steps, self._part, self._since = 0, "", 0.0
 
     def mark(self, part: str) -> None:
-        """Here begins a part of PARTS, and the one before ends. "data" begins a step."""
+        """Here begins a part of PARTS but "communication", and the one before ends. "data" begins a step."""
         if self.is_complete or not self.num_steps:
             return
         self._steps += part == "data"
@@ -30,10 +35,16 @@ class StepParts:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         now = time.perf_counter()
+        waited = messages.clock.take()
         if self._part:
-            self.seconds[self._part] += now - self._since
+            self.seconds[self._part] += now - self._since - waited
+            self.seconds["communication"] += waited
+        else:
+            messages.clock.start(self.device, self._parameters)
         self._part, self._since = part, now
         self.is_complete = self._steps > self.skip + self.num_steps
+        if self.is_complete:
+            messages.clock.stop()
 
     def step_s(self) -> float:
         """Mean time of a step in the window, seconds."""

@@ -16,6 +16,7 @@ from dist_train import runtime
 from dist_train.checkpoint import load_checkpoint
 from dist_train.config import RunConfig
 from dist_train.data import to_device
+from dist_train.decoder_choice import settled
 from dist_train.errors import UserError
 from dist_train.evaluate import Interrupted, write_evaluation
 from dist_train.index import load_index
@@ -208,6 +209,8 @@ def run_training(argv: list[str]) -> int:
     with contextlib.ExitStack() as leaving:
         leaving.callback(runtime.end)
         watch = leaving.enter_context(Watch(world, config.runtime.timeout_s, runtime.master_address()))
+
+        config = runtime.on_main(world, settled, config, folder, world.device)
 
         def claim_folder() -> None:
             try:

@@ -1,22 +1,48 @@
 """What runs on a GPU only now and then is run here at toy sizes, so that it does not rot."""
 
+import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.gpu_check import CARD, main
-from benchmarks.scaling import predicted_bytes
+from benchmarks.gpu_check import CARD, goals, main
+from benchmarks.scaling import predicted_bytes, predicted_seconds
+from dist_train.config import RunConfig, TrainConfig
+from dist_train.parallel import spread
+from dist_train.runtime import World
 
 
-def test_every_check_runs_at_toy_sizes(tmp_path, capsys):
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")  # torchvision's, from 0.29 on
+def test_every_check_runs_at_toy_sizes(digits, tmp_path, capsys):
     out = tmp_path / "cpu.json"
-    assert main(["--cpu-dry-run", "--out", str(out)]) == 0, capsys.readouterr()
+    assert main(["--cpu-dry-run", "--cifar10", digits, "--out", str(out)]) == 0, capsys.readouterr()
     report = json.loads(out.read_text())
-    assert report["left_out"] == []
+    is_there = importlib.util.find_spec("timm") is not None
+    assert report["left_out"] == ([] if is_there else ["vgg11@32 timm loop"])
     assert {"peak", "no step waits", "gradients of the CPU", "alexnet@64 fp32 compiled", "vgg11@32 from shards",
-            "vgg11@32 plain loop"} <= report["checks"].keys()  # fmt: skip
-    assert report["checks"]["alexnet@64 fp32"]["mfu"] > 0
+            "vgg11@32 plain loop", "alexnet@64 fp32 graphs", "vgg11@32 torchvision loop"} <= report["checks"].keys()  # fmt: skip
+    assert report["checks"]["alexnet@64 fp32"]["mfu"] > 0 and report["checks"]["alexnet@64 from the card"]["share"] > 0
+    assert report["checks"]["jpeg decoding"]["gpu"] > 0
+    assert 0 < report["checks"]["cifar10 to 94%"]["best"] < 0.94 and not report["goals"]  # toys reach nothing
+
+
+def test_a_goal_stands_beside_what_was_found():
+    checks = {"vgg13@224 bf16": {"mfu": 0.41}, "vgg13@224 bf16 compiled": {"mfu": 0.55}, "vgg13@224 bf16 graphs": {"error": "x"},
+              "cifar10 to 94%": {"reached_s": None}}  # fmt: skip
+    assert goals({"checks": checks}) == {"vgg13@224: share of the measured bf16 peak": {"goal": 0.5, "found": 0.55}}
+
+
+def test_the_mode_of_compiling_reaches_torch(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: calls.append(options) or model)
+    accelerator = SimpleNamespace(prepare_model=lambda network: network)
+    for mode in ("default", "reduce-overhead"):
+        config = RunConfig(train=TrainConfig(compile=True, compile_mode=mode))
+        laid = spread(torch.nn.Linear(2, 2), config, accelerator, World(0, 1, 0, 1, torch.device("cpu")))
+        assert laid.replays_graphs == (mode != "default")
+    assert calls == [{"dynamic": False, "mode": None}, {"dynamic": False, "mode": "reduce-overhead"}]
 
 
 def test_what_the_time_does_not_allow_is_named(tmp_path, capsys):
@@ -47,3 +73,12 @@ def test_predicted_bytes_are_those_of_rings_and_slices():
     # four groups of two: between groups a ring of four, over half a classifier
     grouped = 2 * 7 / 8 * 4 * 1000 + activations + 2 * 3 / 4 * 4 * classifier / 2
     assert predicted_bytes(sizes, "hybrid", 8, split_ranks=2) == pytest.approx(grouped)
+
+
+def test_predicted_time_is_arithmetic_copies_bytes_and_waits():
+    sizes = {"samples_per_rank": 64, "weights_below": 0, "layers": [(100, 100)]}
+    link = {"bytes_per_s": 1e6, "latency_s": 0.001, "copied_bytes_per_s": 1e9}
+    sent, copied = 4 * 10_100 / 1e6, 4 * 10_100 / 1e9  # a ring of two sends every gradient once; each goes into a bucket
+    slow, fast = predicted_seconds(sizes, link, 0.02, "ddp", 2)
+    assert slow == pytest.approx(0.02 + sent + copied + 0.004)
+    assert fast == pytest.approx(max(0.02 + copied, sent) + 0.004)  # what travels while the rank computes costs nothing

@@ -25,11 +25,13 @@ LAYERS = [
      "write_shard", "plan", "dali_index", "tar_lists", "foreign_tar", "read_foreign", "folds", "stop"],  # no torch either
     ["convert", "repair", "shard", "foreign", "verify", "launch_traps", "doctor",
      "draws", "colour", "mixing", "augment", "layers", "networks", "pretrained",
-     "models", "finetune", "optim", "metrics", "step_parts", "guard", "hybrid", "wandb_file", "wandb_log", "track", "watch",
-     "runtime", "plots", "bars", "page", "ranking", "confusion", "table_plots", "picture_plots", "mistakes", "contact_sheet"],
+     "gpu_decode", "models", "finetune", "optim", "metrics", "messages", "step_parts", "guard", "hybrid", "wandb_file", "wandb_log",
+     "track", "watch", "runtime", "plots", "bars", "page", "ranking", "confusion", "table_plots", "picture_plots", "mistakes",
+     "contact_sheet"],
     ["cache", "data", "checkpoint"],
     ["evaluate"],
-    ["sizes", "parallel", "run", "train", "predict", "export", "scores", "preview", "figures", "report", "bench_step", "bench"],
+    ["sizes", "decoder_choice", "parallel", "run", "train", "predict", "export", "scores", "preview", "figures", "report",
+     "bench_step", "bench"],
     ["search", "trial", "study_report", "study", "compare"],
     ["cli"],
 ]  # fmt: skip

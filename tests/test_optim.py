@@ -222,3 +222,20 @@ def test_weight_average_restored_goes_on_bit_for_bit():
         straight.update(net)
         resumed.update(net)
     assert all(torch.equal(t, resumed.weights[name]) for name, t in straight.weights.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "scales"),
+    [("convnext_tiny", 18), ("vit_b_16", 2), ("swin_v2_t", 12)],  # layer scales; token and positions; scales of the logits
+)
+def test_scales_tokens_and_positions_do_not_decay(name, scales):
+    import torchvision
+
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, num_classes=3)
+    groups = {g["name"]: {id(p) for p in g["params"]} for g in build_optimizer(model, OptimConfig(weight_decay=0.1)).param_groups}
+    spared = [n for n, p in model.named_parameters() if p.dim() >= 2 and id(p) in groups["no_decay"]]
+    assert len(spared) == scales and not any(n.endswith("weight") for n in spared)
+    decayed = {n for n, p in model.named_parameters() if id(p) in groups["decay"]}
+    matrices = {n + ".weight" for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    assert matrices <= decayed

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from conftest import ROOT, tiny_run
 from torch import nn
 
-from dist_train import runtime
+from dist_train import messages, runtime
 from dist_train.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from dist_train.errors import UserError
 from dist_train.layers import set_dropout_keys, use_keyed_dropout, use_sync_batchnorm
@@ -52,6 +52,8 @@ def two_updates(config: RunConfig, accelerator, world) -> dict:
         1 if config.model.name.endswith("_bn") else MICRO
     )  # whose statistics are those of what goes through at once
     found = {"losses": [], "norms": []}
+    if world.world_size > 1:
+        messages.clock.start(world.device, network.parameters())
     for _ in range(2):
         loss_sum = torch.zeros((), dtype=torch.float64)
         for i in range(num_micro):
@@ -61,6 +63,7 @@ def two_updates(config: RunConfig, accelerator, world) -> dict:
             with contextlib.nullcontext() if i == num_micro - 1 else parallel.accumulating():
                 loss = F.cross_entropy(parallel.model(images[part]), labels[part]) / num_micro
                 loss.backward()
+            messages.clock.backward_is_over()
             loss_sum += loss.detach()
         parallel.reduce_gradients()
         found["gradients"] = parallel.gathered({"all": {n: p.grad.clone() for n, p in network.named_parameters()}})
@@ -68,6 +71,8 @@ def two_updates(config: RunConfig, accelerator, world) -> dict:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         found["losses"].append(loss_sum)
+    found["waited"] = messages.clock.take()
+    messages.clock.stop()
     found["weights"] = parallel.gathered({"all": network.state_dict()})
     found["held"] = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in network.parameters())
     with torch.no_grad(), parallel.whole() as whole:
@@ -164,6 +169,13 @@ def test_gradients_norms_and_updates_are_those_of_one_process(ranks, alone, name
     assert expected["norms"][0] > 0.5  # or nothing was clipped
     assert found["comes back"]
     assert ranks[1][name, layout]["weights"] is None
+
+
+@pytest.mark.two_process
+@pytest.mark.parametrize("layout", ["ddp", "hybrid", "two groups"])
+def test_waiting_for_messages_is_timed(ranks, alone, layout):
+    assert all(0 < rank["alexnet", layout]["waited"] < 60 for rank in ranks)
+    assert alone["alexnet"]["waited"] == 0
 
 
 @pytest.mark.two_process

@@ -129,6 +129,18 @@ def test_an_unfinished_run_has_a_report(tmp_path):
     assert "has not written figures yet" in page and "<svg" not in page
 
 
+def test_the_page_says_where_a_step_goes_and_how_near_the_peak_it_is(tmp_path):
+    run = make_run(tmp_path, ["cats", "dogs"])
+    figures = {"step": 620, "epoch": 10.3, "loss": 0.1, "lr": 0.01, "images_per_s": 900, "data_wait": 0.0, "time_s": 44}
+    profile = {"step": 620, "step_s": 0.0712, "data": 0.01, "forward": 0.29, "backward": 0.6, "communication": 0.1, "time_s": 44}
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"kind": "profile", **profile}) + "\n")
+        file.write(json.dumps({"kind": "train", **figures, "tflops": 0.31, "mfu": 0.77}) + "\n")
+    page = report.write_report(run).read_text()
+    assert "71.2 ms go" in page and "data 1.0%, forward 29.0%, backward 60.0%, communication 10.0%" in page
+    assert "0.31, 77.0%" in page
+
+
 def test_a_diverged_run_has_a_report(tmp_path):
     run = make_run(tmp_path, ["a", "b"], finished=False)
     line = {

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import tiny_run
 
+from dist_train import messages
 from dist_train.metrics import flops_per_sample, peak_flops
 from dist_train.step_parts import PARTS, StepParts
 from dist_train.train import run_training
@@ -32,6 +33,26 @@ def test_the_window_alone_is_timed_and_each_part_by_itself():
     assert parts.shares()["forward"] > 0.9
 
 
+def test_waiting_for_messages_is_taken_out_of_the_part_in_which_it_happens():
+    weight = torch.nn.Parameter(torch.ones(3))
+    parts = StepParts(torch.device("cpu"), num_steps=1, skip=1, parameters=[weight])
+    for step in range(2):
+        for part in ("data", "other", "forward"):
+            parts.mark(part)
+        with messages.clock.waiting():
+            time.sleep(0.05 if step else 0.5)  # the first step is not counted
+        parts.mark("backward")
+        weight.square().sum().backward()
+        time.sleep(0.05 if step else 0.5)  # where data parallelism would wait for its last messages
+        messages.clock.backward_is_over()
+        parts.mark("other")
+    parts.mark("data")
+    assert parts.is_complete and not messages.clock.is_counting and not weight._post_accumulate_grad_hooks
+    assert 0.1 <= parts.seconds["communication"] < 0.4
+    assert 0 <= parts.seconds["forward"] < 0.05 and 0 <= parts.seconds["backward"] < 0.05
+    assert sum(parts.shares().values()) == pytest.approx(1, abs=1e-3)
+
+
 def test_no_window_is_no_work():
     parts = StepParts(torch.device("cpu"), num_steps=0)
     for _ in range(30):
@@ -53,10 +74,12 @@ def test_a_training_says_where_its_time_went_and_what_it_reached(digits, tmp_pat
 
 def test_the_peak_is_that_of_a_matrix_product():
     a = torch.rand(1024, 1024)
-    a @ a
-    start = time.perf_counter()
-    a @ a
-    rate = 2 * 1024**3 / (time.perf_counter() - start)
+    seconds = []
+    for _ in range(5):  # the best of a few, as there: other programs may take the cores meanwhile
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    rate = 2 * 1024**3 / min(seconds)
     assert 0.1 < peak_flops(torch.device("cpu"), torch.float32) / rate < 10  # the same machine, give or take its load
 
 

@@ -1,0 +1,105 @@
+"""JPEGs decoded by the GPU (nvJPEG, through torchvision), box and resize on it too.
+
+Its pixels are not the CPU decoder's bit for bit, so a run keeps the one it began with (see decoder_choice). What nvJPEG does
+not take (other formats, CMYK, pictures that EXIF turns, damaged files) goes through the CPU decoder, which also words every
+refusal.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_train.decode import Failures, decode_batch, decode_from_files, read_from_files
+from dist_train.picture_header import DecodeError, read_header
+
+JpegDecoder = Callable[[list[Tensor]], list[Tensor]]  # encoded (n,) uint8 each -> (3, H, W) uint8 each
+
+
+class GpuDecoder:
+    """Decodes batches that lie in open files, as `decode.decode_from_files` does, but on a device.
+
+    decode_jpegs: the library's decoder; tests give another.
+    """
+
+    def __init__(self, device: torch.device, decode_jpegs: JpegDecoder | None = None):
+        self.device = device
+        self.decode_jpegs = decode_jpegs or self._nvjpeg
+
+    def __call__(self, fds, offsets, sizes, checksums, boxes, size: tuple[int, int]) -> tuple[Tensor, Failures]:
+        """Read, check and decode. Returns uint8 (N, h, w, 3) on the device, and the failures as (place, reason)."""
+        source, starts, status = read_from_files(fds, offsets, sizes, checksums)
+        out = torch.empty((len(starts), *size, 3), dtype=torch.uint8, device=self.device)
+        if status.any():  # a shard's fault ends the run: let the CPU's decoder word it
+            rows = np.empty(out.shape, np.uint8)
+            return out, decode_from_files(fds, offsets, sizes, checksums, boxes, rows)
+        payloads = [
+            source[a : a + n] for a, n in zip(starts.astype(np.int64), np.asarray(sizes, np.int64), strict=True)
+        ]
+        return out, self.decode(payloads, boxes, out)
+
+    def decode(self, payloads: list[np.ndarray], boxes: np.ndarray | None, out: Tensor) -> Failures:
+        """Decode payloads, uint8 (n,) each, into out (N, h, w, 3); boxes: (N, 4) top, left, height, width, or None."""
+        here = [i for i, payload in enumerate(payloads) if _is_plain_jpeg(payload)]
+        try:
+            pictures = self.decode_jpegs([torch.from_numpy(payloads[i]) for i in here]) if here else []
+        except RuntimeError:  # one of them is damaged; the CPU's decoder finds out which, and takes what it can
+            here, pictures = [], []
+        for i, picture in zip(here, pictures, strict=True):
+            box = (0, 0, *picture.shape[1:]) if boxes is None else boxes[i]
+            out[i] = resize_box(picture, box, tuple(out.shape[1:3])).permute(1, 2, 0)
+        left = sorted(set(range(len(payloads))) - set(here))
+        failures = []
+        if left:
+            rows = np.empty((len(left), *out.shape[1:]), np.uint8)
+            failures = decode_batch([payloads[i].tobytes() for i in left], rows, None if boxes is None else boxes[left])
+            out[torch.tensor(left, device=self.device)] = torch.from_numpy(rows).to(self.device)
+        if self.device.type == "cuda":  # by a thread that decodes ahead: whoever takes the batch need not wait
+            torch.cuda.current_stream(self.device).synchronize()
+        return [(left[i], reason) for i, reason in failures]
+
+    def _nvjpeg(self, encoded: list[Tensor]) -> list[Tensor]:
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        return decode_jpeg(encoded, ImageReadMode.RGB, device=self.device)
+
+
+def is_there() -> bool:
+    """Whether torchvision still has the decoder, which it has announced to hand over to torchcodec (0.29)."""
+    import torchvision.io
+
+    return hasattr(torchvision.io, "decode_jpeg")
+
+
+def resize_box(picture: Tensor, box, size: tuple[int, int]) -> Tensor:
+    """Cut a box out and resize it, antialiased, as Pillow's `resize(size, BILINEAR, box)`: two matrix products.
+
+    picture: (C, H, W) uint8; box: top, left, height, width in pixels, fractions allowed. Returns (C, *size) uint8, which
+    differs from Pillow's by its rounding between the two directions: one level at most.
+    """
+    top, left, height, width = (float(side) for side in box)
+    down = _taps(top, height, size[0], picture.shape[1], picture.device)
+    across = _taps(left, width, size[1], picture.shape[2], picture.device)
+    with torch.autocast(picture.device.type, enabled=False):
+        return (down @ picture.float() @ across.t()).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _is_plain_jpeg(payload: np.ndarray) -> bool:
+    if payload[:2].tobytes() != b"\xff\xd8":
+        return False
+    try:
+        header = read_header(payload.tobytes())
+    except DecodeError:
+        return False
+    return header.orientation == 1 and header.channels in (1, 3)
+
+
+def _taps(first: float, length: float, num_out: int, num_in: int, device: torch.device) -> Tensor:
+    """(num_out, num_in) float32, rows add up to 1: the triangle by which Pillow weighs the pixels around a place."""
+    scale = length / num_out
+    support = max(scale, 1.0)
+    centres = first + (torch.arange(num_out, dtype=torch.float64) + 0.5) * scale
+    places = torch.arange(num_in, dtype=torch.float64) + 0.5
+    weights = (1 - (places - centres[:, None]).abs() / support).clamp_(min=0)
+    return (weights / weights.sum(1, keepdim=True)).float().to(device, non_blocking=True)

@@ -1,0 +1,78 @@
+"""How long this process waits for messages of the other ranks; counted only while a window of steps is timed."""
+
+import contextlib
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class MessageClock:
+    """Seconds in which this rank could do nothing but wait for others: for their messages, or for them to be as far.
+
+    Every collective of a step is waited for inside `waiting`. Gradients that are averaged while the backward pass runs
+    are waited for at its end: between the last gradient and `backward_is_over`. What travels while the rank computes
+    is not counted, and neither are fully_shard's own messages.
+    """
+
+    def __init__(self):
+        self.is_counting, self._seconds = False, 0.0
+        self._device = torch.device("cpu")
+        self._hooks, self._last_gradient = [], None
+
+    def start(self, device: torch.device, parameters: Iterable[Tensor] = ()) -> None:
+        """Count from here on. parameters: those whose gradients are averaged during the backward pass."""
+        self.stop()
+        self._device, self.is_counting, self._seconds = device, True, 0.0
+        self._hooks = [p.register_post_accumulate_grad_hook(self._note) for p in parameters if p.requires_grad]
+
+    def stop(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._last_gradient, self.is_counting = [], None, False
+
+    def waiting(self) -> contextlib.AbstractContextManager:
+        """The block does nothing but send, receive and wait; it costs nothing while nobody counts."""
+        is_timed = self.is_counting and not torch.compiler.is_compiling()  # a compiled network is not interrupted
+        return self._timed() if is_timed else contextlib.nullcontext()
+
+    def backward_is_over(self) -> None:
+        """The backward pass has returned: what passed since its last gradient was waiting."""
+        if self._last_gradient is None:
+            return
+        if self._device.type == "cuda":  # there the host has gone ahead: the device's own time counts
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            end.synchronize()
+            self._seconds += self._last_gradient.elapsed_time(end) / 1000
+        else:
+            self._seconds += time.perf_counter() - self._last_gradient
+        self._last_gradient = None
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    @contextlib.contextmanager
+    def _timed(self):
+        self._finish_computing()
+        began = time.perf_counter()
+        yield
+        self._finish_computing()
+        self._seconds += time.perf_counter() - began
+
+    def _finish_computing(self) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+
+    def _note(self, parameter: Tensor) -> None:
+        if self._device.type == "cuda":
+            self._last_gradient = self._last_gradient or torch.cuda.Event(enable_timing=True)
+            self._last_gradient.record()
+        else:
+            self._last_gradient = time.perf_counter()
+
+
+clock = MessageClock()  # one a process, like the process group that it watches

@@ -1,0 +1,165 @@
+"""The GPU's decoder, exercised on the CPU: Pillow takes nvJPEG's place, the rest is the code that runs there."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import tiny_run
+from PIL import Image
+
+from dist_train import decoder_choice, shard
+from dist_train.config import AugmentConfig, DataConfig, RunConfig
+from dist_train.data import open_stream
+from dist_train.decode import decode_batch
+from dist_train.errors import UserError
+from dist_train.gpu_decode import GpuDecoder, resize_box
+from dist_train.train import run_training
+
+CPU = torch.device("cpu")
+
+
+def pillow(encoded):
+    pictures = (np.array(Image.open(io.BytesIO(e.numpy().tobytes())).convert("RGB")) for e in encoded)
+    return [torch.from_numpy(pixels).permute(2, 0, 1) for pixels in pictures]
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options) -> np.ndarray:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return np.frombuffer(bytearray(file.getvalue()), np.uint8)
+
+
+@pytest.fixture
+def photographs(tmp_path) -> str:
+    """Shards of pictures of different sizes, so that the decoder cuts the boxes."""
+    for k in range(40):
+        path = tmp_path / "raw" / f"class{k % 2}" / f"{k}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(60 + k, 90 - k, seed=k).save(path, quality=95)
+    shard.main(
+        ["--source", "folder", "--path", str(tmp_path / "raw"), "--out", str(tmp_path / "set"), "--workers", "1"]
+    )
+    return str(tmp_path / "set")
+
+
+@pytest.mark.parametrize("box", [(0, 0, 90, 70), (3, 5, 40, 33), (10.5, 2.25, 20.5, 61.0), (80, 60, 10, 10)])
+@pytest.mark.parametrize("size", [(32, 32), (64, 48), (120, 100)])
+def test_boxes_are_resized_as_pillow_does(box, size):
+    image = picture(90, 70)
+    top, left, height, width = box
+    corners = (left, top, left + width, top + height)
+    expected = np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR, box=corners)).astype(int)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    found = resize_box(pixels, box, size).permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(found - expected).max() <= 1
+
+
+def test_what_the_gpu_does_not_take_is_decoded_by_the_cpu_and_refusals_are_its_own():
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    whole = picture(50, 40)
+    payloads = [encoded(whole, quality=95), encoded(whole, "PNG"), encoded(whole.convert("CMYK")), encoded(whole.convert("L")),
+                encoded(whole, exif=turned), np.frombuffer(b"no picture", np.uint8)]  # fmt: skip
+    seen = []
+
+    def counting(jpegs):
+        seen.append(len(jpegs))
+        return pillow(jpegs)
+
+    out = torch.zeros(len(payloads), 24, 24, 3, dtype=torch.uint8)
+    failures = GpuDecoder(CPU, counting).decode(payloads, None, out)
+    expected = np.zeros(out.shape, np.uint8)
+    assert failures == decode_batch([p.tobytes() for p in payloads], expected)
+    assert seen == [2] and [i for i, _ in failures] == [5]
+    assert (out.numpy()[:5].astype(int) - expected[:5]).__abs__().max() <= 3  # decoders of JPEG differ a little
+
+
+def test_a_damaged_picture_among_others_is_found_out():
+    good, bad = encoded(picture(50, 40)), encoded(picture(50, 40))[:60]
+    out = torch.zeros(2, 24, 24, 3, dtype=torch.uint8)
+
+    def refusing(jpegs):
+        raise RuntimeError("error while decoding")
+
+    failures = GpuDecoder(CPU, refusing).decode([good, bad], None, out)
+    assert [i for i, _ in failures] == [1] and out[0].float().std() > 10
+
+
+def test_the_stream_cuts_the_same_boxes_whoever_decodes(photographs):
+    def first(gpu):
+        return next(
+            open_stream(photographs, batch_size=8, image_size=32, crop="random_resized", threads=1, gpu_decoder=gpu)
+        )
+
+    ours, theirs = first(None), first(GpuDecoder(CPU, pillow))
+    assert ours.keys == theirs.keys and theirs.images.shape == (8, 3, 32, 32)
+    assert theirs.images.is_contiguous(memory_format=torch.channels_last)
+    assert (ours.images.int() - theirs.images.int()).abs().float().mean() < 2
+
+
+def test_a_broken_shard_ends_the_stream_by_name(photographs, tmp_path):
+    path = next((tmp_path / "set").glob("train-*.tar"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=path.name):
+        for _ in open_stream(photographs, batch_size=8, image_size=32, crop="random_resized", threads=1, stop_step=8,
+                             gpu_decoder=GpuDecoder(CPU, pillow)):  # fmt: skip
+            pass
+
+
+def test_both_decoders_are_timed_where_pictures_are_cut(photographs, digits):
+    data = DataConfig(shards=photographs, image_size=32, threads=1)
+    config = RunConfig(data=data, augment=AugmentConfig(crop="random_resized"))
+    found = decoder_choice.rates(config, GpuDecoder(CPU, pillow))
+    assert found["cpu"] > 0 and found["gpu"] > 0
+    assert (
+        decoder_choice.rates(dataclasses.replace(config, data=DataConfig(shards=digits)), GpuDecoder(CPU, pillow))
+        is None
+    )
+
+
+def test_the_choice_is_recorded_and_kept(tmp_path, monkeypatch):
+    auto, gpu = RunConfig(), torch.device("cuda")
+    monkeypatch.setattr(decoder_choice, "is_there", lambda: True)
+    assert decoder_choice.settled(auto, tmp_path, CPU).data.decode == "cpu"
+    for rates, expected in (({"cpu": 100, "gpu": 200}, "gpu"), ({"cpu": 100, "gpu": 105}, "cpu"), (None, "cpu")):
+        monkeypatch.setattr(decoder_choice, "rates", lambda *_, rates=rates: rates)
+        assert decoder_choice.settled(auto, tmp_path, gpu).data.decode == expected
+    monkeypatch.setattr(decoder_choice, "is_there", lambda: False)
+    assert decoder_choice.settled(auto, tmp_path, gpu).data.decode == "cpu"
+    asked = RunConfig(data=DataConfig(decode="gpu"))
+    with pytest.raises(UserError, match="this torchvision has no decode_jpeg"):
+        decoder_choice.settled(asked, tmp_path, gpu)
+    monkeypatch.setattr(decoder_choice, "is_there", lambda: True)
+    assert decoder_choice.settled(asked, tmp_path, gpu).data.decode == "gpu"
+    with pytest.raises(UserError, match="data.decode is gpu, and this machine computes on the cpu"):
+        decoder_choice.settled(asked, tmp_path, CPU)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"decode": "gpu"}}))
+    assert decoder_choice.settled(auto, tmp_path, gpu).data.decode == "gpu"  # measured or not
+    with pytest.raises(UserError, match="go on where there is one"):
+        decoder_choice.settled(auto, tmp_path, CPU)
+    (tmp_path / "config.yaml").write_text("seed: 0\n")  # a run from before there was a choice
+    assert decoder_choice.settled(auto, tmp_path, gpu).data.decode == "cpu"
+
+
+def test_a_run_does_not_change_its_decoder(digits, tmp_path):
+    argv = tiny_run(digits, tmp_path / "run", "--train.max_steps", "1")
+    assert run_training(argv) == 0
+    config = tmp_path / "run/config.yaml"
+    assert yaml.safe_load(config.read_text())["data"]["decode"] == "cpu"
+    assert run_training([*argv[:-1], "2", "--resume"]) == 0
+    config.write_text(config.read_text().replace("decode: cpu", "decode: gpu"))
+    with pytest.raises(UserError, match="data.decode: 'gpu' in the run, 'cpu' now"):
+        run_training([*argv[:-1], "3", "--resume", "--data.decode", "cpu"])
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2]
