@@ -29,7 +29,7 @@ from dist_train.tars import writing
 
 MODES = ("auto", "none", "memory", "disk", "device")
 AUTO_GB = 4.0
-_VERSION = 1  # part of every key: raise it when the same bytes come to be decoded to other pixels
+_VERSION = 2  # part of every key: raise it when the same bytes come to be decoded to other pixels
 _MEETING_FOLDER = "/dev/shm"  # local to the machine by nature, and empty after a restart
 _CHUNK_BYTES = 1 << 26
 
