@@ -15,6 +15,7 @@
 #include <errno.h>
 #include <math.h>
 #include <setjmp.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -698,6 +699,15 @@ static PyObject *py_gather(PyObject *self, PyObject *args) {
     return Py_XNewRef(result);
 }
 
+PyDoc_STRVAR(fence_doc,
+"fence()\n\n"
+"What was written before is seen by all processors before what is written after, and read likewise.");
+
+static PyObject *py_fence(PyObject *self, PyObject *none) {
+    atomic_thread_fence(memory_order_seq_cst);
+    return Py_NewRef(Py_None);
+}
+
 static PyMethodDef methods[] = {
     {"decode", py_decode, METH_VARARGS, decode_doc},
     {"read", py_read, METH_VARARGS, read_doc},
@@ -706,6 +716,7 @@ static PyMethodDef methods[] = {
 #endif
     {"resize", py_resize, METH_VARARGS, resize_doc},
     {"gather", py_gather, METH_VARARGS, gather_doc},
+    {"fence", py_fence, METH_NOARGS, fence_doc},
     {NULL, NULL, 0, NULL},
 };
 

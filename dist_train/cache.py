@@ -10,6 +10,7 @@ import io
 import itertools
 import mmap
 import os
+import platform
 import shutil
 import sys
 import weakref
@@ -24,6 +25,7 @@ import xxhash
 from dist_train import decode
 from dist_train.errors import UserError
 from dist_train.index import SplitIndex
+from dist_train.recycled import Recycled
 from dist_train.shard_cache import ShardCache, default_folder
 from dist_train.tars import writing
 
@@ -113,6 +115,16 @@ class Rows:
     def __init__(self, wanted: Wanted, values: np.ndarray, present: np.ndarray | None, keep_open: object = None):
         self.shape, self.dtype, self.num_bytes = wanted.shape, wanted.dtype, wanted.num_bytes
         self._values, self._present, self._keep_open = values, present, keep_open
+        self._missing, self._recycled = 0, Recycled()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every row is there."""
+        if self._present is None:
+            return True
+        if self._present[self._missing]:  # the one that was missing when this was asked last
+            self._missing = int(self._present.argmin())
+        return bool(self._present[self._missing])
 
     def is_missing(self, samples: np.ndarray) -> np.ndarray:
         """(n,) bool: which of the samples have still to be decoded."""
@@ -124,10 +136,18 @@ class Rows:
         if len(missing):
             rows, at = decode_missing(missing), samples[missing]
             self._values[at] = rows.numpy().reshape(len(at), -1).view(np.uint8)
+            _fence()
             self._present[at] = 1  # after the row: whoever sees it may read
             if len(missing) == len(samples):
                 return rows
-        out = torch.empty((len(samples), *self.shape), dtype=self.dtype, pin_memory=pin_memory)
+        _fence()  # between the marks that were seen and the rows
+        shape = len(samples), *self.shape
+        if pin_memory:
+            out = torch.empty(shape, dtype=self.dtype, pin_memory=True)
+        else:
+            out = (
+                torch.from_numpy(self._recycled.take(len(samples) * self._values.shape[1])).view(self.dtype).view(shape)
+            )
         into = out.numpy().reshape(len(samples), -1).view(np.uint8)
         if hasattr(decode.native, "gather"):
             decode.native.gather(self._values, into.shape[1], samples, into)
@@ -136,8 +156,20 @@ class Rows:
         return out
 
 
+def _fence() -> None:
+    """Order what this process reads and writes of shared memory. x86 keeps the order of stores, and of loads, by itself."""
+    if hasattr(decode.native, "fence"):
+        decode.native.fence()
+
+
+def _keeps_order() -> bool:
+    return platform.machine() in ("x86_64", "AMD64", "i686") or hasattr(decode.native, "fence")
+
+
 class DeviceRows:
     """Rows on a device: gathered there, so that of a batch only its sample numbers travel."""
+
+    is_full = False  # each batch is gathered by itself
 
     def __init__(self, wanted: Wanted, device: torch.device):
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
@@ -189,8 +221,8 @@ def shared_rows(wanted: Wanted, limit: int) -> Rows | None:
     name = f"dist_train-{os.getuid()}-" + xxhash.xxh3_128_hexdigest(
         f"{wanted.key}{os.path.realpath(wanted.split.folder)}".encode()
     )
-    try:
-        meeting = _Meeting(Path(_MEETING_FOLDER, name), num_bytes, limit)
+    try:  # threads of one process are ordered by Python's own lock, processes are not
+        meeting = _Meeting(Path(_MEETING_FOLDER, name), num_bytes, limit) if _keeps_order() else None
     except OSError:  # no such folder, or another user's file of that name: a copy of our own
         meeting = None
     if meeting:
