@@ -26,7 +26,7 @@ from dist_train import decode
 from dist_train.errors import UserError
 from dist_train.index import SplitIndex
 from dist_train.recycled import Recycled
-from dist_train.shard_cache import ShardCache, default_folder
+from dist_train.shard_cache import DEFAULT_GB, ShardCache, default_folder
 from dist_train.tars import writing
 
 MODES = ("auto", "none", "memory", "disk", "device")
@@ -70,15 +70,17 @@ class DecodedCache:
     """Decoded splits, each kept for as long as this object lives.
 
     mode: "none"; "memory", one copy for all processes of a user on a machine; "disk", a checksummed file in `folder` (that
-    of data.cache_dir) that later runs use again; "device", a tensor on `device`; "auto", memory for splits that together
-    take at most `auto_gb`, and at most half of the memory there is. Raises UserError where a split does not fit.
+    of data.cache_dir) that later runs use again, such files together at most `disk_gb`; "device", a tensor on `device`;
+    "auto", memory for splits that together take at most `auto_gb`, and at most half of the memory there is. Raises
+    UserError where a split does not fit.
     """
 
     def __init__(self, mode: str = "auto", auto_gb: float = AUTO_GB, folder: str = "", device: torch.device | None = None,
-                 verify: bool = True):  # fmt: skip
+                 verify: bool = True, disk_gb: float = DEFAULT_GB):  # fmt: skip
         if mode not in MODES:
             raise UserError(f"data.cache is {mode!r}; expected {', '.join(MODES[:-1])} or {MODES[-1]}.")
         self.mode, self.auto_bytes, self.verify = mode, int(auto_gb * 1e9), verify
+        self.disk_bytes = int(disk_gb * 1e9)
         self.folder, self.device = folder, device or torch.device("cpu")
         self._rows = {}
 
@@ -96,7 +98,7 @@ class DecodedCache:
         if self.mode == "none":
             return None
         if self.mode == "disk":
-            return file_rows(wanted, default_folder(self.folder), self.verify)
+            return file_rows(wanted, default_folder(self.folder), self.verify, self.disk_bytes)
         if self.mode == "device":
             return DeviceRows(wanted, self.device)
         limit = available_bytes()
@@ -294,14 +296,20 @@ def _leave(path: Path, fd: int, made: str) -> None:
     os.close(fd)
 
 
-def file_rows(wanted: Wanted, folder: Path, verify: bool) -> Rows:
-    """Rows in folder/decoded-<key>.npy, mapped: an array as numpy writes it, then its checksum. Written if it is not there."""
+def file_rows(wanted: Wanted, folder: Path, verify: bool, limit: int) -> Rows:
+    """Rows in folder/decoded-<key>.npy, mapped: an array as numpy writes it, then its checksum. Written if it is not there.
+
+    Where such files would take more than limit bytes together, those go first that were opened longest ago.
+    """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / f"decoded-{wanted.key}.npy"
     with ShardCache(folder, 0).locked(f"{path.stem}.lock"):  # one process decodes; the others wait for its file
         if not _is_whole(path, wanted, verify):
+            _make_room(path, wanted, limit)
             _write_file(path, wanted)
+        with contextlib.suppress(OSError):  # another user's: theirs to keep or let go
+            os.utime(path)  # opened just now
     values = np.load(path, mmap_mode="r", allow_pickle=False).reshape(wanted.split.num_samples, -1).view(np.uint8)
     return Rows(wanted, values, None)
 
@@ -318,6 +326,21 @@ def _is_whole(path: Path, wanted: Wanted, verify: bool) -> bool:
             digest.update(chunk)
             left -= len(chunk)
         return file.read(32).decode(errors="replace") == digest.hexdigest()
+
+
+def _make_room(path: Path, wanted: Wanted, limit: int) -> None:
+    if wanted.num_bytes > limit:
+        raise _too_large(wanted, limit, "may be kept on disk (data.cache_gb)", "none, or raise data.cache_gb")
+    others = []
+    for other in set(path.parent.glob("decoded-*.npy")) - {path}:
+        with contextlib.suppress(OSError):  # gone already
+            others.append((other.stat().st_mtime_ns, other.stat().st_size, other))
+    taken = sum(size for _, size, _ in others)
+    for _, size, other in sorted(others):
+        if taken + wanted.num_bytes > limit:
+            with contextlib.suppress(OSError):
+                other.unlink()  # whoever has it mapped keeps what it reads
+            taken -= size
 
 
 def _write_file(path: Path, wanted: Wanted) -> None:

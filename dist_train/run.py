@@ -76,7 +76,7 @@ class Run:
         self.micro_batch_size = micro_batch_size(config, world.world_size)
         data = config.data
         self.bad_samples = BadSamples(data.max_bad)
-        self.decoded = DecodedCache(data.cache, data.decoded_gb, data.cache_dir, world.device, data.verify)
+        self.decoded = DecodedCache(data.cache, data.decoded_gb, data.cache_dir, world.device, data.verify, data.cache_gb)
 
     def new_state(self) -> "State":
         optim = self.config.optim

@@ -206,6 +206,31 @@ def test_a_file_is_numpys_is_used_again_and_written_again_when_damaged(digits, t
     assert_equal(stream(verify=False), expected)
 
 
+def test_decoded_files_stay_below_the_limit_and_the_oldest_go_first(digits, tmp_path, capfd):
+    split = load_index(digits).split("train")
+
+    def opened(size, disk_gb):
+        kept = DecodedCache("disk", folder=str(tmp_path), disk_gb=disk_gb)
+        return next(open_stream(digits, batch_size=8, image_size=size, cache=kept))
+
+    fits_two = split.num_samples * 3 * (16**2 + 12**2) / 1e9 + 1e-6
+    opened(16, fits_two)
+    opened(12, fits_two)
+    opened(16, fits_two)  # used again: now the file of 12 px is the older one
+    held = opened(12, fits_two)
+    expected = held.images.clone()
+    opened(16, fits_two)
+    opened(10, fits_two)
+    sizes = sorted(path.stat().st_size // (split.num_samples * 3) for path in tmp_path.glob("decoded-*.npy"))
+    assert sizes == [10**2, 16**2]
+    assert torch.equal(held.images, expected)
+    capfd.readouterr()
+    opened(16, fits_two)
+    assert "decoding" not in capfd.readouterr().err
+    with pytest.raises(UserError, match="data.cache_gb"):
+        opened(20, 1e-6)
+
+
 def test_what_does_not_fit_is_refused_with_both_numbers(digits, monkeypatch, tmp_path):
     assert 10_000_000 < available_bytes() < 1 << 50
     size = {"image_size": 128, "batch_size": 8}  # 1,437 pictures: 70 MB
