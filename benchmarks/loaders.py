@@ -1,19 +1,20 @@
 """Images a second of dist_train's stream beside other loaders, on the same pictures, in one run; and conversion.
 
-    python benchmarks/loaders.py --images DIR_OR_TAR --cifar CLASS_FOLDERS [--workloads W1 W2 W3] [--peers NAME ...] [--json]
+    python benchmarks/loaders.py --images DIR_OR_TAR --cifar CLASS_FOLDERS [--workloads W1 W2 W3] [--peers NAME ...] [--quick]
+                                 [--peer-python PYTHON] [--json]
 
 W1: photographs in original sizes -> random resized crop 224 and flip, batch 64. W2: 32 px JPEGs as they are, batch 512. W3:
 64 px JPEGs as they are, batch 256. All give shuffled uint8 batches with two threads or two worker processes. Each loader lives
 in a process of its own; they are measured in turns, round by round, so that what else the machine does falls on all alike.
-Peers that are not installed are left out by name. Writes benchmarks/results/loaders.json.
+Peers that are not installed are left out by name; --peer-python names an interpreter that has those which this one lacks.
+--quick takes about 8 minutes. Writes benchmarks/results/loaders.json.
 """
 
 import argparse
 import datetime
 import functools
 import hashlib
-import importlib.metadata
-import importlib.util
+import importlib
 import io
 import itertools
 import json
@@ -39,8 +40,9 @@ WORKLOADS = {  # height and width of a batch's pictures, batch size, what is don
 }
 PEERS = {  # module that must be there
     "torchvision": "torchvision", "webdataset": "webdataset", "streaming": "streaming", "litdata": "litdata",
-    "dali": "nvidia.dali", "ffcv": "ffcv", "tf.data": "tensorflow",
+    "dali": "nvidia.dali", "ffcv": "ffcv", "ffcv, raw": "ffcv", "ffcv, 500 px": "ffcv", "tf.data": "tensorflow",
 }  # fmt: skip
+ONLY = {"ffcv, raw": ("W2", "W3"), "ffcv, 500 px": ("W1",)}  # others are measured on every workload
 OURS = {  # what each variant is measured on
     "dist_train": ("W1", "W2", "W3"), "dist_train, wheels only": ("W1", "W2", "W3"), "dist_train, cached": ("W2", "W3"),
     "dist_train, shards of 500 px": ("W1",),
@@ -54,6 +56,9 @@ def main() -> None:
     parser.add_argument("--workloads", "--workload", nargs="+", choices=[*WORKLOADS, "conversion"],
                         default=[*WORKLOADS, "conversion"])  # fmt: skip
     parser.add_argument("--peers", nargs="*", default=list(PEERS), help=", ".join(PEERS))
+    parser.add_argument("--peer-python", default=sys.executable, help="interpreter for peers that this one has not got")
+    parser.add_argument("--quick", action="store_true", help="--rounds 3 --seconds 1 --small 20000, one conversion")
+    parser.add_argument("--small", type=int, default=100_000, help="pictures of W3")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/dist_train-loaders"))
@@ -64,7 +69,9 @@ def main() -> None:
     if options.serve:
         serve(options.serve[0], options.serve[1], Path(options.serve[2]), options.seconds)
         return
-    missing = [name for name in options.peers if not is_installed(PEERS[name])]
+    if options.quick:
+        options.rounds, options.seconds, options.small = 3, 1.0, 20_000
+    missing = [name for name in options.peers if not python_of(name, options)]
     peers = [name for name in options.peers if name not in missing]
     if missing:
         print(f"not installed, left out: {', '.join(missing)}")
@@ -74,7 +81,10 @@ def main() -> None:
             results["conversion"] = measure_conversion(options)
             continue
         source = prepare_pictures(workload, options)
-        names = [*(name for name, on in OURS.items() if workload in on), *peers]
+        names = [
+            *(name for name, on in OURS.items() if workload in on),
+            *(p for p in peers if workload in ONLY.get(p, workload)),
+        ]
         results["workloads"][workload] = measure(workload, names, source, options)
         show(workload, results["workloads"][workload])
     Path(options.out).write_text(json.dumps(results, indent=1) + "\n")
@@ -87,7 +97,8 @@ def measure(workload: str, names: list[str], source: Path, options) -> dict:
     size, batch_size, what = WORKLOADS[workload]
     children, opened, rates, failed = {}, {}, {}, {}
     for name in names:
-        command = [sys.executable, __file__, "--serve", name, workload, str(source), "--seconds", str(options.seconds)]
+        python = python_of(name, options) or sys.executable
+        command = [python, __file__, "--serve", name, workload, str(source), "--seconds", str(options.seconds)]
         log = open(options.scratch / f"{workload}-{name}.log", "w")
         children[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
         answer = children[name].stdout.readline()  # one after the other: a start is not to be disturbed by another
@@ -141,8 +152,9 @@ def serve(name: str, workload: str, folder: Path, seconds: float) -> None:
     stdout, sys.stdout = sys.stdout, sys.stderr  # some peers print
     importlib.import_module(PEERS.get(name, "dist_train.data"))  # what is imported once is not the loader's start
     began = time.perf_counter()
-    opener = _ours if name.startswith("dist_train") else globals()[f"_{name.replace('.', '_')}"]
-    batches = opener(folder, size, batch_size, workload == "W1", *([name] if name.startswith("dist_train") else []))
+    base, _, variant = name.partition(", ")
+    opener = _ours if base == "dist_train" else globals()[f"_{base.replace('.', '_')}"]
+    batches = opener(folder, size, batch_size, workload == "W1", *([variant] if base in ("dist_train", "ffcv") else []))
     first = next(batches)
     assert tuple(first.shape) in ((batch_size, 3, size, size), (batch_size, size, size, 3)), first.shape
     assert first.dtype == torch.uint8, first.dtype
@@ -291,24 +303,36 @@ def _dali(folder: Path, size: int, batch_size: int, augmented: bool):
         yield torch.from_numpy(np.ascontiguousarray(batch.as_array()))
 
 
-def _ffcv(folder: Path, size: int, batch_size: int, augmented: bool):
+def _ffcv(folder: Path, size: int, batch_size: int, augmented: bool, variant: str):
+    """variant: "raw" pixels; "500 px", its usual recipe for photographs, half of them raw; else JPEGs of quality 90."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, ToTensor
     from ffcv.writer import DatasetWriter
-    from torchvision.datasets import ImageFolder
 
-    path = folder / "pictures.beton"
+    path = folder / f"pictures{variant.replace(' ', '')}.beton"
     if not path.exists():
-        writer = DatasetWriter(
-            str(path), {"image": RGBImageField(write_mode="jpg"), "label": IntField()}, num_workers=WORKERS
+        options = {"raw": {"write_mode": "raw"}, "": {"write_mode": "jpg"}}.get(
+            variant, {"write_mode": "proportion", "compress_probability": 0.5, "max_resolution": 500}
         )
-        writer.from_indexed_dataset(ImageFolder(str(folder / "folders")))
+        fields = {"image": RGBImageField(**options), "label": IntField()}
+        DatasetWriter(f"{path}.partial", fields, num_workers=WORKERS).from_indexed_dataset(_Pictures(labelled(folder)))
+        os.replace(f"{path}.partial", path)
     decoder = RandomResizedCropRGBImageDecoder((size, size)) if augmented else SimpleRGBImageDecoder()
     steps = [decoder, *([RandomHorizontalFlip()] if augmented else []), ToTensor()]
     return _endless(Loader(str(path), batch_size, WORKERS, os_cache=True, order=OrderOption.RANDOM, drop_last=True,
                            pipelines={"image": steps, "label": None}))  # fmt: skip
+
+
+class _Pictures(list):
+    """(path, label), as (picture, label)."""
+
+    def __getitem__(self, at):
+        from PIL import Image
+
+        path, label = super().__getitem__(at)
+        return Image.open(path).convert("RGB"), label
 
 
 def _tf_data(folder: Path, size: int, batch_size: int, augmented: bool):
@@ -345,7 +369,7 @@ def _picture(payload: bytes, transform):
 
 def prepare_pictures(workload: str, options) -> Path:
     """The workload's class folders and shards below the scratch folder, made once."""
-    folder = options.scratch / workload
+    folder = options.scratch / (f"{workload}-{options.small}" if workload == "W3" else workload)
     if not (folder / "shards/index.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         {"W1": _photographs, "W2": _cifar, "W3": _small}[workload](folder / "folders", options)
@@ -368,14 +392,14 @@ def _cifar(into: Path, options) -> None:
     shutil.copytree(source, into)
 
 
-def _small(into: Path, options, count: int = 20_000) -> None:
+def _small(into: Path, options) -> None:
     """Squares drawn from the photographs, 64 px, JPEG of quality 90; the same ones each time."""
     from PIL import Image
 
     payloads, rng = list(jpegs(asked_for(options.images, "--images"))), np.random.default_rng(0)
     for k, payload in enumerate(payloads):
         picture = Image.open(io.BytesIO(payload)).convert("RGB")
-        for n in range(-(-count // len(payloads))):
+        for n in range(-(-options.small // len(payloads))):
             side = int(min(picture.size) * rng.uniform(0.4, 1))
             left, top = (int(rng.uniform(0, room - side + 1)) for room in picture.size)
             small = picture.resize(
@@ -431,7 +455,7 @@ def measure_conversion(options) -> dict:
     options.scratch.mkdir(parents=True, exist_ok=True)
     source, scratch = asked_for(options.cifar, "--cifar"), options.scratch / "converted"
     seconds = {"dist_train": [], "webdataset": []}
-    for _ in range(options.rounds):
+    for _ in range(1 if options.quick else options.rounds):
         for name, work in (("dist_train", convert), ("webdataset", _shard_writer)):
             shutil.rmtree(scratch, ignore_errors=True)
             began = time.perf_counter()
@@ -466,11 +490,12 @@ def about(options) -> dict:
     from dist_train.decode import decoders
 
     packages = ("torch", "torchvision", "numpy", "pillow", "simplejpeg", "webdataset", "mosaicml-streaming", "litdata",
-                "nvidia-dali-cuda120", "ffcv", "tensorflow")  # fmt: skip
+                "nvidia-dali-cuda120", "ffcv", "tensorflow", "tensorflow-cpu")  # fmt: skip
     versions = {}
     for package in packages:
-        if version := installed_version(package):
-            versions[package] = version
+        here, there = installed_version(sys.executable, package), installed_version(options.peer_python, package)
+        if here or there:
+            versions[package] = here if here == there or not there else f"{here}, peers {there}" if here else there
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
@@ -483,19 +508,23 @@ def about(options) -> dict:
     }  # fmt: skip
 
 
+def python_of(name: str, options) -> str | None:
+    """The interpreter that has what a loader needs; None where neither has."""
+    module = PEERS.get(name, "torch")
+    return next((python for python in (sys.executable, options.peer_python) if has_module(python, module)), None)
+
+
 @functools.cache
-def is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
+def has_module(python: str, module: str) -> bool:
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    return subprocess.run([python, "-c", code], stderr=subprocess.DEVNULL).returncode == 0
 
 
-def installed_version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+@functools.cache
+def installed_version(python: str, package: str) -> str | None:
+    code = f"import importlib.metadata; print(importlib.metadata.version({package!r}))"
+    answer = subprocess.run([python, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return answer.stdout.strip() or None
 
 
 def show(workload: str, found: dict) -> None:

@@ -10,6 +10,7 @@ import io
 import itertools
 import mmap
 import os
+import platform
 import shutil
 import sys
 import weakref
@@ -24,12 +25,13 @@ import xxhash
 from dist_train import decode
 from dist_train.errors import UserError
 from dist_train.index import SplitIndex
-from dist_train.shard_cache import ShardCache, default_folder
+from dist_train.recycled import Recycled
+from dist_train.shard_cache import DEFAULT_GB, ShardCache, default_folder
 from dist_train.tars import writing
 
 MODES = ("auto", "none", "memory", "disk", "device")
 AUTO_GB = 4.0
-_VERSION = 1  # part of every key: raise it when the same bytes come to be decoded to other pixels
+_VERSION = 2  # part of every key: raise it when the same bytes come to be decoded to other pixels
 _MEETING_FOLDER = "/dev/shm"  # local to the machine by nature, and empty after a restart
 _CHUNK_BYTES = 1 << 26
 
@@ -68,15 +70,17 @@ class DecodedCache:
     """Decoded splits, each kept for as long as this object lives.
 
     mode: "none"; "memory", one copy for all processes of a user on a machine; "disk", a checksummed file in `folder` (that
-    of data.cache_dir) that later runs use again; "device", a tensor on `device`; "auto", memory for splits that together
-    take at most `auto_gb`, and at most half of the memory there is. Raises UserError where a split does not fit.
+    of data.cache_dir) that later runs use again, such files together at most `disk_gb`; "device", a tensor on `device`;
+    "auto", memory for splits that together take at most `auto_gb`, and at most half of the memory there is. Raises
+    UserError where a split does not fit.
     """
 
     def __init__(self, mode: str = "auto", auto_gb: float = AUTO_GB, folder: str = "", device: torch.device | None = None,
-                 verify: bool = True):  # fmt: skip
+                 verify: bool = True, disk_gb: float = DEFAULT_GB):  # fmt: skip
         if mode not in MODES:
             raise UserError(f"data.cache is {mode!r}; expected {', '.join(MODES[:-1])} or {MODES[-1]}.")
         self.mode, self.auto_bytes, self.verify = mode, int(auto_gb * 1e9), verify
+        self.disk_bytes = int(disk_gb * 1e9)
         self.folder, self.device = folder, device or torch.device("cpu")
         self._rows = {}
 
@@ -94,7 +98,7 @@ class DecodedCache:
         if self.mode == "none":
             return None
         if self.mode == "disk":
-            return file_rows(wanted, default_folder(self.folder), self.verify)
+            return file_rows(wanted, default_folder(self.folder), self.verify, self.disk_bytes)
         if self.mode == "device":
             return DeviceRows(wanted, self.device)
         limit = available_bytes()
@@ -113,6 +117,16 @@ class Rows:
     def __init__(self, wanted: Wanted, values: np.ndarray, present: np.ndarray | None, keep_open: object = None):
         self.shape, self.dtype, self.num_bytes = wanted.shape, wanted.dtype, wanted.num_bytes
         self._values, self._present, self._keep_open = values, present, keep_open
+        self._missing, self._recycled = 0, Recycled()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every row is there."""
+        if self._present is None:
+            return True
+        if self._present[self._missing]:  # the one that was missing when this was asked last
+            self._missing = int(self._present.argmin())
+        return bool(self._present[self._missing])
 
     def is_missing(self, samples: np.ndarray) -> np.ndarray:
         """(n,) bool: which of the samples have still to be decoded."""
@@ -124,10 +138,18 @@ class Rows:
         if len(missing):
             rows, at = decode_missing(missing), samples[missing]
             self._values[at] = rows.numpy().reshape(len(at), -1).view(np.uint8)
+            _fence()
             self._present[at] = 1  # after the row: whoever sees it may read
             if len(missing) == len(samples):
                 return rows
-        out = torch.empty((len(samples), *self.shape), dtype=self.dtype, pin_memory=pin_memory)
+        _fence()  # between the marks that were seen and the rows
+        shape = len(samples), *self.shape
+        if pin_memory:
+            out = torch.empty(shape, dtype=self.dtype, pin_memory=True)
+        else:
+            out = (
+                torch.from_numpy(self._recycled.take(len(samples) * self._values.shape[1])).view(self.dtype).view(shape)
+            )
         into = out.numpy().reshape(len(samples), -1).view(np.uint8)
         if hasattr(decode.native, "gather"):
             decode.native.gather(self._values, into.shape[1], samples, into)
@@ -136,8 +158,20 @@ class Rows:
         return out
 
 
+def _fence() -> None:
+    """Order what this process reads and writes of shared memory. x86 keeps the order of stores, and of loads, by itself."""
+    if hasattr(decode.native, "fence"):
+        decode.native.fence()
+
+
+def _keeps_order() -> bool:
+    return platform.machine() in ("x86_64", "AMD64", "i686") or hasattr(decode.native, "fence")
+
+
 class DeviceRows:
     """Rows on a device: gathered there, so that of a batch only its sample numbers travel."""
+
+    is_full = False  # each batch is gathered by itself
 
     def __init__(self, wanted: Wanted, device: torch.device):
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
@@ -189,8 +223,8 @@ def shared_rows(wanted: Wanted, limit: int) -> Rows | None:
     name = f"dist_train-{os.getuid()}-" + xxhash.xxh3_128_hexdigest(
         f"{wanted.key}{os.path.realpath(wanted.split.folder)}".encode()
     )
-    try:
-        meeting = _Meeting(Path(_MEETING_FOLDER, name), num_bytes, limit)
+    try:  # threads of one process are ordered by Python's own lock, processes are not
+        meeting = _Meeting(Path(_MEETING_FOLDER, name), num_bytes, limit) if _keeps_order() else None
     except OSError:  # no such folder, or another user's file of that name: a copy of our own
         meeting = None
     if meeting:
@@ -262,14 +296,20 @@ def _leave(path: Path, fd: int, made: str) -> None:
     os.close(fd)
 
 
-def file_rows(wanted: Wanted, folder: Path, verify: bool) -> Rows:
-    """Rows in folder/decoded-<key>.npy, mapped: an array as numpy writes it, then its checksum. Written if it is not there."""
+def file_rows(wanted: Wanted, folder: Path, verify: bool, limit: int) -> Rows:
+    """Rows in folder/decoded-<key>.npy, mapped: an array as numpy writes it, then its checksum. Written if it is not there.
+
+    Where such files would take more than limit bytes together, those go first that were opened longest ago.
+    """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / f"decoded-{wanted.key}.npy"
     with ShardCache(folder, 0).locked(f"{path.stem}.lock"):  # one process decodes; the others wait for its file
         if not _is_whole(path, wanted, verify):
+            _make_room(path, wanted, limit)
             _write_file(path, wanted)
+        with contextlib.suppress(OSError):  # another user's: theirs to keep or let go
+            os.utime(path)  # opened just now
     values = np.load(path, mmap_mode="r", allow_pickle=False).reshape(wanted.split.num_samples, -1).view(np.uint8)
     return Rows(wanted, values, None)
 
@@ -286,6 +326,21 @@ def _is_whole(path: Path, wanted: Wanted, verify: bool) -> bool:
             digest.update(chunk)
             left -= len(chunk)
         return file.read(32).decode(errors="replace") == digest.hexdigest()
+
+
+def _make_room(path: Path, wanted: Wanted, limit: int) -> None:
+    if wanted.num_bytes > limit:
+        raise _too_large(wanted, limit, "may be kept on disk (data.cache_gb)", "none, or raise data.cache_gb")
+    others = []
+    for other in set(path.parent.glob("decoded-*.npy")) - {path}:
+        with contextlib.suppress(OSError):  # gone already
+            others.append((other.stat().st_mtime_ns, other.stat().st_size, other))
+    taken = sum(size for _, size, _ in others)
+    for _, size, other in sorted(others):
+        if taken + wanted.num_bytes > limit:
+            with contextlib.suppress(OSError):
+                other.unlink()  # whoever has it mapped keeps what it reads
+            taken -= size
 
 
 def _write_file(path: Path, wanted: Wanted) -> None:

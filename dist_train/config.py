@@ -57,7 +57,7 @@ class DataConfig:
     """where shards behind a URL and decoded pictures are kept; default dist_train in the user's cache folder. The ranks of a
     node share it"""
     cache_gb: float = 100.0
-    """most that fetched shards take there, GB; the least recently used go first"""
+    """most that fetched shards take there, GB, and as much again for decoded pictures; the least recently used go first"""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ from dist_train.order import Order, evaluation_share, rank_share, sample_keys
 from dist_train.shard_cache import read_ahead, shards_in_play
 from dist_train.store import Store, sample_name
 
+_DEPTH = 4  # batches ahead of each thread
+_GROUP_BYTES = 2**23  # of batches gathered in one call
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -124,19 +127,20 @@ def open_stream(
 
     bad = bad_samples or BadSamples(0)
 
-    def make(step: int) -> Batch:
-        samples, epochs = order.rank_batch(step, rank, world_size)
+    share = batch_size // world_size
+
+    def make(steps: list[int]) -> list[Batch]:
+        samples, epochs = map(np.concatenate, zip(*(order.rank_batch(s, rank, world_size) for s in steps), strict=True))
         while True:
             good = bad.stand_ins(samples, source.num_samples)
             stored = source.stored_numbers(good)
             try:
-                return load(step, stored, epochs, sample_keys(seed, epochs, stored))
+                return load(steps, share, stored, epochs, sample_keys(seed, epochs, stored))
             except Undecodable as fault:
                 bad.condemn(int(good[stored == fault.sample][0]), fault, source.num_samples)
 
     steps = itertools.count(start_step) if stop_step is None else range(start_step, stop_step)
-    batch_bytes = batch_size // world_size * load.sample_bytes
-    batches = load.finished(_ahead(make, steps, _num_threads(threads), batch_bytes, prefetch_mb))
+    batches = load.batches(make, copy.copy(steps), share, _num_threads(threads), prefetch_mb)
     if load.store.split.remote is None:
         return batches
     walk = replace(order)  # of its own: an order remembers two epochs, and this one is ahead
@@ -177,13 +181,13 @@ def open_evaluation(
     cache = DecodedCache(cache) if isinstance(cache, str) else cache
     load.keep(cache, f"central {eval_crop}" if boxes else "whole", threads, prefetch_mb)
 
-    def make(step: int) -> Batch:
-        samples = np.arange(share.start + step * batch_size, min(share.start + (step + 1) * batch_size, share.stop))
+    def make(steps: list[int]) -> list[Batch]:
+        samples = np.array(share[steps[0] * batch_size : (steps[-1] + 1) * batch_size], np.int64)
         samples, epochs = source.stored_numbers(samples), np.zeros_like(samples)
-        return load(step, samples, epochs, sample_keys(0, epochs, samples))
+        return load(steps, batch_size, samples, epochs, sample_keys(0, epochs, samples))
 
     steps = range(-(-len(share) // batch_size))
-    batches = load.finished(_ahead(make, steps, _num_threads(threads), batch_size * load.sample_bytes, prefetch_mb))
+    batches = load.batches(make, steps, batch_size, _num_threads(threads), prefetch_mb)
     if load.store.split.remote is None:
         return batches
     upcoming = (
@@ -255,21 +259,35 @@ class _Loader:
         """Those of the samples whose shards will have to be read."""
         return samples if self.kept is None else samples[self.kept.is_missing(samples)]
 
-    def __call__(self, step: int, samples: np.ndarray, epochs: np.ndarray, keys: np.ndarray) -> Batch:
+    def __call__(self, steps: list[int], batch_size: int, samples: np.ndarray, epochs: np.ndarray, keys: np.ndarray):
+        """The batches of `steps`, whose samples stand one after the other; the last batch may be smaller."""
         if self.kept is None:
             values = self._decoded(samples, keys)
         else:
             values = self.kept.read(samples, lambda m: self._decoded(samples[m], keys[m]), self.pin_memory)
-        labels = self.store.table["label"][samples].astype(np.int64)
-        labels, keys = torch.from_numpy(labels), torch.from_numpy(keys)
+        labels = torch.from_numpy(self.store.table["label"][samples].astype(np.int64))
+        keys = torch.from_numpy(keys)
         if self.pin_memory:  # a copy from pageable memory would make the host wait
             labels, keys = labels.pin_memory(), keys.pin_memory()
-        samples, epochs = torch.from_numpy(samples), torch.from_numpy(epochs)
-        return Batch(step, self.split, _channels_first(values), labels, samples, epochs, keys)
+        columns = (labels, torch.from_numpy(samples), torch.from_numpy(epochs), keys)
+        if len(steps) == 1:
+            return [Batch(steps[0], self.split, _channels_first(values), *columns)]
+        rows = zip(*(column.split(batch_size) for column in (_channels_first(values), *columns)), strict=True)
+        return [Batch(step, self.split, *row) for step, row in zip(steps, rows, strict=True)]
 
-    def finished(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, those kept on a device put together there, in the thread of whoever asks for them."""
-        return self._gathered(batches) if isinstance(self.kept, DeviceRows) else batches
+    def batches(self, make, steps, batch_size: int, num_threads: int, prefetch_mb: int) -> Iterator[Batch]:
+        """make(steps) for all steps, ahead of their use; of a whole cache several a call, or Python would take longer
+        than the gather. Those kept on a device are put together there, in the thread of whoever asks for them."""
+        batch_bytes = max(1, batch_size * self.sample_bytes)
+        most = min(_GROUP_BYTES, prefetch_mb * 2**20 // (_DEPTH * num_threads)) // batch_bytes
+        steps = iter(steps)
+
+        def groups() -> Iterator[list[int]]:
+            while group := list(itertools.islice(steps, max(1, most) if self.kept and self.kept.is_full else 1)):
+                yield group
+
+        made = _in_turn(_ahead(make, groups(), num_threads, batch_bytes, prefetch_mb))
+        return self._gathered(made) if isinstance(self.kept, DeviceRows) else made
 
     def _gathered(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         with contextlib.closing(batches):
@@ -306,9 +324,15 @@ def _channels_first(values):
     return values.permute(0, 3, 1, 2) if isinstance(values, torch.Tensor) and values.ndim == 4 else values
 
 
-def _ahead(make, steps, num_threads: int, batch_bytes: int, prefetch_mb: int) -> Iterator[Batch]:
+def _in_turn(groups: Iterator[list]) -> Iterator:
+    with contextlib.closing(groups):
+        for group in groups:
+            yield from group
+
+
+def _ahead(make, steps, num_threads: int, batch_bytes: int, prefetch_mb: int) -> Iterator:
     """make(step) for each step, in order, run by threads as far ahead as the memory allows."""
-    depth = max(1, min(4 * num_threads, prefetch_mb * 2**20 // max(1, batch_bytes)))
+    depth = max(1, min(_DEPTH * num_threads, prefetch_mb * 2**20 // max(1, batch_bytes)))
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
     pending = collections.deque()
     steps = iter(steps)

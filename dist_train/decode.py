@@ -1,14 +1,16 @@
 """Picture bytes -> uint8 RGB pixels: the crop's box cut out, resized and written straight into the batch.
 
 Two paths give the same pixels, bit for bit. The native core (_native.c, built where libjpeg-turbo's header is found)
-decodes only the rows and columns the box needs, a whole batch a call; the portable one (simplejpeg and Pillow, from
-wheels) decodes whole pictures. What the native core does not take (PNG, WebP, BMP, rotated or damaged JPEGs) goes down
-the portable path, which also words every refusal, so that a bad sample is named alike on both.
+decodes only the rows and columns the box needs, a whole batch a call; the portable one (simplejpeg, torch and Pillow,
+from wheels) decodes the rows down to the box's end. What the native core does not take (PNG, WebP, BMP, rotated or
+damaged JPEGs) goes down the portable path, which also words every refusal, so that a bad sample is named alike on both.
 """
 
 import math
 import os
 import re
+import struct
+import threading
 from io import BytesIO
 
 import numpy as np
@@ -24,6 +26,8 @@ except ImportError as error:
     native, _native_missing = None, str(error)
 
 REDUCED_BEFORE_SCALING = 4  # the resize still halves a scaled picture at least, which keeps it above 45 dB
+SPARE_ROWS = 8  # below the last one needed: the decoder's upsampling of colour looks at most two ahead
+KEPT_BYTES = 1 << 24  # of a thread, so that pictures up to 5 megapixels take no fresh memory
 SCALED_FROM = 512  # pixels of the longer side; smaller pictures gain nothing from it
 
 SHORT_READ = "the shard ends before the sample does: it is truncated"
@@ -41,8 +45,10 @@ def decode_into(payload: bytes, out: np.ndarray, box: tuple | None = None) -> No
     """Decode a JPEG, PNG, WebP or BMP, cut out `box`, and resize it antialiased into `out`.
 
     out: (h, w, 3) uint8, C-contiguous. box: (top, left, height, width) in pixels of the displayed picture, fractions
-    allowed; None takes the whole picture. The pixels are those of Pillow's `resize((w, h), BILINEAR, box)`, but that a
-    large JPEG's box is decoded at a half, a quarter or an eighth first where REDUCED_BEFORE_SCALING says so. Grey is
+    allowed; None takes the whole picture. A box of whole pixels is cut out and resized as torchvision's crop and
+    antialiased resize do it; the pixels of any other are those of Pillow's `resize((w, h), BILINEAR, box)`, which looks
+    at what lies around the box. A large JPEG's box is decoded at a half, a quarter or an eighth first, where
+    REDUCED_BEFORE_SCALING says so. Grey is
     expanded, CMYK converted, 16 bits become 8, EXIF orientation is applied, transparency is dropped as Pillow's
     `convert("RGB")` drops it. Raises DecodeError with the reason. Heavy parts run without the GIL.
     """
@@ -103,7 +109,7 @@ def decoders() -> dict[str, str]:
             "native": "in use",
         }
     return {
-        "jpeg": f"simplejpeg {simplejpeg.__version__}, resized by {pillow}",
+        "jpeg": f"simplejpeg {simplejpeg.__version__}, resized by torch and {pillow}",
         "png, webp, bmp": pillow,
         "checksum": "the xxhash package",
         "native": f"missing ({_native_missing}); about twice as fast: install a C compiler and libjpeg-turbo's header "
@@ -173,28 +179,58 @@ def decode_portable(payload: bytes, out: np.ndarray, box=None) -> None:
     if header.format == "jpeg" and max(shown) >= SCALED_FROM:
         while scale < 8 and min(box[2] / out.shape[0], box[3] / out.shape[1]) >= REDUCED_BEFORE_SCALING * scale:
             scale *= 2
+    area = tuple(side / scale for side in box)
+    rows = header.height
+    if header.frame and header.orientation == 1:
+        reach = max(area[2] / out.shape[0], 1.0) + SPARE_ROWS
+        rows = min(rows, math.ceil(area[0] + area[2] + reach) * scale)
     try:
-        pixels = _jpeg(payload, header, scale) if header.format == "jpeg" else _PILLOW[header.format](payload)
+        if header.format == "jpeg":
+            pixels = _jpeg(payload, header, scale, rows, "RGB" if native or _is_cut(area, out) else "RGBX")
+        else:
+            pixels = _PILLOW[header.format](payload)
     except (MemoryError, DecodeError):
         raise
     except Exception as error:  # Pillow's parsers raise whatever damaged bytes lead them to
         raise DecodeError(f"cannot be decoded as {header.format}: {error}") from None
     expected = (-(-header.height // scale), -(-header.width // scale))
-    if pixels.shape[:2] != expected:
+    if pixels.shape[:2] != expected and len(pixels) != -(-rows // scale):
         raise DecodeError(f"decoded to {pixels.shape[:2]} pixels but its header says {expected}")
     pixels = _upright(pixels, header.orientation)
     if out.shape[:2] == shown and box == (0, 0, *shown):
         out[:] = pixels[:, :, :3]
     else:
-        _resize(pixels, tuple(side / scale for side in box), out)
+        _resize(pixels, area, out)
 
 
 def _resize(pixels: np.ndarray, box: tuple[float, float, float, float], out: np.ndarray) -> None:
-    """Across, then down. In two steps, because Pillow 13 began to choose the order by the picture's shape."""
-    pixels = np.ascontiguousarray(pixels)
+    """Across, then down; rounded to 8 bits between."""
     if native and pixels.shape[2] == 3:
-        native.resize(pixels, *pixels.shape[:2], box, out, *out.shape[:2])
-        return
+        native.resize(np.ascontiguousarray(pixels), *pixels.shape[:2], box, out, *out.shape[:2])
+    elif _is_cut(box, out):
+        _resize_cut(pixels, box, out)
+    else:
+        _resize_around(np.ascontiguousarray(pixels), box, out)
+
+
+def _is_cut(box: tuple[float, float, float, float], out: np.ndarray) -> bool:
+    """Whether the box is cut out before the resize. torch errs in outputs one pixel wide on processors without AVX2."""
+    return all(side == int(side) for side in box) and out.shape[1] > 1
+
+
+def _resize_cut(pixels: np.ndarray, box: tuple[float, float, float, float], out: np.ndarray) -> None:
+    import torch  # only here: conversion starts many processes, and most of them never resize
+
+    top, left, height, width = map(int, box)
+    cut = torch.from_numpy(np.array(pixels[top : top + height, left : left + width, :3], order="C"))
+    resized = torch.nn.functional.interpolate(
+        cut.permute(2, 0, 1)[None], out.shape[:2], mode="bilinear", antialias=True
+    )
+    out[:] = resized[0].permute(1, 2, 0).numpy()
+
+
+def _resize_around(pixels: np.ndarray, box: tuple[float, float, float, float], out: np.ndarray) -> None:
+    """In two steps, because Pillow 13 began to choose the order by the picture's shape."""
     top, left, height, width = box
     reach = max(height / out.shape[0], 1.0)
     first, last = max(int(top - reach), 0), min(math.ceil(top + height + reach), len(pixels))
@@ -229,18 +265,49 @@ def _clipped(box, shown: tuple[int, int]) -> tuple[float, float, float, float]:
     return top, left, bottom - top, right - left
 
 
-def _jpeg(payload: bytes, header: Header, scale: int) -> np.ndarray:
-    """Decode at 1/scale. Returns RGB, or RGBX: four bytes a pixel are what Pillow maps without a copy."""
-    smallest = {"min_height": -(-header.height // scale), "min_width": -(-header.width // scale)} if scale > 1 else {}
-    colours = "CMYK" if header.channels == 4 else "RGBX"
+def _jpeg(payload: bytes, header: Header, scale: int, rows: int, colours: str) -> np.ndarray:
+    """Decode the upper `rows` rows at 1/scale, or all. colours: RGB, or RGBX, which Pillow maps without a copy.
+
+    The array may lie in memory that this thread's next call uses again.
+    """
+    colours = "CMYK" if header.channels == 4 else colours
+    room = _room(-(-header.height // scale) * -(-header.width // scale) * len(colours))
+    pixels = None
+    if rows < header.height:
+        # a header that claims fewer rows ends the decoding there; that it then finds more bytes is no fault
+        shorter = bytearray(payload)
+        struct.pack_into(">H", shorter, header.frame + 5, rows)
+        try:
+            pixels = _decoded(shorter, rows, header.width, scale, colours, room)
+        except ValueError:  # damaged above: the whole picture is tried, and words the refusal
+            pass
+    if pixels is None:
+        pixels = _decoded(payload, header.height, header.width, scale, colours, room)
+    return _cmyk_to_rgb(pixels) if header.channels == 4 else pixels
+
+
+def _decoded(payload, height: int, width: int, scale: int, colours: str, room: np.ndarray) -> np.ndarray:
+    height, width = -(-height // scale), -(-width // scale)
+    smallest = {"min_height": height, "min_width": width} if scale > 1 else {}
     try:
-        pixels = simplejpeg.decode_jpeg(payload, colours, **smallest)
+        return simplejpeg.decode_jpeg(payload, colours, buffer=room, **smallest)
     except ValueError as error:
         if not _HARMLESS.search(str(error)):
             raise
-        pixels = simplejpeg.decode_jpeg(payload, colours, **smallest, strict=False)
-    return _cmyk_to_rgb(pixels) if header.channels == 4 else pixels
+    return room[: height * width * len(colours)].reshape(height, width, len(colours))  # it was written all the same
 
+
+def _room(num_bytes: int) -> np.ndarray:
+    """(num_bytes,) uint8 of this thread's own, up to KEPT_BYTES kept for its next picture."""
+    if num_bytes > KEPT_BYTES:
+        return np.empty(num_bytes, np.uint8)
+    room = getattr(_kept, "room", None)
+    if room is None or len(room) < num_bytes:
+        room = _kept.room = np.empty(num_bytes, np.uint8)
+    return room
+
+
+_kept = threading.local()
 
 # The picture is complete all the same: what the well-known dogs and cats set has by the dozen.
 _HARMLESS = re.compile("extraneous bytes before marker 0xd9|unknown JFIF revision")

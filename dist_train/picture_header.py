@@ -13,13 +13,17 @@ class DecodeError(ValueError):
 
 
 class Header(NamedTuple):
-    """What a picture says of itself before any pixel is decoded. height and width are as stored, before rotation."""
+    """What a picture says of itself before any pixel is decoded. height and width are as stored, before rotation.
+
+    frame: the byte where the frame header of a JPEG whose rows come one after the other (baseline) begins; else 0.
+    """
 
     format: str
     height: int
     width: int
     orientation: int = 1  # EXIF: 1 upright, 2 to 8 mirrored or turned
     channels: int = 3
+    frame: int = 0
 
 
 def read_header(payload: bytes) -> Header:
@@ -72,7 +76,7 @@ def _jpeg_header(payload: bytes) -> Header:
         raise DecodeError(f"the header says {height} x {width} pixels, too many for {len(payload)} bytes")
     if marker & 3 == 2 and payload.count(b"\xff\xda") > MAX_SCANS:
         raise DecodeError(f"a progressive JPEG of more than {MAX_SCANS} scans")
-    return Header("jpeg", height, width, orientation, channels)
+    return Header("jpeg", height, width, orientation, channels, at if marker in (0xC0, 0xC1) else 0)
 
 
 def _png_header(payload: bytes) -> Header:

@@ -78,7 +78,7 @@ class Run:
         data = config.data
         self.bad_samples = BadSamples(data.max_bad)
         self.gpu_decoder = GpuDecoder(world.device) if data.decode == "gpu" else None
-        self.decoded = DecodedCache(data.cache, data.decoded_gb, data.cache_dir, world.device, data.verify)
+        self.decoded = DecodedCache(data.cache, data.decoded_gb, data.cache_dir, world.device, data.verify, data.cache_gb)
 
     def new_parts(self, num_steps: int) -> StepParts:
         """Clocks for a window of steps."""

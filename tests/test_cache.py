@@ -64,6 +64,39 @@ def test_the_stream_is_the_same_from_the_cache(digits, tmp_path, mode, size):
         assert torch.equal(torch.cat([left.images, right.images]), whole.images)
 
 
+@pytest.mark.parametrize("mode", ["memory", "disk"])
+def test_batches_that_are_held_keep_their_pixels_and_memory_is_used_again(digits, tmp_path, mode):
+    """From a whole cache several batches come of one call and one piece of memory."""
+    kept = DecodedCache(mode, folder=str(tmp_path))
+    options = {"batch_size": 64, "seed": 5, "threads": 2}
+    expected = take(open_stream(digits, cache="none", **options), 120)
+    take(open_stream(digits, cache=kept, **options), 30)  # more than an epoch
+    stream = open_stream(digits, cache=kept, **options)
+    held = take(stream, 7)
+    assert_equal(held, expected[:7])
+    assert len({batch.images.untyped_storage().data_ptr() for batch in held}) < 7
+    parts = [(batch.images[3:5], batch.images.numpy()[1]) for batch in held]
+    values = [(images.clone(), array.copy()) for images, array in parts]
+    del held
+    places = set()
+    for batch, other in zip(itertools.islice(stream, 113), expected[7:], strict=True):
+        assert torch.equal(batch.images, other.images)
+        places.add(batch.images.untyped_storage().data_ptr())
+    assert len(places) < 60
+    for (images, array), (old_images, old_array) in zip(parts, values, strict=True):
+        assert torch.equal(images, old_images) and (array == old_array).all()
+    assert [b.step for b in take(open_stream(digits, cache=kept, start_step=3, stop_step=12, **options), 99)] == [
+        *range(3, 12)
+    ]
+
+
+def test_without_ordered_memory_each_process_has_a_copy(digits, monkeypatch):
+    monkeypatch.setattr(decode, "native", None)
+    monkeypatch.setattr(cache.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(cache, "_Meeting", None)  # is not to be called
+    assert len(take(open_stream(digits, batch_size=64, cache="memory"), 3)) == 3
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_is_decoded_twice(digits, tmp_path, mode, monkeypatch):
     counted = count_decoded(monkeypatch)
@@ -171,6 +204,31 @@ def test_a_file_is_numpys_is_used_again_and_written_again_when_damaged(digits, t
     assert "decoding" in capfd.readouterr().err
     path.write_bytes(path.read_bytes()[:-50])
     assert_equal(stream(verify=False), expected)
+
+
+def test_decoded_files_stay_below_the_limit_and_the_oldest_go_first(digits, tmp_path, capfd):
+    split = load_index(digits).split("train")
+
+    def opened(size, disk_gb):
+        kept = DecodedCache("disk", folder=str(tmp_path), disk_gb=disk_gb)
+        return next(open_stream(digits, batch_size=8, image_size=size, cache=kept))
+
+    fits_two = split.num_samples * 3 * (16**2 + 12**2) / 1e9 + 1e-6
+    opened(16, fits_two)
+    opened(12, fits_two)
+    opened(16, fits_two)  # used again: now the file of 12 px is the older one
+    held = opened(12, fits_two)
+    expected = held.images.clone()
+    opened(16, fits_two)
+    opened(10, fits_two)
+    sizes = sorted(path.stat().st_size // (split.num_samples * 3) for path in tmp_path.glob("decoded-*.npy"))
+    assert sizes == [10**2, 16**2]
+    assert torch.equal(held.images, expected)
+    capfd.readouterr()
+    opened(16, fits_two)
+    assert "decoding" not in capfd.readouterr().err
+    with pytest.raises(UserError, match="data.cache_gb"):
+        opened(20, 1e-6)
 
 
 def test_what_does_not_fit_is_refused_with_both_numbers(digits, monkeypatch, tmp_path):

@@ -90,7 +90,7 @@ def test_the_threads_end_with_the_stream(digits):
 def test_batches_ahead_are_bounded_by_memory(digits):
     opened = open_stream(digits, batch_size=1024, image_size=64, threads=2, prefetch_mb=25)  # 12 MB a batch
     next(opened)
-    assert len(opened.gi_frame.f_locals["pending"]) <= 2
+    assert len(opened.gi_frame.f_locals["groups"].gi_frame.f_locals["pending"]) <= 2
     opened.close()
 
 

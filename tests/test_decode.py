@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
+import torch
 import xxhash
 from PIL import Image, ImageOps
+from torchvision.transforms.v2.functional import resized_crop
 
 from dist_train import decode
 from dist_train.decode import DecodeError, decode_batch, decode_from_files, decode_into, picture_size
@@ -54,6 +56,8 @@ def reference(payload: bytes, height: int, width: int, box=None) -> np.ndarray:
     """Decoded, turned, cropped and resized by Pillow, all at full size."""
     picture = ImageOps.exif_transpose(Image.open(io.BytesIO(payload))).convert("RGB")
     area = box and (box[1], box[0], box[1] + box[3], box[0] + box[2])
+    if area and all(side == int(side) for side in area):
+        picture, area = picture.crop(area), None
     return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, area))
 
 
@@ -101,10 +105,24 @@ def test_the_resize_is_pillows_within_one_grey_level(path):
         assert np.abs(out.astype(int) - np.asarray(expected)).max() <= 1
 
 
+def test_a_box_of_whole_pixels_is_cut_and_resized_as_torchvision_does(path):
+    rng = np.random.default_rng(8)
+    pixels = photo(140, 160)
+    for _ in range(150):
+        top, left = rng.integers(0, 139), rng.integers(0, 159)
+        height, width = rng.integers(1, 140 - top + 1), rng.integers(1, 160 - left + 1)
+        out = np.zeros((rng.integers(1, 200), rng.integers(2, 200), 3), np.uint8)
+        decode.resize_into(pixels, out, (top, left, height, width))
+        channels_first = torch.from_numpy(pixels).permute(2, 0, 1)
+        box = (int(side) for side in (top, left, height, width))
+        expected = resized_crop(channels_first, *box, list(out.shape[:2]), antialias=True)
+        assert (out == expected.permute(1, 2, 0).numpy()).all(), (top, left, height, width, out.shape)
+
+
 @pytest.mark.skipif(decode.native is None, reason="there is no native core")
 @pytest.mark.parametrize("size", [(150, 170), (900, 700)])
 @pytest.mark.parametrize("kind", [*SAMPLINGS, "progressive", "grey", "cmyk", "restarts"])
-def test_the_native_core_and_the_portable_path_give_equal_pixels(kind, size):
+def test_the_native_core_and_the_portable_path_give_equal_pixels(kind, size, monkeypatch):
     pixels = photo(*size)
     if kind in SAMPLINGS:
         payload = simplejpeg.encode_jpeg(pixels, 88, "RGB", kind)
@@ -114,14 +132,17 @@ def test_the_native_core_and_the_portable_path_give_equal_pixels(kind, size):
         payload = saved(Image.fromarray(pixels).convert(mode), **options)
     rng = np.random.default_rng(5)
     for side in (8, 37, 200):
-        for _ in range(4):
+        for is_fractional in (True, True, True, False, False, False):
             height, width = rng.uniform(0.2, 1, 2) * size
             box = (rng.uniform(0, size[0] - height), rng.uniform(0, size[1] - width), height, width)
+            box = box if is_fractional else tuple(np.floor(box))
             native, portable = np.zeros((2, side, side + 3, 3), np.uint8)
             status = np.zeros(1, np.uint8)
             sizes, boxes = np.array([len(payload)], np.uint32), np.array([box])
             decode.native.decode(payload, np.zeros(1, np.uint64), sizes, boxes, native, *native.shape[:2], status)
-            decode.decode_portable(payload, portable, box)
+            with monkeypatch.context() as without:
+                without.setattr(decode, "native", None)
+                decode.decode_portable(payload, portable, box)
             assert status[0] == 0, "the native core left a plain JPEG to the portable path"
             assert (native == portable).all(), box
 
@@ -240,6 +261,26 @@ def test_a_bomb_is_refused_before_memory_is_taken(path):
         with pytest.raises(DecodeError):
             decoded(payload, 16, 16)
     assert fuzz_decode._resident_mb() - before < 50
+
+
+@pytest.mark.parametrize("kind", [*SAMPLINGS, "restarts", "progressive", "cmyk"])
+def test_rows_below_the_box_need_not_be_there(path, kind):
+    """Their bytes are left out where that is possible; what stands there changes nothing, even if it is damaged."""
+    pixels = photo(300, 90)
+    if kind in SAMPLINGS:
+        payload = simplejpeg.encode_jpeg(pixels, 88, "RGB", kind)
+    else:
+        options = {"progressive": {"progressive": True}, "restarts": {"restart_marker_blocks": 5}}.get(kind, {})
+        payload = saved(Image.fromarray(pixels).convert("CMYK" if kind == "cmyk" else "RGB"), **options)
+    whole = decoded(payload, 300, 90)
+    for bottom in (7, 64, 65, 130, 268, 284, 299):
+        assert (decoded(payload, bottom, 90, (0, 0, bottom, 90)) == whole[:bottom]).all(), bottom
+        assert (
+            decoded(payload, 10, 90, (bottom - 5, 0, 10, 90))[:5] == whole[bottom - 5 : bottom]
+        ).all() or bottom > 290
+    if kind != "progressive":
+        damaged = payload[:-400] + b"\x00" * 398 + payload[-2:]
+        assert (decoded(damaged, 60, 90, (0, 0, 60, 90)) == whole[:60]).all()
 
 
 def test_bytes_between_the_last_row_and_the_end_are_harmless(path):
