@@ -28,6 +28,11 @@ from dist_train.tars import writing
 DEFAULT_GB = 100.0
 PATIENCE_S = 30.0  # batches in the making let go of their shards sooner, on a busy machine as well
 _POLL_S = 0.02
+_SOON_S = 0.2  # in which batches in the making usually let go of a shard
+
+
+def _none() -> None:
+    """There is nothing to let go of."""
 
 
 def default_folder(cache_dir: str = "") -> Path:
@@ -46,10 +51,12 @@ class RemoteShards:
         """The shard in messages: its URL, and the local copy."""
         return f"{shown(join(self.url, split.files[shard]))} (kept as {self.cache.folder}/{split.shard_checksums[shard]}.tar)"
 
-    def open(self, split: SplitIndex, shard: int, is_wanted: Callable[[], bool] = lambda: True) -> int:
+    def open(
+        self, split: SplitIndex, shard: int, is_wanted: Callable[[], bool] = lambda: True, let_go: Callable[[], None] = _none
+    ) -> int:
         """A descriptor of the whole shard, as `ShardCache.open`."""
         url, num_bytes = join(self.url, split.files[shard]), int(split.shard_bytes[shard])
-        return self.cache.open(url, split.shard_checksums[shard], num_bytes, is_wanted)
+        return self.cache.open(url, split.shard_checksums[shard], num_bytes, is_wanted, let_go)
 
     def is_kept(self, split: SplitIndex, shard: int) -> bool:
         """Whether the shard is on the local disk."""
@@ -66,9 +73,13 @@ class ShardCache:
     def __init__(self, folder: Path, limit_bytes: int):
         self.folder, self.limit_bytes = folder, limit_bytes
 
-    def open(self, url: str, checksum: str, num_bytes: int, is_wanted: Callable[[], bool] = lambda: True) -> int:
+    def open(
+        self, url: str, checksum: str, num_bytes: int, is_wanted: Callable[[], bool] = lambda: True,
+        let_go: Callable[[], None] = _none,
+    ) -> int:  # fmt: skip
         """A descriptor of the whole shard, fetched if it is not there; it is not removed until the descriptor is closed.
 
+        let_go: called again and again while there is no room, to close a shard that the caller can do without.
         Raises UserError if it cannot be fetched or there is no room for it, InterruptedError once is_wanted() is false.
         """
         whole = self.folder / f"{checksum}.tar"
@@ -81,7 +92,7 @@ class ShardCache:
             try:
                 if _try_lock(fd, fcntl.LOCK_EX, partial) and _is_at(fd, partial):
                     if not whole.exists():
-                        self._fetch(fd, partial, whole, url, checksum, num_bytes, is_wanted)
+                        self._fetch(fd, partial, whole, url, checksum, num_bytes, is_wanted, let_go)
                         return fd
                     partial.unlink()  # fetched by another process since we looked
             except BaseException:
@@ -137,8 +148,10 @@ class ShardCache:
         finally:
             os.close(fd)
 
-    def _fetch(self, fd: int, partial: Path, whole: Path, url: str, checksum: str, num_bytes: int, is_wanted) -> None:
-        self._reserve(fd, partial, url, num_bytes, is_wanted)
+    def _fetch(
+        self, fd: int, partial: Path, whole: Path, url: str, checksum: str, num_bytes: int, is_wanted, let_go
+    ) -> None:
+        self._reserve(fd, partial, url, num_bytes, is_wanted, let_go)
         with open(partial, "r+b", buffering=0) as file:
             download(url, file, num_bytes, checksum, is_wanted=is_wanted)
         with (
@@ -148,9 +161,9 @@ class ShardCache:
             os.rename(partial, whole)
         fcntl.flock(fd, fcntl.LOCK_SH)  # should it be removed between the two locks, it can still be read through fd
 
-    def _reserve(self, fd: int, partial: Path, url: str, num_bytes: int, is_wanted) -> None:
+    def _reserve(self, fd: int, partial: Path, url: str, num_bytes: int, is_wanted, let_go=_none) -> None:
         """Make room for the shard, and take it: the file gets its final size before its bytes."""
-        deadline = time.monotonic() + PATIENCE_S
+        began = time.monotonic()
         while is_wanted():
             with self.locked("room.lock"):
                 others, taken = [], num_bytes
@@ -171,11 +184,14 @@ class ShardCache:
                     with writing(partial):
                         os.ftruncate(fd, num_bytes)
                     return
-            if not arriving and time.monotonic() > deadline:  # nothing will become removable by itself
+            waited_s = time.monotonic() - began
+            if not arriving and waited_s > PATIENCE_S:  # nothing will become removable by itself
                 raise UserError(
                     f"{self.folder}: no room to fetch {shown(url)} ({num_bytes:,} bytes): all shards there are in use, and "
                     f"they may take {self.limit_bytes / 1e9:g} GB.\n  Raise data.cache_gb, or lower data.window_shards."
                 )
+            if waited_s > _SOON_S:
+                let_go()
             time.sleep(_POLL_S)
         raise InterruptedError(f"{shown(url)}: no longer wanted")
 

@@ -1,5 +1,6 @@
 """Sample numbers -> where their bytes are: open shard files, offsets, sizes, checksums."""
 
+import contextlib
 import os
 import threading
 from collections import OrderedDict
@@ -49,6 +50,8 @@ class Store:
         self.is_read_ahead = False
         self._singly: dict[int, tuple[int, float]] = {}  # shard: payloads, bytes asked of the server singly
         self._lock = threading.Lock()
+        # two batches that each hold what they have and wait for room for the rest would wait for ever
+        self._fetching = threading.Lock()
         self._open: OrderedDict[int, _ShardFile] = OrderedDict()
 
     def locate(self, samples: np.ndarray) -> Located:
@@ -57,7 +60,8 @@ class Store:
             self.num_located += len(samples)
         rows = self.table[samples]
         shards = self.split.shard_of(samples)
-        files = {shard: self._shard_file(shard) for shard in np.unique(shards).tolist()}
+        with self._fetching if self.split.remote else contextlib.nullcontext():
+            files = {shard: self._shard_file(shard) for shard in np.unique(shards).tolist()}
         return Located(
             samples=samples,
             fds=np.array([files[shard].fd for shard in shards.tolist()], np.int32),
@@ -148,13 +152,18 @@ class Store:
                 return file
             self._close_all_but(self.max_open - 1)  # first, so that a full cache can let go of it
         if self.split.remote:
-            file = _ShardFile(self.split.remote.open(self.split, shard))
+            file = _ShardFile(self.split.remote.open(self.split, shard, let_go=self._let_go_of_one))
         else:
             file = _ShardFile(_open_local(Path(self.path(shard)), int(self.split.shard_bytes[shard])))
         with self._lock:
             self._open[shard] = file
             self._close_all_but(self.max_open)
         return file
+
+    def _let_go_of_one(self) -> None:
+        """Close the shard whose last use is longest ago; it may be opened again."""
+        with self._lock:
+            self._close_all_but(max(0, len(self._open) - 1))
 
     def _close_all_but(self, num_open: int) -> None:
         while len(self._open) > num_open:  # whoever still reads from one holds a reference

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,21 @@ def test_the_cache_stays_below_its_limit_and_batches_are_the_same(many, server, 
         watcher.join()
     assert limit / 2 < max(most) <= limit
     assert server.count(".tar") > split.num_shards  # some were removed, and fetched again
+
+
+def test_a_store_lets_go_of_shards_where_two_batches_wait_for_room(many, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache, "PATIENCE_S", 5)
+    split = load_index(many).split("train")
+    limit = int(split.shard_bytes.max() * 4)
+    store = Store(load_index(server.url, str(tmp_path), limit / 1e9).split("train"))
+    first = np.flatnonzero(np.diff(split.shard_of(np.arange(split.num_samples)), prepend=-1))
+
+    def locate(turn: int) -> list[int]:  # three shards a batch: two batches that held two each would fill the cache
+        return store.locate(first[[turn % 24, (turn + 7) % 24, (turn + 14) % 24]]).offsets.tolist()
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(locate, range(24)))
+    assert found == [split.table()["offset"][first[[t % 24, (t + 7) % 24, (t + 14) % 24]]].tolist() for t in range(24)]
 
 
 def test_a_limit_too_small_for_the_shards_in_play_is_refused_at_once(many, server, tmp_path):

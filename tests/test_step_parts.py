@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_run
 
-from dist_train import messages
+from dist_train import messages, step_parts
 from dist_train.metrics import flops_per_sample, peak_flops
 from dist_train.step_parts import PARTS, StepParts
 from dist_train.train import run_training
@@ -33,23 +33,39 @@ def test_the_window_alone_is_timed_and_each_part_by_itself():
     assert parts.shares()["forward"] > 0.9
 
 
-def test_waiting_for_messages_is_taken_out_of_the_part_in_which_it_happens():
+class ClockByHand:
+    """In place of the module time: it goes on only where it is told to, so that what is counted is known exactly."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_waiting_for_messages_is_taken_out_of_the_part_in_which_it_happens(monkeypatch):
+    time = ClockByHand()
+    monkeypatch.setattr(step_parts, "time", time)
+    monkeypatch.setattr(messages, "time", time)
     weight = torch.nn.Parameter(torch.ones(3))
     parts = StepParts(torch.device("cpu"), num_steps=1, skip=1, parameters=[weight])
     for step in range(2):
         for part in ("data", "other", "forward"):
             parts.mark(part)
         with messages.clock.waiting():
-            time.sleep(0.05 if step else 0.5)  # the first step is not counted
+            time.sleep(1 if step else 50)  # the first step is not counted
+        time.sleep(4)
         parts.mark("backward")
+        time.sleep(8)
         weight.square().sum().backward()
-        time.sleep(0.05 if step else 0.5)  # where data parallelism would wait for its last messages
+        time.sleep(2 if step else 50)  # where data parallelism would wait for its last messages
         messages.clock.backward_is_over()
         parts.mark("other")
     parts.mark("data")
     assert parts.is_complete and not messages.clock.is_counting and not weight._post_accumulate_grad_hooks
-    assert 0.1 <= parts.seconds["communication"] < 0.4
-    assert 0 <= parts.seconds["forward"] < 0.05 and 0 <= parts.seconds["backward"] < 0.05
+    assert (parts.seconds["communication"], parts.seconds["forward"], parts.seconds["backward"]) == (1 + 2, 4, 8)
     assert sum(parts.shares().values()) == pytest.approx(1, abs=1e-3)
 
 
