@@ -252,6 +252,7 @@ def test_the_cache_stays_below_its_limit_and_batches_are_the_same(many, server, 
 
 def test_a_store_lets_go_of_shards_where_two_batches_wait_for_room(many, server, tmp_path, monkeypatch):
     monkeypatch.setattr(shard_cache, "PATIENCE_S", 5)
+    monkeypatch.setattr(shard_cache, "_SOON_S", 0.02)
     split = load_index(many).split("train")
     limit = int(split.shard_bytes.max() * 4)
     store = Store(load_index(server.url, str(tmp_path), limit / 1e9).split("train"))
