@@ -57,7 +57,7 @@ def main() -> None:
                         default=[*WORKLOADS, "conversion"])  # fmt: skip
     parser.add_argument("--peers", nargs="*", default=list(PEERS), help=", ".join(PEERS))
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter for peers that this one has not got")
-    parser.add_argument("--quick", action="store_true", help="--rounds 3 --seconds 1 --small 20000, one conversion")
+    parser.add_argument("--quick", action="store_true", help="--rounds 3 --seconds 1 --small 20000, two conversions")
     parser.add_argument("--small", type=int, default=100_000, help="pictures of W3")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement")
