@@ -13,26 +13,6 @@ from dist_train.step_parts import PARTS, StepParts
 from dist_train.train import run_training
 
 
-def one_step(parts: StepParts, forward_s: float = 0.0) -> None:
-    for part in ("data", "other", "augment", "forward"):
-        parts.mark(part)
-    time.sleep(forward_s)
-    parts.mark("backward")
-    parts.mark("optimizer")
-    parts.mark("other")
-
-
-def test_the_window_alone_is_timed_and_each_part_by_itself():
-    parts = StepParts(torch.device("cpu"), num_steps=3, skip=2)
-    for step in range(8):
-        one_step(parts, forward_s=0.02 if 2 <= step < 5 else 0.2 if step == 1 else 0)
-        assert parts.is_complete == (step >= 5)  # the next step's first mark ends the last part
-    assert 0.06 <= parts.seconds["forward"] < 0.15  # three steps, and none of the slow one before
-    assert parts.step_s() == pytest.approx(sum(parts.seconds.values()) / 3)
-    assert list(parts.shares()) == list(PARTS) and sum(parts.shares().values()) == pytest.approx(1, abs=1e-3)
-    assert parts.shares()["forward"] > 0.9
-
-
 class ClockByHand:
     """In place of the module time: it goes on only where it is told to, so that what is counted is known exactly."""
 
@@ -45,22 +25,47 @@ class ClockByHand:
         self.now += seconds
 
 
-def test_waiting_for_messages_is_taken_out_of_the_part_in_which_it_happens(monkeypatch):
-    time = ClockByHand()
-    monkeypatch.setattr(step_parts, "time", time)
-    monkeypatch.setattr(messages, "time", time)
+@pytest.fixture
+def by_hand(monkeypatch) -> ClockByHand:
+    clock = ClockByHand()
+    for module in (step_parts, messages):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def one_step(parts: StepParts, forward=lambda: None) -> None:
+    for part in ("data", "other", "augment", "forward"):
+        parts.mark(part)
+    forward()
+    parts.mark("backward")
+    parts.mark("optimizer")
+    parts.mark("other")
+
+
+def test_the_window_alone_is_timed_and_each_part_by_itself(by_hand):
+    parts = StepParts(torch.device("cpu"), num_steps=3, skip=2)
+    for step in range(8):
+        one_step(parts, lambda seconds=2 if 2 <= step < 5 else 50: by_hand.sleep(seconds))
+        assert parts.is_complete == (step >= 5)  # the next step's first mark ends the last part
+    assert parts.seconds["forward"] == 6  # three steps, and none of the slow ones around them
+    assert parts.step_s() == pytest.approx(sum(parts.seconds.values()) / 3)
+    assert list(parts.shares()) == list(PARTS) and sum(parts.shares().values()) == pytest.approx(1, abs=1e-3)
+    assert parts.shares()["forward"] > 0.9
+
+
+def test_waiting_for_messages_is_taken_out_of_the_part_in_which_it_happens(by_hand):
     weight = torch.nn.Parameter(torch.ones(3))
     parts = StepParts(torch.device("cpu"), num_steps=1, skip=1, parameters=[weight])
     for step in range(2):
         for part in ("data", "other", "forward"):
             parts.mark(part)
         with messages.clock.waiting():
-            time.sleep(1 if step else 50)  # the first step is not counted
-        time.sleep(4)
+            by_hand.sleep(1 if step else 50)  # the first step is not counted
+        by_hand.sleep(4)
         parts.mark("backward")
-        time.sleep(8)
+        by_hand.sleep(8)
         weight.square().sum().backward()
-        time.sleep(2 if step else 50)  # where data parallelism would wait for its last messages
+        by_hand.sleep(2 if step else 50)  # where data parallelism would wait for its last messages
         messages.clock.backward_is_over()
         parts.mark("other")
     parts.mark("data")
