@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 install: $(VENV)/installed
 
 # uv installs the same packages from the same place in a fifth of pip's time; pip takes over where uv cannot be had
-$(VENV)/installed: pyproject.toml constraints.txt $(wildcard setup.py dist_train/*.c)
+$(VENV)/installed: pyproject.toml constraints.txt $(wildcard setup.py dist_train/*.[ch])
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check uv || true
 	if test -x $(BIN)/uv; then $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'; \

@@ -29,6 +29,11 @@ class OptionalBuild(build_ext):
 # no contraction: the weights must round as Pillow's do, also where the processor could fuse the operations
 flags = [] if os.name == "nt" else ["-O3", "-ffp-contract=off", "-fvisibility=hidden"]
 native = Extension(
-    "dist_train._native", ["dist_train/_native.c"], libraries=["jpeg"], extra_compile_args=flags, optional=True
+    "dist_train._native",
+    ["dist_train/_native.c", "dist_train/_baseline.c"],
+    depends=["dist_train/_baseline.h", "dist_train/_samples.h"],
+    libraries=["jpeg"],
+    extra_compile_args=flags,
+    optional=True,
 )
 setup(ext_modules=[native], cmdclass={"build_ext": OptionalBuild})

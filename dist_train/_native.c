@@ -1,4 +1,4 @@
-/* JPEGs -> the crop's pixels, resized into the batch: partial decoding on libjpeg-turbo, without the GIL. And what else
+/* JPEGs -> the crop's pixels, resized into the batch without the GIL: decoded by _baseline.c or libjpeg-turbo. And what else
  * is done to whole batches of bytes: reading, checksums, gathers.
  *
  * decode.py is the door to this file and its portable twin; both give the same pixels, bit for bit. Whatever is not
@@ -24,6 +24,8 @@
 
 #include <jpeglib.h>
 #include <jerror.h>
+
+#include "_baseline.h"
 
 #ifdef HAVE_XXHASH
 #define XXH_INLINE_ALL
@@ -411,32 +413,82 @@ static void cmyk_to_rgb(unsigned char *row, int pixels) {
         }
 }
 
-static int decode_rows(struct jpeg_decompress_struct *jpeg, Resizer *r, const double *box, unsigned char *out,
-                       int height, int width) {
-    int full_width = jpeg->output_width;
-    if (!plan(r, jpeg->output_height, full_width, box, height, width)) return LEFT;
+/* What of a picture is wanted, and how much smaller it may be decoded. */
+typedef struct {
+    double box[4]; /* top, left, height, width, within the picture at full size */
+    int scale;     /* 1, 2, 4 or 8: the reduction while decoding */
+    int is_whole;  /* all of it, as large as it is */
+} Wanted;
+
+/* box: of a (tall, wide) picture, or NULL. 0 for what the portable path shall look at. */
+static int want(Wanted *w, int tall, int wide, size_t bytes, const double *box, int height, int width, int is_packed) {
+    double pixels = (double)tall * wide, top = 0, left = 0, bottom = tall, right = wide;
+    if (pixels > MAX_PIXELS || (!is_packed && pixels > MAX_PIXELS_PER_BYTE * bytes)) return 0;
+    if (box) {
+        if (!(isfinite(box[0]) && isfinite(box[1]) && isfinite(box[2]) && isfinite(box[3]))) return 0;
+        top = fmax(box[0], 0);
+        left = fmax(box[1], 0);
+        bottom = fmin(box[0] + box[2], tall);
+        right = fmin(box[1] + box[3], wide);
+        if (!(bottom > top && right > left)) return 0;
+    }
+    w->is_whole = bottom - top == height && right - left == width && height == tall && width == wide;
+    double reduction = fmin((bottom - top) / height, (right - left) / width);
+    w->scale = 1;
+    while ((tall >= SCALED_FROM || wide >= SCALED_FROM) && w->scale < 8 && reduction >= REDUCED_BEFORE_SCALING * w->scale)
+        w->scale *= 2;
+    double area[4] = {top / w->scale, left / w->scale, (bottom - top) / w->scale, (right - left) / w->scale};
+    memcpy(w->box, area, sizeof(area));
+    return 1;
+}
+
+typedef struct {
+    int top, bottom, left, right; /* what the resizer takes of the decoded picture */
+} Area;
+
+static int plan_area(Resizer *r, Area *area, int tall, int wide, const double *box, int height, int width) {
+    if (!plan(r, tall, wide, box, height, width)) return 0;
     const Taps *across = &r->across, *down = &r->down;
-    /* pixels beside the cut are upsampled without their neighbours: a few more columns keep ours exact */
-    int left = across->first[0] - 2, right = across->first[width - 1] + across->count[width - 1] + 2;
-    int top = r->top + down->first[0], bottom = r->top + down->first[height - 1] + down->count[height - 1];
-    if (left < 0) left = 0;
-    if (right > full_width) right = full_width;
-    JDIMENSION begin = left, columns = right - left;
-    if (columns < (JDIMENSION)full_width) jpeg_crop_scanline(jpeg, &begin, &columns);
-    size_t pitch = ((size_t)columns * 4 + r->padding + 31) / 32 * 32;
-    if (!grow((void **)&r->rows, &r->rows_room, pitch * ROWS_AT_ONCE + 64)) return LEFT;
-    JSAMPROW rows[ROWS_AT_ONCE];
+    area->left = across->first[0];
+    area->right = across->first[width - 1] + across->count[width - 1];
+    area->top = r->top + down->first[0];
+    area->bottom = r->top + down->first[height - 1] + down->count[height - 1];
+    return 1;
+}
+
+/* Room for ROWS_AT_ONCE rows of `columns` pixels. */
+static int lay_rows(Resizer *r, int columns, unsigned char *rows[ROWS_AT_ONCE]) {
+    size_t pitch = ((size_t)columns * 4 + r->padding + BASELINE_PADDING + 31) / 32 * 32;
+    if (!grow((void **)&r->rows, &r->rows_room, pitch * ROWS_AT_ONCE + 64)) return 0;
     /* rows on a 32-byte boundary are stored past the cache by libjpeg-turbo's colour conversion; ours are read next */
     rows[0] = r->rows + 40 - (uintptr_t)r->rows % 32;
     for (int k = 1; k < ROWS_AT_ONCE; k++) rows[k] = rows[k - 1] + pitch;
-    if (top > 0) jpeg_skip_scanlines(jpeg, top);
-    while ((int)jpeg->output_scanline < bottom) {
-        int y = jpeg->output_scanline, wanted = bottom - y < ROWS_AT_ONCE ? bottom - y : ROWS_AT_ONCE;
+    return 1;
+}
+
+static void feed_all(Resizer *r, unsigned char **rows, int count, int left, int y, unsigned char *out) {
+    for (int k = 0; k < count; k += 2)
+        feed(r, (const unsigned char *const *)rows + k, count - k > 1 ? 2 : 1, left, y + k - r->top, out);
+}
+
+static int decode_rows(struct jpeg_decompress_struct *jpeg, Resizer *r, const double *box, unsigned char *out,
+                       int height, int width) {
+    Area area;
+    unsigned char *rows[ROWS_AT_ONCE];
+    int full_width = jpeg->output_width;
+    if (!plan_area(r, &area, jpeg->output_height, full_width, box, height, width)) return LEFT;
+    /* pixels beside the cut are upsampled without their neighbours: a few more columns keep ours exact */
+    int left = area.left > 2 ? area.left - 2 : 0, right = area.right + 2 < full_width ? area.right + 2 : full_width;
+    JDIMENSION begin = left, columns = right - left;
+    if (columns < (JDIMENSION)full_width) jpeg_crop_scanline(jpeg, &begin, &columns);
+    if (!lay_rows(r, columns, rows)) return LEFT;
+    if (area.top > 0) jpeg_skip_scanlines(jpeg, area.top);
+    while ((int)jpeg->output_scanline < area.bottom) {
+        int y = jpeg->output_scanline, wanted = area.bottom - y < ROWS_AT_ONCE ? area.bottom - y : ROWS_AT_ONCE;
         int got = jpeg_read_scanlines(jpeg, rows, wanted);
         if (got < 1) return LEFT;
         for (int k = 0; k < got && jpeg->out_color_space == JCS_CMYK; k++) cmyk_to_rgb(rows[k], columns);
-        for (int k = 0; k < got; k += 2)
-            feed(r, (const unsigned char *const *)rows + k, got - k > 1 ? 2 : 1, begin, y + k - r->top, out);
+        feed_all(r, rows, got, begin, y, out);
     }
     return DONE;
 }
@@ -453,12 +505,11 @@ static int copy_rows(struct jpeg_decompress_struct *jpeg, unsigned char *out) {
     return DONE;
 }
 
-/* box: (top, left, height, width) or NULL. Answers DONE, or LEFT for whatever the portable path shall look at. */
-static int decode_jpeg(const unsigned char *payload, size_t size, const double *box, Resizer *r, unsigned char *out,
-                       int height, int width) {
+/* By libjpeg-turbo, whatever kind it is. DONE, or LEFT for whatever the portable path shall look at. */
+static int decode_any(const unsigned char *payload, size_t size, const double *box, Resizer *r, unsigned char *out,
+                      int height, int width) {
     struct jpeg_decompress_struct jpeg;
     Errors errors;
-    if (size < 4 || payload[0] != 0xFF || payload[1] != 0xD8 || is_turned(payload, size)) return LEFT;
     jpeg.err = jpeg_std_error(&errors.base);
     errors.base.error_exit = give_up;
     errors.base.emit_message = judge;
@@ -471,33 +522,58 @@ static int decode_jpeg(const unsigned char *payload, size_t size, const double *
     jpeg_mem_src(&jpeg, payload, size);
     jpeg_read_header(&jpeg, TRUE);
     int answer = LEFT;
-    double pixels = (double)jpeg.image_height * jpeg.image_width;
-    double whole[4] = {0, 0, jpeg.image_height, jpeg.image_width};
-    if (pixels > MAX_PIXELS || (!jpeg.arith_code && pixels > MAX_PIXELS_PER_BYTE * size)) goto end;
+    Wanted w;
+    if (!want(&w, jpeg.image_height, jpeg.image_width, size, box, height, width, jpeg.arith_code)) goto end;
     if (!has_end(jpeg.src->next_input_byte, payload + size)) goto end;
     if (jpeg.progressive_mode && count_scans(payload, payload + size) > MAX_SCANS) goto end;
-
-    if (!box) box = whole;
-    if (!(isfinite(box[0]) && isfinite(box[1]) && isfinite(box[2]) && isfinite(box[3]))) goto end;
-    double top = fmax(box[0], 0), left = fmax(box[1], 0);
-    double tall = fmin(box[0] + box[2], whole[2]) - top, wide = fmin(box[1] + box[3], whole[3]) - left;
-    if (!(tall > 0 && wide > 0)) goto end;
-    int takes_all = top == 0 && left == 0 && tall == whole[2] && wide == whole[3];
-    int cmyk = jpeg.num_components == 4, copies = takes_all && tall == height && wide == width && !cmyk;
-    double reduction = fmin(tall / height, wide / width);
-    int is_large = whole[2] >= SCALED_FROM || whole[3] >= SCALED_FROM;
-    jpeg.scale_num = jpeg.scale_denom = 1;
-    while (is_large && jpeg.scale_denom < 8 && reduction >= REDUCED_BEFORE_SCALING * jpeg.scale_denom)
-        jpeg.scale_denom *= 2;
-    double scale = jpeg.scale_denom;
-    double area[4] = {top / scale, left / scale, tall / scale, wide / scale};
-
+    int cmyk = jpeg.num_components == 4, copies = w.is_whole && !cmyk;
+    jpeg.scale_num = 1;
+    jpeg.scale_denom = w.scale;
     jpeg.out_color_space = cmyk ? JCS_CMYK : copies ? JCS_EXT_RGB : JCS_EXT_RGBX;
     jpeg_start_decompress(&jpeg);
-    answer = copies ? copy_rows(&jpeg, out) : decode_rows(&jpeg, r, area, out, height, width);
+    answer = copies ? copy_rows(&jpeg, out) : decode_rows(&jpeg, r, w.box, out, height, width);
 end:
     jpeg_destroy_decompress(&jpeg);
     return answer;
+}
+
+/* By _baseline.c. DONE, or LEFT for whatever libjpeg-turbo shall look at. */
+static int decode_baseline(Baseline *b, const unsigned char *payload, size_t size, const double *box, Resizer *r,
+                           unsigned char *out, int height, int width) {
+    int tall, wide, got;
+    Wanted w;
+    unsigned char *rows[ROWS_AT_ONCE];
+    const unsigned char *scan = baseline_open(b, payload, size, &tall, &wide);
+    if (!scan || !want(&w, tall, wide, size, box, height, width, 0) || w.scale > 1 || !has_end(scan, payload + size))
+        return LEFT;
+    if (w.is_whole) {
+        if (!baseline_start(b, 0, height, 0, width, 3)) return LEFT;
+        for (int y = 0; y < height; y += got) {
+            for (int k = 0; k < ROWS_AT_ONCE; k++) rows[k] = out + (size_t)(y + k) * width * 3;
+            if (!(got = baseline_read(b, rows, ROWS_AT_ONCE))) return LEFT;
+        }
+        return DONE;
+    }
+    Area area;
+    if (!plan_area(r, &area, tall, wide, w.box, height, width) || !lay_rows(r, area.right - area.left, rows) ||
+        !baseline_start(b, area.top, area.bottom, area.left, area.right, 4))
+        return LEFT;
+    for (int y = area.top; y < area.bottom; y += got) {
+        if (!(got = baseline_read(b, rows, ROWS_AT_ONCE))) return LEFT;
+        feed_all(r, rows, got, area.left, y, out);
+    }
+    return DONE;
+}
+
+/* box: (top, left, height, width) or NULL. Answers DONE, or LEFT for whatever the portable path shall look at. */
+static int decode_jpeg(Baseline *b, const unsigned char *payload, size_t size, const double *box, Resizer *r,
+                       unsigned char *out, int height, int width, Py_ssize_t *num_baseline) {
+    if (size < 4 || payload[0] != 0xFF || payload[1] != 0xD8 || is_turned(payload, size)) return LEFT;
+    if (b && decode_baseline(b, payload, size, box, r, out, height, width) == DONE) {
+        ++*num_baseline;
+        return DONE;
+    }
+    return decode_any(payload, size, box, r, out, height, width);
 }
 
 /* ---- Python ---------------------------------------------------------------------------------------------------- */
@@ -512,12 +588,13 @@ PyDoc_STRVAR(decode_doc,
 "decode(source, starts, sizes, boxes, out, height, width, status)\n\n"
 "Decode payload i = source[starts[i] : starts[i] + sizes[i]] into out[i], for all i, without the GIL.\n"
 "starts: (N,) uint64, sizes: (N,) uint32, boxes: (N, 4) float64 or None, out: (N, height, width, 3) uint8,\n"
-"status: (N,) uint8. Samples whose status is not 0 on entry are passed over; on return 0 says done, 1 left to others.");
+"status: (N,) uint8. Samples whose status is not 0 on entry are passed over; on return 0 says done, 1 left to others.\n"
+"Returns how many were baseline JPEGs for which libjpeg-turbo was not needed.");
 
 static PyObject *py_decode(PyObject *self, PyObject *args) {
     Py_buffer source, starts, sizes, boxes, out, status;
-    int height, width;
-    PyObject *result = NULL;
+    int height, width, fits = 0;
+    Py_ssize_t num_baseline = 0;
     if (!PyArg_ParseTuple(args, "y*y*y*z*w*iiw*", &source, &starts, &sizes, &boxes, &out, &height, &width, &status))
         return NULL;
     Py_ssize_t n = status.len;
@@ -529,19 +606,22 @@ static PyObject *py_decode(PyObject *self, PyObject *args) {
     else if (boxes.buf && boxes.len != n * 32) wrong_size("boxes");
     else if (!is_size(height, width) || out.len != n * 3 * height * width) wrong_size("out");
     else {
-        result = Py_None;
+        fits = 1;
         for (Py_ssize_t i = 0; i < n; i++)
-            if (start[i] > (uint64_t)source.len || size[i] > source.len - start[i]) result = NULL;
-        if (!result) wrong_size("source");
+            if (start[i] > (uint64_t)source.len || size[i] > source.len - start[i]) fits = 0;
+        if (!fits) wrong_size("source");
     }
-    if (result) {
+    if (fits) {
         Py_BEGIN_ALLOW_THREADS
         Resizer resizer = {0};
+        Baseline *baseline = baseline_new();
         for (Py_ssize_t i = 0; i < n; i++)
             if (!state[i])
-                state[i] = decode_jpeg((unsigned char *)source.buf + start[i], size[i],
+                state[i] = decode_jpeg(baseline, (unsigned char *)source.buf + start[i], size[i],
                                        boxes.buf ? (double *)boxes.buf + 4 * i : NULL, &resizer,
-                                       (unsigned char *)out.buf + (size_t)i * 3 * height * width, height, width);
+                                       (unsigned char *)out.buf + (size_t)i * 3 * height * width, height, width,
+                                       &num_baseline);
+        baseline_free(baseline);
         release(&resizer);
         Py_END_ALLOW_THREADS
     }
@@ -551,7 +631,7 @@ static PyObject *py_decode(PyObject *self, PyObject *args) {
     if (boxes.buf) PyBuffer_Release(&boxes);
     PyBuffer_Release(&out);
     PyBuffer_Release(&status);
-    return Py_XNewRef(result);
+    return fits ? PyLong_FromSsize_t(num_baseline) : NULL;
 }
 
 PyDoc_STRVAR(read_doc,

@@ -1,8 +1,9 @@
 """Picture bytes -> uint8 RGB pixels: the crop's box cut out, resized and written straight into the batch.
 
 Two paths give the same pixels, bit for bit. The native core (_native.c, built where libjpeg-turbo's header is found)
-decodes only the rows and columns the box needs, a whole batch a call; the portable one (simplejpeg, torch and Pillow,
-from wheels) decodes the rows down to the box's end. What the native core does not take (PNG, WebP, BMP, rotated or
+decodes only the rows and columns the box needs, a whole batch a call: plain baseline JPEGs by itself where the
+processor has AVX2 (_baseline.c), the others by libjpeg-turbo. The portable one (simplejpeg, torch and Pillow, from wheels)
+decodes the rows down to the box's end. What the native core does not take (PNG, WebP, BMP, rotated or
 damaged JPEGs) goes down the portable path, which also words every refusal, so that a bad sample is named alike on both.
 """
 
@@ -103,7 +104,7 @@ def decoders() -> dict[str, str]:
     if native:
         checksum = "its own" if hasattr(native, "checksum") else "the xxhash package (xxhash.h was not found)"
         return {
-            "jpeg": f"native core on libjpeg-turbo {native.LIBJPEG_TURBO}, {native.VECTORS} resize",
+            "jpeg": f"native core{' (AVX2)' if native.VECTORS == 'AVX2' else ''} and libjpeg-turbo {native.LIBJPEG_TURBO}",
             "png, webp, bmp": f"{pillow}, resized by the native core",
             "checksum": checksum,
             "native": "in use",

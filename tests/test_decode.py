@@ -80,6 +80,27 @@ def test_a_whole_jpeg_is_equal_to_pillows(path, sampling, progressive):
     assert (decoded(payload, 83, 117) == np.asarray(Image.open(io.BytesIO(payload)))).all()
 
 
+@pytest.mark.skipif(decode.native is None or decode.native.VECTORS != "AVX2", reason="the native core is without AVX2")
+@pytest.mark.parametrize("kind", ["444", "422", "420", "grey", "440", "411", "progressive", "restarts", "cmyk"])
+def test_plain_baseline_jpegs_are_decoded_without_libjpeg_and_are_equal_to_its_pixels(kind):
+    rng = np.random.default_rng(11)
+    for number in range(40):
+        height, width, quality = *rng.integers(5, 90, 2), int(rng.choice([1, 10, 50, 75, 92, 100]))
+        pixels = photo(height, width, number) if number % 4 else rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        options = {"subsampling": ("444", "422", "420").index(kind)} if kind in ("444", "422", "420") else {}
+        options |= {"progressive": {"progressive": True}, "restarts": {"restart_marker_blocks": 3}}.get(kind, {})
+        picture = Image.fromarray(pixels).convert({"grey": "L", "cmyk": "CMYK"}.get(kind, "RGB"))
+        payload = saved(picture, quality=quality, optimize=bool(number % 2), **options)
+        if kind in ("440", "411"):
+            payload = simplejpeg.encode_jpeg(pixels, quality, "RGB", kind)
+        out, status = np.zeros((height, width, 3), np.uint8), np.zeros(1, np.uint8)
+        sizes = np.array([len(payload)], np.uint32)
+        num_baseline = decode.native.decode(payload, np.zeros(1, np.uint64), sizes, None, out, height, width, status)
+        extreme = number % 4 == 0 or quality == 1  # sums of coefficients that no photograph has may be left to libjpeg
+        assert num_baseline == (kind in ("444", "422", "420", "grey")) or extreme, (number, height, width, quality)
+        assert (out == np.asarray(Image.open(io.BytesIO(payload)).convert("RGB"))).all(), (number, height, width, quality)
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_any_box_cut_without_resizing_is_equal_to_the_whole_picture_cut(path, sampling):
     pixels = photo(150, 170)
