@@ -28,7 +28,6 @@
 
 enum { LOOK = 10, LONGEST = 16 };  /* bits of a code that a table is asked with; bits of the longest code */
 enum { SPARE = 1024 };             /* zero bytes behind the scan: a block reads 65 times, up to 8 bytes on */
-enum { LARGEST_SUM = 5700 };       /* |coefficients| of a block up to which no 16-bit sum of libjpeg-turbo overflows */
 enum { DC_ONLY = 1 };
 enum { END = 128 };                /* added to the place in the block by the code that ends it */
 
@@ -61,7 +60,7 @@ typedef struct {
 struct Baseline {
     Codes dc[2], ac[2];
     int has_dc[2], has_ac[2], has_table[4];
-    uint16_t tables[4][64]; /* quantisation, in the file's order */
+    int16_t tables[4][64]; /* quantisation, by place in the block */
     Component components[3];
     int num_components, height, width;
     const uint8_t *scan, *end;
@@ -79,8 +78,8 @@ struct Baseline {
 #define ALL4(x) x, x, x, x
 #define ALL16(x) ALL4(x), ALL4(x), ALL4(x), ALL4(x)
 #define ALL(x) ALL16(x), ALL16(x), ALL16(x), ALL16(x)
-static const uint8_t PLACES[64 + END] = { /* a coefficient's place in the block by its place in the file; 64: none */
-    0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6, 7, 14, 21, 28,
+static const uint8_t PLACES[1 + 64 + END] = { /* of the block's first, second ... coefficient in the file; 64: none */
+    64, 0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6, 7, 14, 21, 28,
     35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55,
     62, 63, ALL(64), ALL(64),
 };
@@ -132,7 +131,7 @@ static int read_codes(Baseline *b, const uint8_t *at, const uint8_t *end) {
 static int read_tables(Baseline *b, const uint8_t *at, const uint8_t *end) {
     for (; at < end; at += 65) {
         if (*at > 3 || end - at < 65) return 0; /* 16 bits a value, or no such table */
-        for (int i = 0; i < 64; i++) b->tables[*at][i] = at[1 + i];
+        for (int i = 0; i < 64; i++) b->tables[*at][PLACES[1 + i]] = at[1 + i];
         b->has_table[*at] = 1;
     }
     return 1;
@@ -237,40 +236,36 @@ static Entry long_code(uint64_t bits, const Codes *codes) {
  * branch: signs and sizes are chance, and a wrong guess costs as much as three coefficients. */
 INLINE int value_of(Entry entry, uint64_t bits) {
     bits <<= entry.code_bits;
-    int is_negative = ~((int64_t)bits >> 63), least = 1 - (1 << entry.size);
-    return (int)(bits >> 1 >> (63 - entry.size)) + (is_negative & least);
+    int64_t is_negative = ~((int64_t)bits >> 63);
+    return (int)(((bits ^ is_negative) >> 1 >> (63 - entry.size) ^ is_negative) - is_negative);
 }
 
-/* One block of a component, in its place and multiplied by the table; is_kept 0: passed over, for what follows.
- * Answers 0 for a wrong code or too large a sum, DC_ONLY where all other coefficients are 0, else more. */
-INLINE int read_block(Bits *bits, Component *c, const uint16_t *table, int16_t *block, int is_kept) {
+/* One block of a component, every coefficient in its place; is_kept 0: passed over, for what follows. Answers 0 for a
+ * wrong code, DC_ONLY where all other coefficients are 0, else more. */
+INLINE int read_block(Bits *bits, Component *c, int16_t *block, int is_kept) {
     Bits s = *bits;
     refill(&s);
     Entry entry = c->dc->look[s.bits >> (64 - LOOK)];
     if (!entry.code_bits && !(entry = long_code(s.bits, c->dc)).code_bits) return 0;
-    c->last_dc = (int32_t)((uint32_t)c->last_dc + (uint32_t)value_of(entry, s.bits));
+    c->last_dc += value_of(entry, s.bits);
     take(&s, entry.all_bits);
-    int64_t dc = (int64_t)c->last_dc * table[0], sum = dc < 0 ? -dc : dc;
+    if (c->last_dc > 32767 || c->last_dc < -32767) return 0;
     if (is_kept) {
         memset(block, 0, 64 * sizeof(int16_t));
-        block[0] = dc;
+        block[0] = c->last_dc;
     }
     const Entry *look = c->ac->look;
     int k = 1;
     while (k < 64) {
-        refill(&s);
+        if (s.count < 32) refill(&s);
         entry = look[s.bits >> (64 - LOOK)];
         if (!entry.code_bits && !(entry = long_code(s.bits, c->ac)).code_bits) return 0;
         k += entry.moves;
-        if (is_kept) {
-            int32_t product = value_of(entry, s.bits) * table[(k - 1) & 63], is_negative = product >> 31;
-            sum += (product ^ is_negative) - is_negative;
-            block[PLACES[k - 1]] = product;
-        }
+        if (is_kept) block[PLACES[k]] = value_of(entry, s.bits);
         take(&s, entry.all_bits);
     }
     *bits = s;
-    if ((k > 64 && k < 1 + END) || (is_kept && sum > LARGEST_SUM)) return 0;
+    if (k > 64 && k < 1 + END) return 0;
     return k == 1 + END ? DC_ONLY : 2;
 }
 
@@ -283,15 +278,15 @@ static int read_mcus(Baseline *b, int is_kept) {
         int is_here = is_kept && m >= b->first_mcu && m < b->last_mcu;
         for (int i = 0; i < b->num_components; i++) {
             Component *c = &b->components[i];
-            const uint16_t *table = b->tables[c->table];
+            const int16_t *table = b->tables[c->table];
             for (int k = 0; k < c->across * c->down; k++) {
-                int found = is_here ? read_block(&b->bits, c, table, block, 1) : read_block(&b->bits, c, table, block, 0);
+                int found = is_here ? read_block(&b->bits, c, block, 1) : read_block(&b->bits, c, block, 0);
                 if (!found || 8 * (b->bits.at - b->begin) - b->bits.count > 8 * (b->finish - b->begin)) return 0;
                 if (!is_here) continue;
                 int x = (m - b->first_mcu) * c->across + k % c->across, y = k / c->across;
                 uint8_t *to = c->plane + (1 + 8 * y) * c->pitch + 8 * x;
-                if (found != DC_ONLY) write_block(block, to, c->pitch);
-                else write_flat_block(block[0], to, c->pitch);
+                if (!(found == DC_ONLY ? write_flat_block(block, table, to, c->pitch) : write_block(block, table, to, c->pitch)))
+                    return 0;
             }
         }
     }

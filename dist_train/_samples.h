@@ -41,11 +41,23 @@ static inline void transform(const __m128i in[8], __m256i out[8], int bits) {
     }
 }
 
-/* (8, 8) coefficients, times their table -> samples in eight rows. */
-static inline void write_block(const int16_t *block, uint8_t *to, size_t pitch) {
+enum { LARGEST_SUM = 5700 }; /* |coefficients| of a block up to which no 16-bit sum of libjpeg-turbo overflows */
+
+/* (8, 8) coefficients, times their table -> samples in eight rows. 0 where they are too large. */
+static inline int write_block(const int16_t *block, const int16_t *table, uint8_t *to, size_t pitch) {
     __m128i rows[8], halves[8];
-    __m256i sums[8], q[4];
-    for (int i = 0; i < 8; i++) rows[i] = _mm_loadu_si128((const __m128i *)(block + 8 * i));
+    __m256i sums[8], q[4], total = _mm256_setzero_si256();
+    for (int i = 0; i < 4; i++) {
+        __m256i two = _mm256_loadu_si256((const __m256i *)(block + 16 * i));
+        __m256i factors = _mm256_loadu_si256((const __m256i *)(table + 16 * i));
+        total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_abs_epi16(two), factors));
+        two = _mm256_mullo_epi16(two, factors);
+        rows[2 * i] = _mm256_castsi256_si128(two);
+        rows[2 * i + 1] = _mm256_extracti128_si256(two, 1);
+    }
+    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+    sum = _mm_add_epi32(sum, _mm_srli_si128(sum, 8));
+    if (_mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_srli_si128(sum, 4))) > LARGEST_SUM) return 0;
     transform(rows, sums, 11);
     for (int i = 0; i < 4; i++) { /* two rows in each, one a lane; then rows to columns */
         q[i] = _mm256_permute4x64_epi64(_mm256_packs_epi32(sums[2 * i], sums[2 * i + 1]), 0xD8);
@@ -78,11 +90,14 @@ static inline void write_block(const int16_t *block, uint8_t *to, size_t pitch) 
         _mm_storel_epi64((__m128i *)(to + 2 * i * pitch), two[i]);
         _mm_storel_epi64((__m128i *)(to + (2 * i + 1) * pitch), _mm_unpackhi_epi64(two[i], two[i]));
     }
+    return 1;
 }
 
 /* The same for a block of nothing but a mean. */
-static inline void write_flat_block(int dc, uint8_t *to, size_t pitch) {
+static inline int write_flat_block(const int16_t *block, const int16_t *table, uint8_t *to, size_t pitch) {
+    int dc = block[0] * table[0];
     for (int y = 0; y < 8; y++) memset(to + y * pitch, limited(((dc * 4 + 16) >> 5) + 128), 8);
+    return dc <= LARGEST_SUM && dc >= -LARGEST_SUM;
 }
 
 /* ---- Samples to pixels ----------------------------------------------------------------------------------------- */
