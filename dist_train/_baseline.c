@@ -70,8 +70,8 @@ struct Baseline {
     int row, ready;                    /* next row of pixels; rows before this one are decoded */
     Bits bits;
     const uint8_t *begin, *finish;     /* the scan's bytes, without stuffing */
-    uint8_t *memory;
-    uint16_t *sums, *lines[2];
+    uint8_t *memory, *lines[2];        /* a row of either chroma component, as wide as the brightness */
+    uint16_t *sums;
     size_t room;
 };
 
@@ -294,7 +294,7 @@ static int read_mcus(Baseline *b, int is_kept) {
 }
 
 /* The row y of one chroma component as wide as the brightness, in the line; answers the sample of pixel `left`. */
-static const uint8_t *chroma_row(const Baseline *b, const Component *c, int y, uint16_t *line) {
+static const uint8_t *chroma_row(const Baseline *b, const Component *c, int y, uint8_t *line) {
     const Component *brightness = b->components;
     int mcu_rows = 8 * brightness->down, started = (b->next_row - 1) * mcu_rows; /* first row of the last row of MCUs */
     int origin = 8 * b->first_mcu;                                                /* sample that the plane begins with */
@@ -315,14 +315,14 @@ static const uint8_t *chroma_row(const Baseline *b, const Component *c, int y, u
     if (end == width) sums[width] = sums[width - 1];
     if (far) widen(sums + begin, end - begin, 8, 7, 4, line);
     else widen(sums + begin, end - begin, 1, 2, 2, line);
-    return (uint8_t *)line + b->left % 2;
+    return line + b->left % 2;
 }
 
 static void write_row(const Baseline *b, int y, uint8_t *to) {
     const Component *c = b->components;
     int started = (b->next_row - 1) * 8 * c->down;
     const uint8_t *light = c->plane + (1 + y - started) * (ptrdiff_t)c->pitch + b->left - 8 * c->across * b->first_mcu;
-    const uint8_t *cb = (uint8_t *)b->lines[0], *cr = cb; /* of a grey picture: 128 throughout */
+    const uint8_t *cb = b->lines[0], *cr = cb; /* of a grey picture: 128 throughout */
     if (b->num_components == 3) {
         cb = chroma_row(b, c + 1, y, b->lines[0]);
         cr = chroma_row(b, c + 2, y, b->lines[1]);
@@ -365,8 +365,8 @@ int baseline_start(Baseline *b, int top, int bottom, int left, int right, int pi
         total += sizes[i] = (8 * (size_t)c[i].down + 1) * c[i].pitch;
         c[i].last_dc = 0;
     }
-    size_t line = (right - left) / 2 + 32; /* pairs of samples */
-    total += 3 * line * sizeof(uint16_t);
+    size_t line = right - left + 64;
+    total += (line + 64) * sizeof(uint16_t) + 2 * line;
     if (b->room < total) {
         free(b->memory);
         b->room = 0;
@@ -374,10 +374,10 @@ int baseline_start(Baseline *b, int top, int bottom, int left, int right, int pi
         b->room = total;
     }
     b->sums = (uint16_t *)b->memory;
-    b->lines[0] = b->sums + line;
+    b->lines[0] = b->memory + (line + 64) * sizeof(uint16_t);
     b->lines[1] = b->lines[0] + line;
-    if (b->num_components == 1) memset(b->lines[0], 128, line * sizeof(uint16_t));
-    uint8_t *at = (uint8_t *)(b->lines[1] + line);
+    if (b->num_components == 1) memset(b->lines[0], 128, line);
+    uint8_t *at = b->lines[1] + line;
     for (int i = 0; i < b->num_components; at += sizes[i++]) c[i].plane = at;
     b->begin = at;
     b->finish = unstuff(b->scan, b->end, at);
