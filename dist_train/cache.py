@@ -6,15 +6,11 @@ device fill as samples are first read, so the first batch waits for nothing; a f
 
 import contextlib
 import fcntl
-import io
-import itertools
 import mmap
 import os
 import platform
-import shutil
-import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,47 +19,17 @@ import torch
 import xxhash
 
 from dist_train import decode
+from dist_train.decoded_file import open_decoded
 from dist_train.errors import UserError
-from dist_train.index import SplitIndex
 from dist_train.recycled import Recycled
-from dist_train.shard_cache import DEFAULT_GB, ShardCache, default_folder
-from dist_train.tars import writing
+from dist_train.shard_cache import DEFAULT_GB, default_folder
+from dist_train.wanted import Wanted, too_large
 
 MODES = ("auto", "none", "memory", "disk", "device")
 AUTO_GB = 4.0
-_VERSION = 2  # part of every key: raise it when the same bytes come to be decoded to other pixels
 _MEETING_FOLDER = "/dev/shm"  # local to the machine by nature, and empty after a restart
-_CHUNK_BYTES = 1 << 26
 
 Decode = Callable[[np.ndarray], torch.Tensor]  # places in the batch -> their rows, decoded
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is to be kept of a split. how: by which rule samples become rows, in words: part of the key.
-
-    shape and dtype: of one row. in_order: decodes all samples, as chunks of rows in their order.
-    """
-
-    split: SplitIndex
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    how: str
-    in_order: Callable[[], Iterable[np.ndarray]]
-
-    @property
-    def row_bytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
-
-    @property
-    def num_bytes(self) -> int:
-        return self.split.num_samples * self.row_bytes
-
-    @property
-    def key(self) -> str:
-        """A hash of all that the rows follow from."""
-        text = f"{_VERSION}|{self.split.fingerprint()}|{self.split.num_samples}|{self.shape}|{self.dtype}|{self.how}"
-        return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 class DecodedCache:
@@ -107,7 +73,7 @@ class DecodedCache:
             limit = min(self.auto_bytes - taken, limit // 2)
         rows = shared_rows(wanted, limit)
         if rows is None and self.mode == "memory":
-            raise _too_large(wanted, limit, "are free in memory", "disk, none, or a smaller data.image_size")
+            raise too_large(wanted, limit, "are free in memory", "disk, none, or a smaller data.image_size")
         return rows
 
 
@@ -176,7 +142,7 @@ class DeviceRows:
     def __init__(self, wanted: Wanted, device: torch.device):
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
         if wanted.num_bytes > free:
-            raise _too_large(wanted, free, f"are free on {device}", "memory or none")
+            raise too_large(wanted, free, f"are free on {device}", "memory or none")
         self.shape, self.device, self.num_bytes = wanted.shape, device, wanted.num_bytes
         shape = wanted.split.num_samples, int(np.prod(wanted.shape))
         self._values = torch.empty(shape, dtype=wanted.dtype, device=device)
@@ -297,82 +263,8 @@ def _leave(path: Path, fd: int, made: str) -> None:
 
 
 def file_rows(wanted: Wanted, folder: Path, verify: bool, limit: int) -> Rows:
-    """Rows in folder/decoded-<key>.npy, mapped: an array as numpy writes it, then its checksum. Written if it is not there.
-
-    Where such files would take more than limit bytes together, those go first that were opened longest ago.
-    """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / f"decoded-{wanted.key}.npy"
-    with ShardCache(folder, 0).locked(f"{path.stem}.lock"):  # one process decodes; the others wait for its file
-        if not _is_whole(path, wanted, verify):
-            _make_room(path, wanted, limit)
-            _write_file(path, wanted)
-        with contextlib.suppress(OSError):  # another user's: theirs to keep or let go
-            os.utime(path)  # opened just now
-    values = np.load(path, mmap_mode="r", allow_pickle=False).reshape(wanted.split.num_samples, -1).view(np.uint8)
-    return Rows(wanted, values, None)
-
-
-def _is_whole(path: Path, wanted: Wanted, verify: bool) -> bool:
-    if not path.exists() or path.stat().st_size != len(_header(wanted)) + wanted.num_bytes + 32:
-        return False
-    if not verify:
-        return True
-    digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
-        left = path.stat().st_size - 32
-        while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
-            digest.update(chunk)
-            left -= len(chunk)
-        return file.read(32).decode(errors="replace") == digest.hexdigest()
-
-
-def _make_room(path: Path, wanted: Wanted, limit: int) -> None:
-    if wanted.num_bytes > limit:
-        raise _too_large(wanted, limit, "may be kept on disk (data.cache_gb)", "none, or raise data.cache_gb")
-    others = []
-    for other in set(path.parent.glob("decoded-*.npy")) - {path}:
-        with contextlib.suppress(OSError):  # gone already
-            others.append((other.stat().st_mtime_ns, other.stat().st_size, other))
-    taken = sum(size for _, size, _ in others)
-    for _, size, other in sorted(others):
-        if taken + wanted.num_bytes > limit:
-            with contextlib.suppress(OSError):
-                other.unlink()  # whoever has it mapped keeps what it reads
-            taken -= size
-
-
-def _write_file(path: Path, wanted: Wanted) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if wanted.num_bytes > free:
-        raise _too_large(wanted, free, f"are free in {path.parent}", "none, or another data.cache_dir")
-    print(f"{path}: decoding {wanted.split.num_samples:,} samples ({wanted.num_bytes / 1e9:,.2f} GB), once",
-          file=sys.stderr, flush=True)  # fmt: skip
-    partial, digest, size = path.with_suffix(".partial"), xxhash.xxh3_128(), 0
-    try:
-        with writing(path), open(partial, "wb") as file:
-            for chunk in itertools.chain([_header(wanted)], wanted.in_order()):
-                chunk = memoryview(chunk).cast("B") if isinstance(chunk, np.ndarray) else chunk
-                digest.update(chunk)
-                size += file.write(chunk)
-            file.write(digest.hexdigest().encode())
-            file.flush()
-            os.fsync(file.fileno())
-            assert size == len(_header(wanted)) + wanted.num_bytes, f"{size} bytes decoded"
-            os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _header(wanted: Wanted) -> bytes:
-    file = io.BytesIO()
-    dtype = np.dtype(str(wanted.dtype).removeprefix("torch."))
-    np.lib.format.write_array_header_1_0(
-        file, {"descr": dtype.str, "fortran_order": False, "shape": (wanted.split.num_samples, *wanted.shape)}
-    )
-    return file.getvalue()
+    """Rows in a mapped file of the folder, which holds at most limit bytes of such files; written if it is not there."""
+    return Rows(wanted, open_decoded(wanted, folder, verify, limit), None)
 
 
 def available_bytes() -> int:
@@ -392,9 +284,3 @@ def available_bytes() -> int:
                 taken = int((level / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
                 free = min(free, max(0, limit - taken))
     return free
-
-
-def _too_large(wanted: Wanted, free: int, where: str, instead: str) -> UserError:
-    split = wanted.split
-    return UserError(f"{split.folder}: the {split.name} split takes {wanted.num_bytes / 1e9:,.2f} GB decoded, and "
-                     f"{max(0, free) / 1e9:,.2f} GB {where}.\n  Set data.cache to {instead}.")  # fmt: skip

@@ -19,7 +19,7 @@ import torch
 
 from dist_train import boxes as crop_boxes
 from dist_train.bad_samples import BadSamples, Undecodable
-from dist_train.cache import DecodedCache, DeviceRows, Wanted
+from dist_train.cache import DecodedCache, DeviceRows
 from dist_train.decode import SHARD_FAULTS, decode_from_files
 from dist_train.errors import UserError
 from dist_train.gpu_decode import GpuDecoder
@@ -27,6 +27,7 @@ from dist_train.index import ShardIndex, load_index
 from dist_train.order import Order, evaluation_share, rank_share, sample_keys
 from dist_train.shard_cache import read_ahead, shards_in_play
 from dist_train.store import Store, sample_name
+from dist_train.wanted import Wanted
 
 _DEPTH = 4  # batches ahead of each thread
 _GROUP_BYTES = 2**23  # of batches gathered in one call

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_train import cache, data, decode, open_stream
+from dist_train import cache, data, decode, decoded_file, open_stream
 from dist_train.cache import DecodedCache, available_bytes
 from dist_train.data import open_evaluation, to_device
 from dist_train.errors import UserError
@@ -247,7 +247,7 @@ def test_what_does_not_fit_is_refused_with_both_numbers(digits, monkeypatch, tmp
     for mode in ("memory", "device"):
         with pytest.raises(UserError, match=r"the train split takes 0.07 GB decoded, and 0.01 GB are free"):
             open_stream(digits, cache=mode, **size)
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 10_000_000))
+    monkeypatch.setattr(decoded_file.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 10_000_000))
     with pytest.raises(UserError, match=r"0.07 GB decoded, and 0.01 GB are free in"):
         open_stream(digits, cache=DecodedCache("disk", folder=str(tmp_path)), **size)
     auto = DecodedCache("auto")

@@ -28,7 +28,7 @@ LAYERS = [
      "gpu_decode", "models", "finetune", "optim", "metrics", "messages", "step_parts", "guard", "hybrid", "wandb_file", "wandb_log",
      "track", "watch", "runtime", "plots", "bars", "page", "ranking", "confusion", "table_plots", "picture_plots", "mistakes",
      "contact_sheet"],
-    ["cache", "data", "checkpoint"],
+    ["wanted", "decoded_file", "cache", "data", "checkpoint"],
     ["evaluate"],
     ["sizes", "decoder_choice", "parallel", "run", "train", "predict", "export", "scores", "preview", "figures", "report",
      "bench_step", "bench"],
