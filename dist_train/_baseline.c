@@ -17,10 +17,10 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h> /* before the line that turns the rest of this file into AVX2 */
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,lzcnt"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,bmi2"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,bmi,bmi2,lzcnt")
+#pragma GCC target("avx2,bmi2")
 #endif
 #include "_samples.h"
 
