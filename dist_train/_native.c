@@ -415,7 +415,7 @@ static void cmyk_to_rgb(unsigned char *row, int pixels) {
 
 /* What of a picture is wanted, and how much smaller it may be decoded. */
 typedef struct {
-    double box[4]; /* top, left, height, width, within the picture at full size */
+    double box[4]; /* top, left, height, width of it in the picture as it is decoded */
     int scale;     /* 1, 2, 4 or 8: the reduction while decoding */
     int is_whole;  /* all of it, as large as it is */
 } Wanted;
