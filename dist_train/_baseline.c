@@ -28,7 +28,7 @@
 
 enum { LOOK = 10, LONGEST = 16 };  /* bits of a code that a table is asked with; bits of the longest code */
 enum { SPARE = 1024 };             /* zero bytes behind the scan: a block reads 65 times, up to 8 bytes on */
-enum { DC_ONLY = 1 };
+enum { WRONG = 0, DC_ONLY = 1, USUAL = 2 }; /* what a block is */
 enum { END = 128 };                /* added to the place in the block by the code that ends it */
 
 /* A coefficient: bits of its code and of code and value together, how far it moves on in the block, bits of its value. */
@@ -240,16 +240,16 @@ INLINE int value_of(Entry entry, uint64_t bits) {
     return (int)(((bits ^ is_negative) >> 1 >> (63 - entry.size) ^ is_negative) - is_negative);
 }
 
-/* One block of a component, every coefficient in its place; is_kept 0: passed over, for what follows. Answers 0 for a
- * wrong code, DC_ONLY where all other coefficients are 0, else more. */
+/* One block of a component, every coefficient in its place; is_kept 0: passed over, for what follows. Answers WRONG for a
+ * code that does not exist or leaves the block, DC_ONLY where all other coefficients are 0, else USUAL. */
 INLINE int read_block(Bits *bits, Component *c, int16_t *block, int is_kept) {
     Bits s = *bits;
     refill(&s);
     Entry entry = c->dc->look[s.bits >> (64 - LOOK)];
-    if (!entry.code_bits && !(entry = long_code(s.bits, c->dc)).code_bits) return 0;
+    if (!entry.code_bits && !(entry = long_code(s.bits, c->dc)).code_bits) return WRONG;
     c->last_dc += value_of(entry, s.bits);
     take(&s, entry.all_bits);
-    if (c->last_dc > 32767 || c->last_dc < -32767) return 0;
+    if (c->last_dc > 32767 || c->last_dc < -32767) return WRONG;
     if (is_kept) {
         memset(block, 0, 64 * sizeof(int16_t));
         block[0] = c->last_dc;
@@ -259,20 +259,27 @@ INLINE int read_block(Bits *bits, Component *c, int16_t *block, int is_kept) {
     while (k < 64) {
         if (s.count < 32) refill(&s);
         entry = look[s.bits >> (64 - LOOK)];
-        if (!entry.code_bits && !(entry = long_code(s.bits, c->ac)).code_bits) return 0;
+        if (!entry.code_bits && !(entry = long_code(s.bits, c->ac)).code_bits) return WRONG;
         k += entry.moves;
         if (is_kept) block[PLACES[k]] = value_of(entry, s.bits);
         take(&s, entry.all_bits);
     }
     *bits = s;
-    if (k > 64 && k < 1 + END) return 0;
-    return k == 1 + END ? DC_ONLY : 2;
+    if (k > 64 && k < 1 + END) return WRONG;
+    return k == 1 + END ? DC_ONLY : USUAL;
 }
+
+static int num_mcus(const Baseline *b) { /* in a row of them */
+    int pixels = 8 * b->components->across;
+    return (b->width + pixels - 1) / pixels;
+}
+
+/* The first row of pixels of the MCUs that were decoded last. */
+static int started(const Baseline *b) { return (b->next_row - 1) * 8 * b->components->down; }
 
 /* The next row of MCUs: those of the columns kept into the planes, the others passed over. 0 where something is wrong. */
 static int read_mcus(Baseline *b, int is_kept) {
-    int mcus = (b->width + 8 * b->components->across - 1) / (8 * b->components->across);
-    int until = is_kept && b->ready >= b->bottom ? b->last_mcu : mcus; /* nothing behind the last pixel is looked at */
+    int until = is_kept && b->ready >= b->bottom ? b->last_mcu : num_mcus(b); /* nothing behind the last pixel is looked at */
     int16_t block[64 + 1]; /* and where zeros that belong nowhere go */
     for (int m = 0; m < until; m++) {
         int is_here = is_kept && m >= b->first_mcu && m < b->last_mcu;
@@ -281,7 +288,7 @@ static int read_mcus(Baseline *b, int is_kept) {
             const int16_t *table = b->tables[c->table];
             for (int k = 0; k < c->across * c->down; k++) {
                 int found = is_here ? read_block(&b->bits, c, block, 1) : read_block(&b->bits, c, block, 0);
-                if (!found || 8 * (b->bits.at - b->begin) - b->bits.count > 8 * (b->finish - b->begin)) return 0;
+                if (found == WRONG || 8 * (b->bits.at - b->begin) - b->bits.count > 8 * (b->finish - b->begin)) return 0;
                 if (!is_here) continue;
                 int x = (m - b->first_mcu) * c->across + k % c->across, y = k / c->across;
                 uint8_t *to = c->plane + (1 + 8 * y) * c->pitch + 8 * x;
@@ -296,19 +303,18 @@ static int read_mcus(Baseline *b, int is_kept) {
 /* The row y of one chroma component as wide as the brightness, in the line; answers the sample of pixel `left`. */
 static const uint8_t *chroma_row(const Baseline *b, const Component *c, int y, uint8_t *line) {
     const Component *brightness = b->components;
-    int mcu_rows = 8 * brightness->down, started = (b->next_row - 1) * mcu_rows; /* first row of the last row of MCUs */
-    int origin = 8 * b->first_mcu;                                                /* sample that the plane begins with */
-    if (brightness->across == 1) return c->plane + (1 + y - started) * c->pitch + b->left - origin;
+    const uint8_t *plane = c->plane - 8 * b->first_mcu; /* as if it began with the picture's first sample */
+    if (brightness->across == 1) return plane + (1 + y - started(b)) * c->pitch + b->left;
     int begin = b->left / 2, end = (b->right + 1) / 2, width = (b->width + 1) / 2;
     int before = begin > 0 ? begin - 1 : 0, after = end < width ? end + 1 : width;
     uint16_t *sums = b->sums + 1 - begin; /* sums[begin - 1] is the first */
     const uint8_t *near, *far = NULL;
-    if (brightness->down == 1) near = c->plane + (1 + y - started) * c->pitch - origin;
+    if (brightness->down == 1) near = plane + (1 + y - started(b)) * c->pitch;
     else {
         int own = y / 2, other = y % 2 ? own + 1 : own - 1, height = (b->height + 1) / 2;
         if (other < 0 || other >= height) other = own;
-        near = c->plane + (1 + own - started / 2) * c->pitch - origin;
-        far = c->plane + (1 + other - started / 2) * c->pitch - origin;
+        near = plane + (1 + own - started(b) / 2) * c->pitch;
+        far = plane + (1 + other - started(b) / 2) * c->pitch;
     }
     sum_rows(near + before, far ? far + before : NULL, after - before, sums + before);
     if (begin == 0) sums[-1] = sums[0];
@@ -320,8 +326,7 @@ static const uint8_t *chroma_row(const Baseline *b, const Component *c, int y, u
 
 static void write_row(const Baseline *b, int y, uint8_t *to) {
     const Component *c = b->components;
-    int started = (b->next_row - 1) * 8 * c->down;
-    const uint8_t *light = c->plane + (1 + y - started) * (ptrdiff_t)c->pitch + b->left - 8 * c->across * b->first_mcu;
+    const uint8_t *light = c->plane + (1 + y - started(b)) * c->pitch + b->left - 8 * c->across * b->first_mcu;
     const uint8_t *cb = b->lines[0], *cr = cb; /* of a grey picture: 128 throughout */
     if (b->num_components == 3) {
         cb = chroma_row(b, c + 1, y, b->lines[0]);
@@ -348,7 +353,7 @@ static uint8_t *unstuff(const uint8_t *at, const uint8_t *end, uint8_t *to) {
 
 int baseline_start(Baseline *b, int top, int bottom, int left, int right, int pixel_bytes) {
     Component *c = b->components;
-    int across = c->across, mcus = (b->width + 8 * across - 1) / (8 * across);
+    int across = c->across, mcus = num_mcus(b);
     b->top = b->row = b->ready = top;
     b->bottom = bottom;
     b->left = left;

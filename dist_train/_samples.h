@@ -130,9 +130,9 @@ static inline void widen(const uint16_t *sums, int samples, int down, int up, in
     }
 }
 
-/* Brightness and chroma to `pixels` pixels of 3 or 4 bytes (the fourth is left to chance). */
-static inline void colour_rest(const uint8_t *y, const uint8_t *cb, const uint8_t *cr, int pixels, int bytes, uint8_t *to) {
-    for (int i = 0; i < pixels; i++, to += bytes) {
+/* Brightness and chroma to `pixels` pixels of 3 bytes, one at a time. */
+static inline void write_last_colours(const uint8_t *y, const uint8_t *cb, const uint8_t *cr, int pixels, uint8_t *to) {
+    for (int i = 0; i < pixels; i++, to += 3) {
         int blue = cb[i] - 128, red = cr[i] - 128;
         to[0] = limited(y[i] + ((91881 * red + 32768) >> 16));
         to[1] = limited(y[i] + ((-22554 * blue - 46802 * red + 32768) >> 16));
@@ -146,7 +146,8 @@ static inline __m256i shares(__m256i low, __m256i high, int of_blue, int of_red)
                               _mm256_srai_epi32(_mm256_add_epi32(weighed(high, of_blue, of_red), half), 16));
 }
 
-/* 16 pixels a turn; reads 15 samples and writes BASELINE_PADDING bytes past the end at most, those of 3 bytes none. */
+/* Brightness and chroma to `pixels` pixels of 3 bytes, or of 4 with a 0. 16 a turn; reads up to 15 samples past the end, and of
+ * 4 bytes writes up to BASELINE_PADDING past it. */
 static inline void write_colours(const uint8_t *y, const uint8_t *cb, const uint8_t *cr, int pixels, int bytes, uint8_t *to) {
     const __m128i three = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
     int i = 0;
@@ -160,8 +161,7 @@ static inline void write_colours(const uint8_t *y, const uint8_t *cb, const uint
         __m256i r = _mm256_add_epi16(_mm256_add_epi16(light, red), shares(low, high, 0, 26345));
         __m256i g = _mm256_add_epi16(_mm256_sub_epi16(light, red), shares(low, high, -22554, 18734));
         __m256i bl = _mm256_add_epi16(_mm256_add_epi16(light, _mm256_add_epi16(blue, blue)), shares(low, high, -14942, 0));
-        __m256i rg = _mm256_or_si256(_mm256_packus_epi16(r, r), _mm256_setzero_si256());
-        rg = _mm256_unpacklo_epi8(rg, _mm256_packus_epi16(g, g)); /* pixels 0-7 | 8-15 */
+        __m256i rg = _mm256_unpacklo_epi8(_mm256_packus_epi16(r, r), _mm256_packus_epi16(g, g)); /* pixels 0-7 | 8-15 */
         __m256i bx = _mm256_unpacklo_epi8(_mm256_packus_epi16(bl, bl), _mm256_setzero_si256());
         __m256i first = _mm256_unpacklo_epi16(rg, bx), second = _mm256_unpackhi_epi16(rg, bx); /* 0-3 | 8-11, 4-7 | 12-15 */
         __m128i four[4] = {_mm256_castsi256_si128(first), _mm256_castsi256_si128(second),
@@ -178,5 +178,5 @@ static inline void write_colours(const uint8_t *y, const uint8_t *cb, const uint
             memcpy(place + 8, &last, 4);
         }
     }
-    if (i < pixels) colour_rest(y + i, cb + i, cr + i, pixels - i, bytes, to + (size_t)bytes * i);
+    if (i < pixels) write_last_colours(y + i, cb + i, cr + i, pixels - i, to + 3 * (size_t)i);
 }

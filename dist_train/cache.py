@@ -64,7 +64,8 @@ class DecodedCache:
         if self.mode == "none":
             return None
         if self.mode == "disk":
-            return file_rows(wanted, default_folder(self.folder), self.verify, self.disk_bytes)
+            values = open_decoded(wanted, default_folder(self.folder), self.verify, self.disk_bytes)
+            return Rows(wanted, values, None)
         if self.mode == "device":
             return DeviceRows(wanted, self.device)
         limit = available_bytes()
@@ -260,11 +261,6 @@ def _leave(path: Path, fd: int, made: str) -> None:
             if file.read(64).decode(errors="replace") in (made, ""):
                 os.unlink(path)
     os.close(fd)
-
-
-def file_rows(wanted: Wanted, folder: Path, verify: bool, limit: int) -> Rows:
-    """Rows in a mapped file of the folder, which holds at most limit bytes of such files; written if it is not there."""
-    return Rows(wanted, open_decoded(wanted, folder, verify, limit), None)
 
 
 def available_bytes() -> int:
