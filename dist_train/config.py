@@ -185,6 +185,8 @@ class TrainConfig:
     """stop after this many evaluations without improvement; 0 never"""
     flip_test: bool = False
     """evaluate the mean of each picture's and its mirror image's logits"""
+    shift_test: int = 0
+    """pixels: evaluate the mean of each picture's logits and those of it moved so far both ways along its diagonal; 0 is off"""
     sync_batchnorm: bool = True
     """BatchNorm over the global batch, so that the figures do not depend on the number of ranks"""
     channels_last: bool = True

@@ -102,18 +102,33 @@ def predict_logits(
 ) -> torch.Tensor:
     """Stored values -> float32 logits (N, K). values: uint8 (N, 3, H, W), or float32 (N, F) of a table.
 
-    index needs mean, std, features and image_size only. With train.flip_test, the mean with the mirror image's.
+    index needs mean, std, features and image_size only. With train.flip_test or train.shift_test, the mean over `views`.
     """
     if index.features is not None:
-        inputs = standardised(values, index)
+        inputs = [(1.0, standardised(values, index))]
     else:
         size = (config.data.image_size,) * 2 if config.data.image_size else tuple(index.image_size)
-        inputs = evaluation_pixels(values, size, index.mean, index.std)
+        pictures = evaluation_pixels(values, size, index.mean, index.std)
+        inputs = views(pictures, config.train.flip_test, config.train.shift_test)
     with accelerator.autocast():
-        logits = network(inputs).float()
-        if config.train.flip_test and index.features is None:
-            logits = (logits + network(inputs.flip(3)).float()) / 2
-    return logits
+        return sum(weight * network(view).float() for weight, view in inputs)
+
+
+def views(pictures: torch.Tensor, flipped: bool, shift: int) -> Iterator[tuple[float, torch.Tensor]]:
+    """What an evaluation sees of each picture, and how much it counts; the weights sum to 1.
+
+    The picture; with shift, in its place at half the weight, and moved that many pixels up and to the left, and as many down
+    and to the right, at a quarter each; with flipped, each of these together with its mirror image. pictures: float32
+    (N, C, H, W), normalised, so that what a shift uncovers is the mean colour, as in training.
+    """
+    moves = [(0, 0.5), (-shift, 0.25), (shift, 0.25)] if shift else [(0, 1.0)]
+    for pixels, weight in moves:
+        moved = F.pad(pictures, (pixels, -pixels) * 2) if pixels else pictures
+        moved = moved.contiguous(memory_format=torch.channels_last)
+        if flipped:
+            weight /= 2
+            yield weight, moved.flip(3)
+        yield weight, moved
 
 
 def standardised(values: torch.Tensor, index: ShardIndex) -> torch.Tensor:

@@ -135,6 +135,7 @@ def describe(trained: Trained, kind: str, input_size: tuple[int, int] | None) ->
     height, width = input_size if is_graph else trained.image_size
     crops = trained.eval_crop and not trained.one_size
     shorter = round(height / trained.eval_crop) if crops else None
+    shift = trained.config.train.shift_test
     rule = (
         f"shorter side to {shorter} px, then the central {height} x {width} px"
         if crops
@@ -152,6 +153,8 @@ def describe(trained: Trained, kind: str, input_size: tuple[int, int] | None) ->
         "network_size": list(trained.image_size),
         "flip_test": "not in the file; the run's own figures average each picture with its mirror image"
                      if trained.config.train.flip_test else "not used",
+        "shift_test": f"not in the file; the run's own figures average each picture with itself moved by {shift} px both ways"
+                      if shift else "not used",
     }  # fmt: skip
 
 
@@ -208,8 +211,8 @@ def load_exported(path: Path) -> Callable[[Tensor], Tensor]:
 def compare(trained: Trained, config: RunConfig, index: ShardIndex, split: str, exported: Callable) -> dict:
     """Classify a split with the run's network and with an exported file; return the figures of both.
 
-    On the CPU in float32, whatever the run was trained in, and without the mirror images of train.flip_test. Raises
-    UserError if the logits differ by more than TOLERANCE, or more predictions than MAX_CHANGED.
+    On the CPU in float32, whatever the run was trained in, and without the further views of train.flip_test and
+    train.shift_test. Raises UserError if the logits differ by more than TOLERANCE, or more predictions than MAX_CHANGED.
     """
     data = config.data
     batches = open_evaluation(

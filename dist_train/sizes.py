@@ -59,6 +59,9 @@ def check_sizes(config: RunConfig, index: ShardIndex, world: World) -> None:
                         f"  Convert the set again without the bad ones (--max-bad), or leave one of the two out.")  # fmt: skip
     if config.train.epochs <= 0:
         problems.append(f"train.epochs is {config.train.epochs}; expected more than 0.")
+    side = min(index.image_size or [0]) if index.features is None else 0
+    if not 0 <= config.train.shift_test <= (config.data.image_size or side) // 2:
+        problems.append(f"train.shift_test is {config.train.shift_test}; expected pixels, 0 to half the picture's side.")
     if config.optim.lr <= 0:
         problems.append(f"optim.lr is {config.optim.lr}; expected more than 0.")
     if not 0 < config.optim.layer_decay <= 1:

@@ -159,8 +159,10 @@ def test_a_run_folder_that_cannot_be_made_is_named(digits, tmp_path):
 
 def test_faults_of_the_set_up_are_named_together(digits, tmp_path):
     with pytest.raises(UserError) as error:
-        run_training(tiny_run(digits, tmp_path / "x", "--optim.lr", "-1", "--train.epochs", "0", "--model.name", "mlp"))
+        run_training(tiny_run(digits, tmp_path / "x", "--optim.lr", "-1", "--train.epochs", "0", "--model.name", "mlp",
+                              "--train.shift_test", "9"))  # fmt: skip
     assert "optim.lr is -1.0" in str(error.value)
+    assert "train.shift_test is 9; expected pixels, 0 to half" in str(error.value)
     assert "train.epochs is 0.0" in str(error.value)
     assert "model.name mlp is for tables" in str(error.value)
 
