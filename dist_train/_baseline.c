@@ -1,7 +1,7 @@
 /* Baseline JPEGs, as most photographs are, decoded only where a crop needs them; for processors with AVX2.
  *
  * libjpeg-turbo spends most of its time on a photograph on Huffman codes, and on a small picture on getting ready. Here
- * a coefficient takes one look into a table and no branch that chance decides, blocks beside the crop are only passed
+ * two coefficients take one look into a table and no branch that chance decides, blocks beside the crop are only passed
  * over, and tables are kept while pictures repeat them. The pixels are libjpeg-turbo's, bit for bit: every sum is exact,
  * and rounded where it rounds. A picture with anything out of the ordinary (progressive, restarts, other samplings, a code
  * that does not exist, sums that 16 bits would not hold) is not decoded here but left to libjpeg, whose verdict counts.
@@ -22,32 +22,10 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,bmi2")
 #endif
+#include "_codes.h"
 #include "_samples.h"
 
-#define INLINE __attribute__((always_inline)) static inline
-
-enum { LOOK = 10, LONGEST = 16 };  /* bits of a code that a table is asked with; bits of the longest code */
-enum { SPARE = 1024 };             /* zero bytes behind the scan: a block reads 65 times, up to 8 bytes on */
-enum { WRONG = 0, DC_ONLY = 1, USUAL = 2 }; /* what a block is */
-enum { END = 128 };                /* added to the place in the block by the code that ends it */
-
-/* A coefficient: bits of its code and of code and value together, how far it moves on in the block, bits of its value. */
-typedef struct {
-    uint8_t code_bits, all_bits, moves, size;
-} Entry;
-
-typedef struct {
-    uint8_t counts[LONGEST], symbols[256]; /* as the file gives them: what the tables were made from */
-    int is_made, is_dc;
-    Entry look[1 << LOOK]; /* by the next LOOK bits; code_bits 0 says that the code is longer */
-    int32_t past[LONGEST + 1], offset[LONGEST + 1]; /* by length: first code that is too large; symbol of code 0 */
-} Codes;
-
-typedef struct {
-    uint64_t bits; /* the next ones, from the highest */
-    int count;     /* how many of them are known */
-    const uint8_t *at;
-} Bits;
+enum { SPARE = 1024 }; /* zero bytes behind the scan: a block reads 65 times at most, up to 8 bytes on */
 
 typedef struct {
     int across, down; /* blocks in an MCU */
@@ -71,49 +49,10 @@ struct Baseline {
     Bits bits;
     const uint8_t *begin, *finish;     /* the scan's bytes, without stuffing */
     uint8_t *memory, *lines[2];        /* a row of either chroma component, as wide as the brightness */
-    uint16_t *sums;
     size_t room;
 };
 
-#define ALL4(x) x, x, x, x
-#define ALL16(x) ALL4(x), ALL4(x), ALL4(x), ALL4(x)
-#define ALL(x) ALL16(x), ALL16(x), ALL16(x), ALL16(x)
-static const uint8_t PLACES[1 + 64 + END] = { /* of the block's first, second ... coefficient in the file; 64: none */
-    64, 0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6, 7, 14, 21, 28,
-    35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55,
-    62, 63, ALL(64), ALL(64),
-};
-
 /* ---- Header ---------------------------------------------------------------------------------------------------- */
-
-static Entry entry_of(int length, int symbol) { /* of DC codes, `moves` has no meaning */
-    int run = symbol >> 4, size = symbol & 15;
-    return (Entry){length, length + size, size ? run + 1 : run == 15 ? 16 : END, size};
-}
-
-/* Make the tables of a DHT segment's counts and symbols. 0 where it is not a prefix code. */
-static int make_codes(Codes *codes, const uint8_t *counts, const uint8_t *symbols, int num_symbols, int is_dc) {
-    if (codes->is_made && codes->is_dc == is_dc && !memcmp(codes->counts, counts, LONGEST) &&
-        !memcmp(codes->symbols, symbols, num_symbols))
-        return 1;
-    codes->is_made = 0;
-    memcpy(codes->counts, counts, LONGEST);
-    memcpy(codes->symbols, symbols, num_symbols);
-    memset(codes->look, 0, sizeof(codes->look));
-    int32_t code = 0, k = 0;
-    for (int length = 1; length <= LONGEST; length++, code <<= 1) {
-        codes->offset[length] = k - code;
-        for (int i = 0; i < counts[length - 1]; i++, code++, k++) {
-            if (code + 1 >= 1 << length || (is_dc && symbols[k] > 15)) return 0; /* all ones are no code */
-            Entry entry = entry_of(length, symbols[k]);
-            for (int spare = LOOK - length, rest = 0; spare >= 0 && rest < 1 << spare; rest++)
-                codes->look[(code << spare) + rest] = entry;
-        }
-        codes->past[length] = code;
-    }
-    codes->is_dc = is_dc;
-    return codes->is_made = 1;
-}
 
 static int read_codes(Baseline *b, const uint8_t *at, const uint8_t *end) {
     while (at < end) {
@@ -208,66 +147,7 @@ const uint8_t *baseline_open(Baseline *b, const uint8_t *jpeg, size_t size, int 
     return b->scan;
 }
 
-/* ---- Codes to blocks ------------------------------------------------------------------------------------------- */
-
-INLINE void refill(Bits *s) { /* at least 56 bits are known then */
-    uint64_t next;
-    memcpy(&next, s->at, 8);
-    s->bits |= __builtin_bswap64(next) >> s->count;
-    s->at += (63 - s->count) >> 3;
-    s->count |= 56;
-}
-
-INLINE void take(Bits *s, int n) {
-    s->bits <<= n;
-    s->count -= n;
-}
-
-/* A code that no table holds, looked for by its length. Its bits are 0 where there is none. */
-static Entry long_code(uint64_t bits, const Codes *codes) {
-    for (int length = LOOK + 1; length <= LONGEST; length++) {
-        int code = bits >> (64 - length);
-        if (code < codes->past[length]) return entry_of(length, codes->symbols[(code + codes->offset[length]) & 255]);
-    }
-    return (Entry){0};
-}
-
-/* The value of an entry that the next bits begin with; a leading 0 stands for a negative one (T.81 F.2.2.1). There is no
- * branch: signs and sizes are chance, and a wrong guess costs as much as three coefficients. */
-INLINE int value_of(Entry entry, uint64_t bits) {
-    bits <<= entry.code_bits;
-    int64_t is_negative = ~((int64_t)bits >> 63);
-    return (int)(((bits ^ is_negative) >> 1 >> (63 - entry.size) ^ is_negative) - is_negative);
-}
-
-/* One block of a component, every coefficient in its place; is_kept 0: passed over, for what follows. Answers WRONG for a
- * code that does not exist or leaves the block, DC_ONLY where all other coefficients are 0, else USUAL. */
-INLINE int read_block(Bits *bits, Component *c, int16_t *block, int is_kept) {
-    Bits s = *bits;
-    refill(&s);
-    Entry entry = c->dc->look[s.bits >> (64 - LOOK)];
-    if (!entry.code_bits && !(entry = long_code(s.bits, c->dc)).code_bits) return WRONG;
-    c->last_dc += value_of(entry, s.bits);
-    take(&s, entry.all_bits);
-    if (c->last_dc > 32767 || c->last_dc < -32767) return WRONG;
-    if (is_kept) {
-        memset(block, 0, 64 * sizeof(int16_t));
-        block[0] = c->last_dc;
-    }
-    const Entry *look = c->ac->look;
-    int k = 1;
-    while (k < 64) {
-        if (s.count < 32) refill(&s);
-        entry = look[s.bits >> (64 - LOOK)];
-        if (!entry.code_bits && !(entry = long_code(s.bits, c->ac)).code_bits) return WRONG;
-        k += entry.moves;
-        if (is_kept) block[PLACES[k]] = value_of(entry, s.bits);
-        take(&s, entry.all_bits);
-    }
-    *bits = s;
-    if (k > 64 && k < 1 + END) return WRONG;
-    return k == 1 + END ? DC_ONLY : USUAL;
-}
+/* ---- Rows of MCUs ---------------------------------------------------------------------------------------------- */
 
 static int num_mcus(const Baseline *b) { /* in a row of them */
     int pixels = 8 * b->components->across;
@@ -287,17 +167,27 @@ static int read_mcus(Baseline *b, int is_kept) {
             Component *c = &b->components[i];
             const int16_t *table = b->tables[c->table];
             for (int k = 0; k < c->across * c->down; k++) {
-                int found = is_here ? read_block(&b->bits, c, block, 1) : read_block(&b->bits, c, block, 0);
+                int found = is_here ? read_block(&b->bits, c->dc, c->ac, &c->last_dc, block, 1)
+                                    : read_block(&b->bits, c->dc, c->ac, &c->last_dc, block, 0);
                 if (found == WRONG || 8 * (b->bits.at - b->begin) - b->bits.count > 8 * (b->finish - b->begin)) return 0;
                 if (!is_here) continue;
-                int x = (m - b->first_mcu) * c->across + k % c->across, y = k / c->across;
+                int y = k >= c->across, x = (m - b->first_mcu) * c->across + (y ? k - c->across : k); /* two rows at most */
                 uint8_t *to = c->plane + (1 + 8 * y) * c->pitch + 8 * x;
-                if (!(found == DC_ONLY ? write_flat_block(block, table, to, c->pitch) : write_block(block, table, to, c->pitch)))
-                    return 0;
+                if (found == DC_ONLY && !write_flat_block(block, table, to, c->pitch)) return 0;
+                if (found != DC_ONLY && !write_block(block, table, to, c->pitch)) return 0;
             }
         }
     }
     return 1;
+}
+
+/* Smoothing looks at a sample more on either side: at the picture's edges the outermost ones once more. */
+static void repeat_edges(const Baseline *b, const Component *c) {
+    int last = (b->width + 1) / 2 - 1 - 8 * b->first_mcu, columns = 8 * (b->last_mcu - b->first_mcu);
+    for (uint8_t *row = c->plane + c->pitch; row <= c->plane + 8 * c->pitch; row += c->pitch) {
+        if (b->first_mcu == 0) row[-1] = row[0];
+        if (last < columns) row[last + 1] = row[last];
+    }
 }
 
 /* The row y of one chroma component as wide as the brightness, in the line; answers the sample of pixel `left`. */
@@ -305,22 +195,16 @@ static const uint8_t *chroma_row(const Baseline *b, const Component *c, int y, u
     const Component *brightness = b->components;
     const uint8_t *plane = c->plane - 8 * b->first_mcu; /* as if it began with the picture's first sample */
     if (brightness->across == 1) return plane + (1 + y - started(b)) * c->pitch + b->left;
-    int begin = b->left / 2, end = (b->right + 1) / 2, width = (b->width + 1) / 2;
-    int before = begin > 0 ? begin - 1 : 0, after = end < width ? end + 1 : width;
-    uint16_t *sums = b->sums + 1 - begin; /* sums[begin - 1] is the first */
-    const uint8_t *near, *far = NULL;
-    if (brightness->down == 1) near = plane + (1 + y - started(b)) * c->pitch;
-    else {
+    int begin = b->left / 2, samples = (b->right + 1) / 2 - begin;
+    if (brightness->down == 1) {
+        const uint8_t *row = plane + (1 + y - started(b)) * c->pitch + begin;
+        widen(row, row, samples, 4, 8, line);
+    } else {
         int own = y / 2, other = y % 2 ? own + 1 : own - 1, height = (b->height + 1) / 2;
         if (other < 0 || other >= height) other = own;
-        near = plane + (1 + own - started(b) / 2) * c->pitch;
-        far = plane + (1 + other - started(b) / 2) * c->pitch;
+        const uint8_t *near = plane + (1 + own - started(b) / 2) * c->pitch + begin;
+        widen(near, near + (other - own) * (ptrdiff_t)c->pitch, samples, 8, 7, line);
     }
-    sum_rows(near + before, far ? far + before : NULL, after - before, sums + before);
-    if (begin == 0) sums[-1] = sums[0];
-    if (end == width) sums[width] = sums[width - 1];
-    if (far) widen(sums + begin, end - begin, 8, 7, 4, line);
-    else widen(sums + begin, end - begin, 1, 2, 2, line);
     return line + b->left % 2;
 }
 
@@ -364,25 +248,25 @@ int baseline_start(Baseline *b, int top, int bottom, int left, int right, int pi
     b->last_mcu = (right - 1 + (across == 1 ? 0 : 2)) / (8 * across) + 1;
     if (b->last_mcu > mcus) b->last_mcu = mcus;
     b->next_row = 0;
-    size_t columns = 8 * (size_t)(b->last_mcu - b->first_mcu), scan = b->end - b->scan + SPARE, sizes[3], total = scan;
+    size_t columns = 8 * (size_t)(b->last_mcu - b->first_mcu), scan = b->end - b->scan + SPARE, sizes[3], total = scan + 32;
     for (int i = 0; i < b->num_components; i++) {
         c[i].pitch = columns * c[i].across + 32;
         total += sizes[i] = (8 * (size_t)c[i].down + 1) * c[i].pitch;
         c[i].last_dc = 0;
+        pair(c[i].ac, b->end - b->scan);
     }
     size_t line = right - left + 64;
-    total += (line + 64) * sizeof(uint16_t) + 2 * line;
+    total += 2 * line;
     if (b->room < total) {
         free(b->memory);
         b->room = 0;
         if (!(b->memory = malloc(total))) return 0;
         b->room = total;
     }
-    b->sums = (uint16_t *)b->memory;
-    b->lines[0] = b->memory + (line + 64) * sizeof(uint16_t);
+    b->lines[0] = b->memory;
     b->lines[1] = b->lines[0] + line;
     if (b->num_components == 1) memset(b->lines[0], 128, line);
-    uint8_t *at = b->lines[1] + line;
+    uint8_t *at = b->lines[1] + line + 32; /* a sample is written in front of each row, and up to 31 behind */
     for (int i = 0; i < b->num_components; at += sizes[i++]) c[i].plane = at;
     b->begin = at;
     b->finish = unstuff(b->scan, b->end, at);
@@ -400,11 +284,12 @@ static int advance(Baseline *b) {
         if (m * rows >= b->height) return 0;
         if (is_kept) { /* the last row needs the first chroma row of the MCUs below */
             for (int i = 0; i < b->num_components && m > first; i++)
-                memcpy(c[i].plane, c[i].plane + 8 * c[i].down * c[i].pitch, c[i].pitch);
+                memcpy(c[i].plane - 1, c[i].plane - 1 + 8 * c[i].down * c[i].pitch, c[i].pitch);
             int ready = is_last ? b->height : (m + 1) * rows - smooths;
             b->ready = ready > b->row ? ready : b->row;
         }
         if (!read_mcus(b, is_kept)) return 0;
+        for (int i = 1; i < b->num_components && is_kept && c->across == 2; i++) repeat_edges(b, c + i);
     }
     return 1;
 }

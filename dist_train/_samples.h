@@ -102,30 +102,23 @@ static inline int write_flat_block(const int16_t *block, const int16_t *table, u
 
 /* ---- Samples to pixels ----------------------------------------------------------------------------------------- */
 
-/* Samples summed over two rows, the nearer one three times; or as they are, without a second row. 16 a turn: reads and
- * writes up to 15 past the end. */
-static inline void sum_rows(const uint8_t *near, const uint8_t *far, int samples, uint16_t *sums) {
-    for (int i = 0; i < samples; i += 16) {
-        __m256i sum = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(near + i)));
-        if (far) {
-            __m256i other = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(far + i)));
-            sum = _mm256_add_epi16(_mm256_add_epi16(sum, sum), _mm256_add_epi16(sum, other));
-        }
-        _mm256_storeu_si256((__m256i *)(sums + i), sum);
-    }
+/* 16 samples summed over two rows, the nearer one three times. */
+static inline __m256i summed(const uint8_t *near, const uint8_t *far) {
+    __m256i own = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)near));
+    __m256i other = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)far));
+    return _mm256_add_epi16(_mm256_add_epi16(own, own), _mm256_add_epi16(own, other));
 }
 
-/* Twice as many samples from sums of `samples`, each three parts its own and one part its neighbour's, which is there
- * also before the first and after the last. Writes up to 30 past the end. */
-static inline void widen(const uint16_t *sums, int samples, int down, int up, int bits, uint8_t *to) {
-    const __m256i to_left = _mm256_set1_epi16(down), to_right = _mm256_set1_epi16(up);
+/* Twice as many samples as there are in a row, each three parts its own and one part its neighbour's, and likewise over rows; `far`
+ * may be `near`. One more is read on either side; reads up to 16 past the end, writes up to 30. */
+static inline void widen(const uint8_t *near, const uint8_t *far, int samples, int to_left, int to_right, uint8_t *to) {
+    const __m256i round_left = _mm256_set1_epi16(to_left), round_right = _mm256_set1_epi16(to_right);
     for (int i = 0; i < samples; i += 16) {
-        __m256i own = _mm256_loadu_si256((const __m256i *)(sums + i));
-        __m256i left = _mm256_loadu_si256((const __m256i *)(sums + i - 1));
-        __m256i right = _mm256_loadu_si256((const __m256i *)(sums + i + 1));
+        __m256i own = summed(near + i, far + i);
+        __m256i left = summed(near + i - 1, far + i - 1), right = summed(near + i + 1, far + i + 1);
         own = _mm256_add_epi16(own, _mm256_add_epi16(own, own));
-        left = _mm256_srli_epi16(_mm256_add_epi16(_mm256_add_epi16(own, left), to_left), bits);
-        right = _mm256_srli_epi16(_mm256_add_epi16(_mm256_add_epi16(own, right), to_right), bits);
+        left = _mm256_srli_epi16(_mm256_add_epi16(_mm256_add_epi16(own, left), round_left), 4);
+        right = _mm256_srli_epi16(_mm256_add_epi16(_mm256_add_epi16(own, right), round_right), 4);
         _mm256_storeu_si256((__m256i *)(to + 2 * i), _mm256_or_si256(left, _mm256_slli_epi16(right, 8)));
     }
 }
@@ -173,6 +166,10 @@ static inline void write_colours(const uint8_t *y, const uint8_t *cb, const uint
                 continue;
             }
             __m128i packed = _mm_shuffle_epi8(four[k], three);
+            if (k < 3) { /* what is too much is written over */
+                _mm_storeu_si128((__m128i *)place, packed);
+                continue;
+            }
             int32_t last = _mm_extract_epi32(packed, 2);
             _mm_storel_epi64((__m128i *)place, packed);
             memcpy(place + 8, &last, 4);
