@@ -110,13 +110,7 @@ class Rows:
             if len(missing) == len(samples):
                 return rows
         _fence()  # between the marks that were seen and the rows
-        shape = len(samples), *self.shape
-        if pin_memory:
-            out = torch.empty(shape, dtype=self.dtype, pin_memory=True)
-        else:
-            out = (
-                torch.from_numpy(self._recycled.take(len(samples) * self._values.shape[1])).view(self.dtype).view(shape)
-            )
+        out = self._recycled.tensor((len(samples), *self.shape), self.dtype, pin_memory)
         into = out.numpy().reshape(len(samples), -1).view(np.uint8)
         if hasattr(decode.native, "gather"):
             decode.native.gather(self._values, into.shape[1], samples, into)

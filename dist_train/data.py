@@ -25,6 +25,7 @@ from dist_train.errors import UserError
 from dist_train.gpu_decode import GpuDecoder
 from dist_train.index import ShardIndex, load_index
 from dist_train.order import Order, evaluation_share, rank_share, sample_keys
+from dist_train.recycled import Recycled
 from dist_train.shard_cache import read_ahead, shards_in_play
 from dist_train.store import Store, sample_name
 from dist_train.wanted import Wanted
@@ -233,6 +234,7 @@ class _Loader:
         self.shape = (len(index.features),) if self.is_table else (*size, 3)
         self.dtype = torch.float32 if self.is_table else torch.uint8
         self.kept = self.gpu_decoder = None
+        self.recycled = Recycled()
 
     @property
     def sample_bytes(self) -> int:
@@ -302,7 +304,7 @@ class _Loader:
             boxes = self.boxes(self.store.table[samples], keys) if self.boxes else None
             return self._proven(samples, *self.gpu_decoder(at.fds, at.offsets, at.sizes, at.checksums if self.verify else None,
                                                            boxes, self.shape[:2]))  # fmt: skip
-        out = torch.empty((len(samples), *self.shape), dtype=self.dtype, pin_memory=self.pin_memory)
+        out = self.recycled.tensor((len(samples), *self.shape), self.dtype, self.pin_memory)
         rows = out.numpy()
         if self.is_table:
             for i, payload in enumerate(self.store.payloads(samples, self.verify)):

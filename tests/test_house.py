@@ -19,7 +19,7 @@ MODULES = sorted(p.stem for p in (ROOT / "dist_train").glob("*.py"))
 
 # Imports run downwards, from a later row to an earlier one, or inside a row without a circle.
 LAYERS = [
-    ["errors", "durable", "settings", "config", "index", "order", "boxes", "bad_samples", "recycled"],  # no torch
+    ["errors", "durable", "settings", "config", "index", "order", "boxes", "bad_samples"],  # no torch
     ["remote", "shard_cache", "remote_index",
      "store", "picture_header", "decode", "tars", "partition", "pictures", "sources", "tables", "torchsets", "workers",
      "write_shard", "plan", "dali_index", "tar_lists", "foreign_tar", "read_foreign", "folds", "stop"],  # no torch either
@@ -28,7 +28,7 @@ LAYERS = [
      "gpu_decode", "models", "finetune", "optim", "metrics", "messages", "step_parts", "guard", "hybrid", "wandb_file", "wandb_log",
      "track", "watch", "runtime", "plots", "bars", "page", "ranking", "confusion", "table_plots", "picture_plots", "mistakes",
      "contact_sheet"],
-    ["wanted", "decoded_file", "cache", "data", "checkpoint"],
+    ["recycled", "wanted", "decoded_file", "cache", "data", "checkpoint"],
     ["evaluate"],
     ["sizes", "decoder_choice", "parallel", "run", "train", "predict", "export", "scores", "preview", "figures", "report",
      "bench_step", "bench"],
