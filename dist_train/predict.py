@@ -22,6 +22,7 @@ from dist_train.layers import use_keyed_dropout
 from dist_train.metrics import class_table
 from dist_train.models import build_model
 from dist_train.settings import from_dict, read_config, to_dict
+from dist_train.sizes import shift_problems
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 BATCH_SIZE = 64
@@ -123,6 +124,8 @@ def eval_main(argv: list[str]) -> None:
     if index.classes != trained.classes:
         raise UserError(f"{index.folder}: its classes are not those of {trained.folder}: {index.classes[:5]}... there, "
                         f"{trained.classes[:5]}... here.")  # fmt: skip
+    if problems := shift_problems(config, index):
+        raise UserError("\n".join(problems))
     accelerator, world = runtime.start(config.train.precision, config.runtime.threads, config.runtime.timeout_s)
     trained.network.to(world.device)
     as_trained = _with_statistics(index, trained)

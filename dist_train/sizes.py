@@ -38,6 +38,16 @@ def micro_batch_size(config: RunConfig, world_size: int) -> int:
     )
 
 
+def shift_problems(config: RunConfig, index: ShardIndex) -> list[str]:
+    """What is wrong with train.shift_test for these pictures, if anything; a table has none to move."""
+    side = config.data.image_size or min(index.image_size or (0,))
+    if 0 <= config.train.shift_test <= side // 2:
+        return []
+    return [
+        f"train.shift_test is {config.train.shift_test}; expected pixels, 0 to half the picture's side, {side // 2}."
+    ]
+
+
 def check_sizes(config: RunConfig, index: ShardIndex, world: World) -> None:
     """Raise UserError, all faults at once, where settings, shards and ranks do not go together."""
     problems = []
@@ -59,9 +69,7 @@ def check_sizes(config: RunConfig, index: ShardIndex, world: World) -> None:
                         f"  Convert the set again without the bad ones (--max-bad), or leave one of the two out.")  # fmt: skip
     if config.train.epochs <= 0:
         problems.append(f"train.epochs is {config.train.epochs}; expected more than 0.")
-    side = min(index.image_size or [0]) if index.features is None else 0
-    if not 0 <= config.train.shift_test <= (config.data.image_size or side) // 2:
-        problems.append(f"train.shift_test is {config.train.shift_test}; expected pixels, 0 to half the picture's side.")
+    problems += shift_problems(config, index)
     if config.optim.lr <= 0:
         problems.append(f"optim.lr is {config.optim.lr}; expected more than 0.")
     if not 0 < config.optim.layer_decay <= 1:

@@ -216,6 +216,11 @@ def test_eval_and_predict_agree_with_the_run(calm, digits, tmp_path, capsys):
             assert (row["class"] != classes[labels[i]]) == (i in mistakes)
 
 
+def test_eval_names_a_shift_that_leaves_the_picture(calm):
+    with pytest.raises(UserError, match="train.shift_test is 99; expected pixels, 0 to half"):
+        eval_main([str(calm), "--split", "test", "--train.shift_test", "99"])
+
+
 def test_an_unfinished_run_is_no_model(tmp_path):
     with pytest.raises(UserError, match="there is no such run folder"):
         load_run(tmp_path / "none")
