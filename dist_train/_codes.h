@@ -1,7 +1,7 @@
 /* Huffman codes to blocks of coefficients: what _baseline.c does to bits, on AVX2 and BMI2.
  *
- * A look into a table gives two coefficients where both codes show in the next LOOK bits, as they mostly do: what bounds the
- * speed is not the work but the wait from one look to the place of the next. ITU-T T.81 (1992), annex F.2.
+ * A look into a table gives two coefficients where both codes show in the next LOOK bits, as they mostly do: each look
+ * waits for the one before to say where it begins. ITU-T T.81 (1992), annex F.2.
  */
 #include <immintrin.h>
 #include <stdint.h>

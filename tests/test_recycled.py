@@ -19,8 +19,8 @@ def test_memory_is_given_again_once_its_last_view_is_gone():
 
 def test_memory_of_another_size_is_not_given():
     recycled = Recycled()
-    del_me = recycled.tensor((4, 8), torch.float32)
-    del del_me
+    first = recycled.tensor((4, 8), torch.float32)
+    del first
     larger = recycled.tensor((5, 8), torch.float32)
     assert larger.shape == (5, 8) and larger.dtype == torch.float32
     larger.fill_(7)
