@@ -31,7 +31,7 @@ flags = [] if os.name == "nt" else ["-O3", "-ffp-contract=off", "-fvisibility=hi
 native = Extension(
     "dist_train._native",
     ["dist_train/_native.c", "dist_train/_baseline.c"],
-    depends=[f"dist_train/{name}.h" for name in ("_baseline", "_codes", "_jpeg", "_resize", "_samples")],
+    depends=[f"dist_train/{name}.h" for name in ("_baseline", "_codes", "_hash", "_jpeg", "_resize", "_samples")],
     libraries=["jpeg"],
     extra_compile_args=flags,
     optional=True,

@@ -89,27 +89,31 @@ class Rows:
     @property
     def is_full(self) -> bool:
         """Whether every row is there."""
-        if self._present is None:
-            return True
-        if self._present[self._missing]:  # the one that was missing when this was asked last
-            self._missing = int(self._present.argmin())
-        return bool(self._present[self._missing])
+        present = self._present
+        if present is not None and present[self._missing]:  # the one that was missing when this was asked last
+            self._missing = int(present.argmin())
+            if present[self._missing]:
+                _fence()  # between the marks that were seen and the rows
+                self._present = None
+        return self._present is None
 
     def is_missing(self, samples: np.ndarray) -> np.ndarray:
         """(n,) bool: which of the samples have still to be decoded."""
-        return np.zeros(len(samples), bool) if self._present is None else self._present[samples] == 0
+        present = self._present
+        return np.zeros(len(samples), bool) if present is None else present[samples] == 0
 
     def read(self, samples: np.ndarray, decode_missing: Decode, pin_memory: bool = False) -> torch.Tensor:
         """The samples' rows, (n, *shape); what is missing is decoded and kept. Called by many threads at once."""
-        missing = np.flatnonzero(self.is_missing(samples))
-        if len(missing):
-            rows, at = decode_missing(missing), samples[missing]
-            self._values[at] = rows.numpy().reshape(len(at), -1).view(np.uint8)
-            _fence()
-            self._present[at] = 1  # after the row: whoever sees it may read
-            if len(missing) == len(samples):
-                return rows
-        _fence()  # between the marks that were seen and the rows
+        if (present := self._present) is not None:
+            missing = np.flatnonzero(present[samples] == 0)
+            if len(missing):
+                rows, at = decode_missing(missing), samples[missing]
+                self._values[at] = rows.numpy().reshape(len(at), -1).view(np.uint8)
+                _fence()
+                present[at] = 1  # after the row: whoever sees it may read
+                if len(missing) == len(samples):
+                    return rows
+            _fence()  # between the marks that were seen and the rows
         out = self._recycled.tensor((len(samples), *self.shape), self.dtype, pin_memory)
         into = out.numpy().reshape(len(samples), -1).view(np.uint8)
         if hasattr(decode.native, "gather"):

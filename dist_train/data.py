@@ -31,7 +31,7 @@ from dist_train.store import Store, sample_name
 from dist_train.wanted import Wanted
 
 _DEPTH = 4  # batches ahead of each thread
-_GROUP_BYTES = 2**23  # of batches gathered in one call
+_GROUP_BYTES, _GROUP_STEPS = 2**25, 64  # of batches gathered in one call, at most
 
 
 @dataclass(frozen=True)
@@ -230,6 +230,7 @@ class _Loader:
         self.boxes, self.verify, self.pin_memory = boxes, verify, pin_memory
         self.store = Store(index.split(split).stored)
         self.split = self.store.split.name
+        self.stored_labels = np.asarray(self.store.table)["label"]  # a plain view: np.memmap is slow to index
         self.is_table = index.features is not None
         self.shape = (len(index.features),) if self.is_table else (*size, 3)
         self.dtype = torch.float32 if self.is_table else torch.uint8
@@ -254,7 +255,7 @@ class _Loader:
                 samples = np.arange(step * at_once, min(num_samples, (step + 1) * at_once))
                 return self._decoded(samples, np.zeros_like(samples)).numpy()
 
-            return _ahead(chunk, steps, _num_threads(threads), at_once * self.sample_bytes, prefetch_mb)
+            return _ahead(chunk, steps, _num_threads(threads), prefetch_mb, lambda step: at_once * self.sample_bytes)
 
         self.kept = cache.rows(Wanted(self.store.split, self.shape, self.dtype, how, in_order))
 
@@ -268,7 +269,7 @@ class _Loader:
             values = self._decoded(samples, keys)
         else:
             values = self.kept.read(samples, lambda m: self._decoded(samples[m], keys[m]), self.pin_memory)
-        labels = torch.from_numpy(self.store.table["label"][samples].astype(np.int64))
+        labels = torch.from_numpy(self.stored_labels[samples].astype(np.int64))
         keys = torch.from_numpy(keys)
         if self.pin_memory:  # a copy from pageable memory would make the host wait
             labels, keys = labels.pin_memory(), keys.pin_memory()
@@ -282,14 +283,14 @@ class _Loader:
         """make(steps) for all steps, ahead of their use; of a whole cache several a call, or Python would take longer
         than the gather. Those kept on a device are put together there, in the thread of whoever asks for them."""
         batch_bytes = max(1, batch_size * self.sample_bytes)
-        most = min(_GROUP_BYTES, prefetch_mb * 2**20 // (_DEPTH * num_threads)) // batch_bytes
+        most = min(_GROUP_STEPS, min(_GROUP_BYTES, prefetch_mb * 2**20 // (2 * num_threads)) // batch_bytes)
         steps = iter(steps)
 
         def groups() -> Iterator[list[int]]:
             while group := list(itertools.islice(steps, max(1, most) if self.kept and self.kept.is_full else 1)):
                 yield group
 
-        made = _in_turn(_ahead(make, groups(), num_threads, batch_bytes, prefetch_mb))
+        made = _in_turn(_ahead(make, groups(), num_threads, prefetch_mb, lambda group: len(group) * batch_bytes))
         return self._gathered(made) if isinstance(self.kept, DeviceRows) else made
 
     def _gathered(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -333,19 +334,23 @@ def _in_turn(groups: Iterator[list]) -> Iterator:
             yield from group
 
 
-def _ahead(make, steps, num_threads: int, batch_bytes: int, prefetch_mb: int) -> Iterator:
-    """make(step) for each step, in order, run by threads as far ahead as the memory allows."""
-    depth = max(1, min(_DEPTH * num_threads, prefetch_mb * 2**20 // max(1, batch_bytes)))
+def _ahead(make, steps, num_threads: int, prefetch_mb: int, bytes_of) -> Iterator:
+    """make(step) for each step, in order, run by threads as far ahead as the memory allows. bytes_of(step): what it takes."""
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
-    pending = collections.deque()
+    pending, held = collections.deque(), 0
     steps = iter(steps)
+    step = next(steps, None)
     try:
-        while True:
-            while len(pending) < depth and (step := next(steps, None)) is not None:
-                pending.append(pool.submit(make, step))
-            if not pending:
-                return
-            yield pending.popleft().result()
+        while step is not None or pending:
+            while step is not None and len(pending) < _DEPTH * num_threads:
+                if pending and held + bytes_of(step) > prefetch_mb * 2**20:
+                    break
+                pending.append((pool.submit(make, step), bytes_of(step)))
+                held += bytes_of(step)
+                step = next(steps, None)
+            future, num_bytes = pending.popleft()
+            held -= num_bytes
+            yield future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

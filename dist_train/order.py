@@ -18,6 +18,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+try:
+    from dist_train import _native as native
+except ImportError:  # numpy computes the same, some thirty times slower
+    native = None
+
 MASK = 0xFFFFFFFFFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15
 BLOCK_SAMPLES = 8_192  # worked out together: many enough to hide numpy's cost a call, few enough for the CPU's cache
@@ -79,14 +84,23 @@ class Order:
         """Sample numbers and epochs of num_steps steps from first_step on: two (num_steps, B) int64 arrays."""
         shape = num_steps, self.global_batch_size
         first = first_step * self.global_batch_size
-        epochs, places = np.divmod(np.arange(first, first + num_steps * shape[1], dtype=np.int64), self.num_samples)
+        epoch, place = divmod(first, self.num_samples)
+        places = np.arange(place, place + num_steps * shape[1], dtype=np.int64)
+        epochs = np.full(len(places), epoch)
+        if places[-1] >= self.num_samples:
+            more, places = np.divmod(places, self.num_samples)
+            epochs += more
         if self.lanes > 1:
             by_lane = np.argsort((places % self.lanes).reshape(shape), axis=1, kind="stable")
             epochs, places = (np.take_along_axis(a.reshape(shape), by_lane, axis=1).ravel() for a in (epochs, places))
-        samples = np.empty_like(places)
-        for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
-            here = epochs == epoch
-            samples[here] = self.sample_at(epoch, places[here])
+        last = int(epochs.max())
+        if epoch == last:
+            samples = self.sample_at(epoch, places)
+        else:
+            samples = np.empty_like(places)
+            for e in range(epoch, last + 1):
+                here = epochs == e
+                samples[here] = self.sample_at(e, places[here])
         return samples.reshape(shape), epochs.reshape(shape)
 
     def rank_batch(self, step: int, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -151,8 +165,13 @@ def evaluation_share(num_samples: int, rank: int, world_size: int) -> range:
 
 def sample_keys(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
     """The 64-bit key of everything random that happens to a sample in an epoch. (n,) int64 each; returns (n,) int64."""
-    by_epoch = mix(np.asarray(epochs).astype(np.uint64) ^ fold(seed, _KEYS))
-    return mix(by_epoch ^ mix(np.asarray(samples).astype(np.uint64))).view(np.int64)
+    by_epoch, keys = (np.array(numbers, np.uint64, order="C") for numbers in (epochs, samples))
+    by_epoch ^= fold(seed, _KEYS)
+    _mix_in_place(by_epoch)
+    _mix_in_place(keys)
+    keys ^= by_epoch
+    _mix_in_place(keys)
+    return keys.view(np.int64)
 
 
 def uniform(keys: np.ndarray, draw: int) -> np.ndarray:
@@ -163,12 +182,16 @@ def uniform(keys: np.ndarray, draw: int) -> np.ndarray:
 
 def mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit words that scatters every bit."""
-    x = np.array(x, np.uint64)
-    _mix_in_place(x, np.empty_like(x))
+    x = np.array(x, np.uint64, order="C")
+    _mix_in_place(x)
     return x
 
 
-def _mix_in_place(x: np.ndarray, scratch: np.ndarray) -> None:
+def _mix_in_place(x: np.ndarray, scratch: np.ndarray | None = None) -> None:
+    if hasattr(native, "mix"):
+        native.mix(x)
+        return
+    scratch = np.empty_like(x) if scratch is None else scratch
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 0)):
         np.right_shift(x, np.uint64(shift), out=scratch)
         np.bitwise_xor(x, scratch, out=x)
@@ -192,6 +215,10 @@ def permute(x: np.ndarray, size: np.ndarray | np.int64, key: np.ndarray | np.uin
     Rogaway 2002). Costs O(n) whatever the size.
     """
     size, key = np.asarray(size, np.uint64), np.asarray(key, np.uint64)
+    if hasattr(native, "permute"):
+        out = np.empty(len(x), np.int64)
+        native.permute(np.ascontiguousarray(x), size, key, rounds, out)
+        return out
     half = ((np.ceil(np.log2(np.maximum(size, 2).astype(np.float64))) + 1) // 2).astype(np.uint64)
     out = _feistel(x.astype(np.uint64), half, key, rounds)
     todo = np.flatnonzero(out >= size)

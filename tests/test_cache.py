@@ -164,6 +164,24 @@ def test_the_gather_is_numpys_take_with_and_without_the_native_core(digits, monk
 
 
 @pytest.mark.skipif(decode.native is None, reason="there is no native core")
+@pytest.mark.parametrize("row_bytes", [1, 48, 3072, 3080, 12_288])
+@pytest.mark.parametrize("num_bytes", [2**20, 2**22])  # of the whole call: below and above what is stored past the cache
+def test_the_gather_is_numpys_take_at_every_size(row_bytes, num_bytes):
+    rng = np.random.default_rng(row_bytes)
+    rows = rng.integers(0, 256, (300, row_bytes), np.uint8)
+    samples = rng.integers(0, 300, num_bytes // row_bytes)
+    memory = np.full(len(samples) * row_bytes + 64, 7, np.uint8)
+    for shift in (0, 1):  # of the output from a multiple of 16 bytes
+        start = -memory.ctypes.data % 16 + shift
+        out = memory[start : start + len(samples) * row_bytes].reshape(-1, row_bytes)
+        decode.native.gather(rows, row_bytes, samples, out)
+        assert (out == rows[samples]).all()
+        assert (memory[:start] == 7).all() or shift
+        out[:] = 7
+        assert (memory == 7).all()
+
+
+@pytest.mark.skipif(decode.native is None, reason="there is no native core")
 def test_the_gather_refuses_what_lies_outside():
     rows, out = np.arange(40, dtype=np.uint8).reshape(10, 4), np.zeros((2, 4), np.uint8)
     decode.native.gather(rows, 4, np.array([9, 0]), out)

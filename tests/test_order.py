@@ -5,6 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from dist_train import order as order_module
 from dist_train.order import Order, evaluation_share, fold, mix, permute, rank_share, sample_keys, uniform
 
 GRIDS = [  # shard sizes, global batch, window_shards, lanes
@@ -90,6 +91,42 @@ def test_a_billion_samples_cost_little_time_and_memory():
 def test_permute_is_a_permutation_of_every_size():
     for size in [1, 2, 3, 4, 5, 16, 17, 100, 1023, 1024, 1025]:
         assert sorted(permute(np.arange(size), np.int64(size), fold(size))) == list(range(size))
+
+
+needs_native = pytest.mark.skipif(order_module.native is None, reason="there is no native core")
+
+
+@needs_native
+def test_the_native_core_permutes_and_mixes_as_numpy_does(monkeypatch):
+    def worked_out():
+        rng = np.random.default_rng(1)
+        for size in (1, 2, 3, 4, 5, 255, 256, 257, 20_040, 2**20, 10**9, 2**33 + 7):
+            for count in (0, 1, 7, 8, 63, 65, 500):
+                yield permute(rng.integers(0, size, count), np.int64(size), np.uint64(rng.integers(0, 2**63)))
+        sizes, keys = rng.integers(1, 10**6, 3000), rng.integers(0, 2**63, 3000).astype(np.uint64)
+        yield permute((rng.random(3000) * sizes).astype(np.int64), sizes, keys)
+        yield permute((rng.random(3000) * 5).astype(np.int64), np.int64(5), keys)
+        yield mix(keys)
+        yield mix(keys.reshape(30, 100).T)
+        yield sample_keys(3, sizes, keys.view(np.int64))
+
+    native = list(worked_out())
+    monkeypatch.setattr(order_module, "native", None)
+    for ours, numpys in zip(native, worked_out(), strict=True):
+        assert ours.dtype == numpys.dtype and np.array_equal(ours, numpys)
+
+
+@needs_native
+def test_the_native_permutation_refuses_what_lies_outside():
+    one, out = np.ones(1, np.uint64), np.zeros(2, np.int64)
+    order_module.native.permute(np.array([0, 4]), 5 * one, one, 6, out)
+    for places in ([0, 5], [-1, 0]):
+        with pytest.raises(ValueError, match="lies outside"):
+            order_module.native.permute(np.array(places), 5 * one, one, 6, out)
+    three = np.full(3, 5, np.uint64)
+    for places, sizes, keys in (([0, 1, 2], 5 * one, one), ([0, 1], three, one), ([0, 1], 5 * one, three)):
+        with pytest.raises(ValueError, match="wrong number of bytes"):
+            order_module.native.permute(np.array(places), sizes, keys, 6, out)
 
 
 def test_permute_mixes_evenly():
