@@ -9,8 +9,10 @@ was indexed for DALI shows here.
 
 import re
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 from dist_train.errors import UserError
+from dist_train.remote import Refused, is_remote, read_small, shown
 
 Member = tuple[str, int, int]  # name, offset of its bytes, number of them
 
@@ -19,11 +21,12 @@ _COMPONENT = re.compile(r"(\S*) (\d+) (\d+)(?: |$)")
 _NAMED_COMPONENT = re.compile(r"(\S*) (\d+) (\d+) .*?(?= \S* \d+ \d+ |$) ?")  # names may hold blanks
 
 
-def check_dali_index(tar: Path, members: list[Member]) -> None:
-    """Compare the index beside a tar, if there is one, with the tar's members. Raises UserError where they differ."""
-    names = (f"{tar.name.removesuffix('.tar')}.idx", f"{tar.name.split('.')[0]}.idx")  # wds2idx cuts at the first dot
-    path = next((tar.with_name(name) for name in names if tar.with_name(name).exists()), None)
-    lines = _lines(path) if path else []
+def check_dali_index(tar: str, members: list[Member]) -> None:
+    """Compare the index beside a tar, if there is one, with the tar's members. tar: its path or URL.
+
+    Raises UserError where they differ.
+    """
+    path, lines = next(((path, lines) for path in _beside(tar) if (lines := _lines(path))), ("", []))
     header = _HEADER.fullmatch(lines[0].strip()) if lines else None
     if not header:
         return  # of another kind
@@ -42,15 +45,28 @@ def check_dali_index(tar: Path, members: list[Member]) -> None:
                                     f"but the tar has {visible:,} members")  # fmt: skip
 
 
-def _lines(path: Path) -> list[str]:
+def _beside(tar: str) -> list[str]:
+    """Where the index of a tar may lie: wds2idx cuts the tar's name at the first dot, people at the last."""
+    parts = urlsplit(tar) if is_remote(tar) else None
+    folder, slash, name = (parts.path if parts else tar).rpartition("/")
+    paths = dict.fromkeys(f"{folder}{slash}{stem}.idx" for stem in (name.removesuffix(".tar"), name.split(".")[0]))
+    return [urlunsplit(parts._replace(path=path)) for path in paths] if parts else list(paths)
+
+
+def _lines(path: str) -> list[str]:
+    """No lines where there is no such file. Raises UserError where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        payload = read_small(path) if is_remote(path) else Path(path).read_bytes()
+    except (FileNotFoundError, Refused):  # S3 says "refused" of what is not there to whoever may not list
+        return []
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
+    return payload.decode("utf-8", "surrogateescape").splitlines()
 
 
-def _differing(path: Path, tar: Path, what: str) -> UserError:
+def _differing(path: str, tar: str, what: str) -> UserError:
+    name = shown(tar).rpartition("/")[2]
     return UserError(
-        f"{path}: does not fit {tar.name}: it {what}.\n"
+        f"{shown(path)}: does not fit {name}: it {what}.\n"
         f"  If the tar is as it should be, write the index again with wds2idx, or remove it; if not, fetch the tar again."
     )

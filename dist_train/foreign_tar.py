@@ -44,8 +44,11 @@ class _Group:
     seen: set = field(default_factory=set)
 
 
-def parse_tar(path: Path) -> Parsed:
-    """Read a tar from end to end. Raises UserError where it is no tar, compressed, cut short, or differs from its .idx."""
+def parse_tar(path: Path, place: str = "") -> Parsed:
+    """Read a tar from end to end. place: the URL that it was fetched from, if it was.
+
+    Raises UserError where it is no tar, compressed, cut short, or differs from the .idx beside it.
+    """
     groups: list[_Group] = []
     members: list[Member] = []
     size = path.stat().st_size
@@ -68,7 +71,7 @@ def parse_tar(path: Path) -> Parsed:
         raise UserError(f"{path}: cannot be read as a tar: {why}.") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
-    check_dali_index(path, members)
+    check_dali_index(place or str(path), members)
     rows, keys, labels, bad = [], [], [], []
     with open(path, "rb") as file:
         for group in _completed(groups):

@@ -259,7 +259,11 @@ def _fsspec_chunks(url: str, span: tuple[int, int] | None) -> Iterator[bytes]:
         raise _Passing(f"{type(error).__name__}: {_first_line(error)}") from None
 
 
-class NotThere(UserError):
+class Refused(UserError):
+    """The server does not give the file, and will not if asked again."""
+
+
+class NotThere(Refused):
     """There is no file at the URL."""
 
 
@@ -268,7 +272,7 @@ def _refused(url: str, code: int, reason: str) -> UserError:
         return NotThere(f"{shown(url)}: there is no such file ({reason}).\n  Expected the folder of a finished set, with "
                         f"index.json, or tars by their full names.")  # fmt: skip
     if code in (401, 403):
-        return UserError(f"{shown(url)}: access is refused: {reason}.\n  Set credentials that may read it (s3: AWS_ACCESS_KEY_ID, "
+        return Refused(f"{shown(url)}: access is refused: {reason}.\n  Set credentials that may read it (s3: AWS_ACCESS_KEY_ID, "
                          f"AWS_SECRET_ACCESS_KEY, AWS_REGION and, off Amazon, AWS_ENDPOINT_URL).")  # fmt: skip
     return UserError(f"{shown(url)}: cannot be fetched: {reason}.")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import tiny_run
-from test_foreign import pairs, write_tar
+from test_foreign import dali_index, pairs, write_tar
 
 from dist_train import foreign, plan, remote, shard, shard_cache, verify
 from dist_train import store as store_module
@@ -516,6 +516,22 @@ def test_tars_behind_urls_are_indexed_and_give_the_batches_of_the_same_tars_here
     elsewhere = load_index(tmp_path / "index", str(tmp_path / "other cache"))
     assert batches_of(elsewhere, **settings) == batches_of(foreign_tars, **settings)
     assert server.count(".tar") == before + 3
+
+
+def test_dalis_index_behind_a_url_is_held_against_its_tar(foreign_tars, server, tmp_path):
+    listed = dali_index(foreign_tars / "train-000000.tar")
+    url, cache = f"{server.url}/train-000000.tar?signature=secret", ShardCache(tmp_path / "cache", 10**9)
+    assert foreign.index_tars(url, out=tmp_path / "index", cache=cache).split("train").num_samples == 20
+    assert server.count(".idx") == 1
+    listed.write_text(listed.read_text().replace(" 512 ", " 1024 ", 1))
+    with pytest.raises(UserError, match=r"http://\S*/train-000000.idx: does not fit train-000000.tar: .*no such member") as told:
+        foreign.index_tars(url, out=tmp_path / "index", cache=cache)
+    assert "secret" not in str(told.value)
+    server.faults["train-000000.idx"] = [403]  # S3's answer to whoever may not list what is there
+    foreign.index_tars(url, out=tmp_path / "index", cache=cache)
+    server.faults["train-000000.idx"] = [500] * remote.TRIES
+    with pytest.raises(UserError, match="train-000000.idx: cannot be fetched"):
+        foreign.index_tars(url, out=tmp_path / "index", cache=cache)
 
 
 def test_a_run_trains_on_tars_behind_urls(foreign_tars, server, tmp_path, capsys):
