@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from loader_pictures import ROOT, WORKERS, WORKLOADS, labelled
 
-SETTLE_BATCHES = 8  # made before the clock starts: what a loader has fetched ahead is not counted
+SETTLE_BATCHES, SETTLE_S = 8, 0.3  # before the clock starts, both: what a loader has fetched ahead is not counted
 PEERS = {  # module that must be there
     "torchvision": "torchvision", "webdataset": "webdataset", "streaming": "streaming", "litdata": "litdata",
     "dali": "nvidia.dali", "ffcv": "ffcv", "ffcv, raw": "ffcv", "ffcv, 500 px": "ffcv", "tf.data": "tensorflow",
@@ -50,8 +50,10 @@ def serve(name: str, workload: str, folder: Path, seconds: float) -> None:
         for _ in itertools.islice(batches, len(list(folder.glob("folders/*/*.jpg"))) // batch_size + 2):
             pass  # the first epoch fills the cache
     for _ in sys.stdin:
-        for _ in itertools.islice(batches, SETTLE_BATCHES):
-            pass
+        count, began = 0, time.perf_counter()
+        while count < SETTLE_BATCHES or time.perf_counter() - began < SETTLE_S:
+            next(batches)
+            count += 1
         count, began, used = 0, time.perf_counter(), cpu_seconds()
         while time.perf_counter() - began < seconds:
             count += len(next(batches))

@@ -8,11 +8,12 @@ was indexed for DALI shows here.
 """
 
 import re
+import sys
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlunsplit
 
 from dist_train.errors import UserError
-from dist_train.remote import Refused, is_remote, read_small, shown
+from dist_train.remote import Refused, is_remote, read_small, shown, split_url
 
 Member = tuple[str, int, int]  # name, offset of its bytes, number of them
 
@@ -26,7 +27,8 @@ def check_dali_index(tar: str, members: list[Member]) -> None:
 
     Raises UserError where they differ.
     """
-    path, lines = next(((path, lines) for path in _beside(tar) if (lines := _lines(path))), ("", []))
+    path = _beside(tar)
+    lines = _lines(path)
     header = _HEADER.fullmatch(lines[0].strip()) if lines else None
     if not header:
         return  # of another kind
@@ -45,19 +47,22 @@ def check_dali_index(tar: str, members: list[Member]) -> None:
                                     f"but the tar has {visible:,} members")  # fmt: skip
 
 
-def _beside(tar: str) -> list[str]:
-    """Where the index of a tar may lie: wds2idx cuts the tar's name at the first dot, people at the last."""
-    parts = urlsplit(tar) if is_remote(tar) else None
-    folder, slash, name = (parts.path if parts else tar).rpartition("/")
-    paths = dict.fromkeys(f"{folder}{slash}{stem}.idx" for stem in (name.removesuffix(".tar"), name.split(".")[0]))
-    return [urlunsplit(parts._replace(path=path)) for path in paths] if parts else list(paths)
+def _beside(tar: str) -> str:
+    """Where the index of a tar lies. (wds2idx cuts at the first dot, so that of a.0.tar and a.1.tar one is left: not asked for.)"""
+    if not is_remote(tar):
+        return f"{tar.removesuffix('.tar')}.idx"
+    parts = split_url(tar)
+    return urlunsplit(parts._replace(path=f"{parts.path.removesuffix('.tar')}.idx"))
 
 
 def _lines(path: str) -> list[str]:
-    """No lines where there is no such file. Raises UserError where it cannot be read."""
+    """No lines where there is no such file, or none that a server gives. Raises UserError where it cannot be read."""
     try:
         payload = read_small(path) if is_remote(path) else Path(path).read_bytes()
     except (FileNotFoundError, Refused):  # S3 says "refused" of what is not there to whoever may not list
+        return []
+    except UserError as error:
+        print(f"{str(error).splitlines()[0]} It was not held against its tar.", file=sys.stderr)
         return []
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}.") from None

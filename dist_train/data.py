@@ -230,7 +230,6 @@ class _Loader:
         self.boxes, self.verify, self.pin_memory = boxes, verify, pin_memory
         self.store = Store(index.split(split).stored)
         self.split = self.store.split.name
-        self.stored_labels = np.asarray(self.store.table)["label"]  # a plain view: np.memmap is slow to index
         self.is_table = index.features is not None
         self.shape = (len(index.features),) if self.is_table else (*size, 3)
         self.dtype = torch.float32 if self.is_table else torch.uint8
@@ -269,7 +268,7 @@ class _Loader:
             values = self._decoded(samples, keys)
         else:
             values = self.kept.read(samples, lambda m: self._decoded(samples[m], keys[m]), self.pin_memory)
-        labels = torch.from_numpy(self.stored_labels[samples].astype(np.int64))
+        labels = torch.from_numpy(self.store.table["label"][samples].astype(np.int64))
         keys = torch.from_numpy(keys)
         if self.pin_memory:  # a copy from pageable memory would make the host wait
             labels, keys = labels.pin_memory(), keys.pin_memory()
@@ -302,7 +301,7 @@ class _Loader:
         """(n, H, W, 3) uint8, or (n, F) float32 of a table."""
         if self.gpu_decoder:
             at = self.store.locate(samples)
-            boxes = self.boxes(self.store.table[samples], keys) if self.boxes else None
+            boxes = self.boxes(self.store.table.take(samples), keys) if self.boxes else None
             return self._proven(samples, *self.gpu_decoder(at.fds, at.offsets, at.sizes, at.checksums if self.verify else None,
                                                            boxes, self.shape[:2]))  # fmt: skip
         out = self.recycled.tensor((len(samples), *self.shape), self.dtype, self.pin_memory)
@@ -312,7 +311,7 @@ class _Loader:
                 rows[i] = np.frombuffer(payload, np.float32, offset=len(payload) - 4 * self.shape[0])
             return out
         at = self.store.locate(samples)
-        boxes = self.boxes(self.store.table[samples], keys) if self.boxes else None
+        boxes = self.boxes(self.store.table.take(samples), keys) if self.boxes else None
         failures = decode_from_files(at.fds, at.offsets, at.sizes, at.checksums if self.verify else None, boxes, rows)
         return self._proven(samples, out, failures)
 

@@ -12,6 +12,7 @@ import os
 import re
 import struct
 import threading
+from collections.abc import Callable
 from io import BytesIO
 
 import numpy as np
@@ -58,6 +59,14 @@ def decode_into(payload: bytes, out: np.ndarray, box: tuple | None = None) -> No
         raise DecodeError(failures[0][1])
 
 
+def _fresh(num_bytes: int) -> np.ndarray:
+    return np.empty(num_bytes, np.uint8)
+
+
+def _reused(num_bytes: int) -> np.ndarray:
+    return _room(num_bytes, "payloads")[:num_bytes]
+
+
 def decode_batch(payloads: list[bytes], out: np.ndarray, boxes: np.ndarray | None = None) -> Failures:
     """Decode each payload into its row of `out` as `decode_into` does; return the failures, others are done.
 
@@ -74,15 +83,20 @@ def decode_from_files(fds, offsets, sizes, checksums, boxes, out: np.ndarray) ->
     fds: (N,) int32 descriptors; offsets: (N,) uint64 and sizes: (N,) uint32, bytes; checksums: (N,) uint64 xxh3_64,
     or None to trust the bytes; boxes, out: as in `decode_batch`. A reason found in SHARD_FAULTS is the shard's fault.
     """
-    source, starts, status = read_from_files(fds, offsets, sizes, checksums)
+    source, starts, status = read_from_files(fds, offsets, sizes, checksums, _reused)
     return _decode(source, starts, np.ascontiguousarray(sizes, np.uint32), boxes, out, status)
 
 
-def read_from_files(fds, offsets, sizes, checksums) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The first half of `decode_from_files`: (bytes one after the other, where each sample's begin, status, 0 for good)."""
+def read_from_files(
+    fds, offsets, sizes, checksums, memory: Callable[[int], np.ndarray] = _fresh
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first half of `decode_from_files`: (bytes one after the other, where each sample's begin, status, 0 for good).
+
+    memory: gives the (n,) uint8 that the bytes go to.
+    """
     sizes = np.ascontiguousarray(sizes, np.uint32)
     starts, status = _starts(sizes), np.zeros(len(sizes), np.uint8)
-    source = np.empty(int(sizes.sum(dtype=np.int64)), np.uint8)
+    source = memory(int(sizes.sum(dtype=np.int64)))
     files = np.ascontiguousarray(fds, np.int32), np.ascontiguousarray(offsets, np.uint64), sizes
     (native.read if native else _read)(*files, source, starts, status)
     if checksums is not None:
@@ -298,13 +312,15 @@ def _decoded(payload, height: int, width: int, scale: int, colours: str, room: n
     return room[: height * width * len(colours)].reshape(height, width, len(colours))  # it was written all the same
 
 
-def _room(num_bytes: int) -> np.ndarray:
-    """(num_bytes,) uint8 of this thread's own, up to KEPT_BYTES kept for its next picture."""
+def _room(num_bytes: int, use: str = "pixels") -> np.ndarray:
+    """(num_bytes or more,) uint8 of this thread's own, up to KEPT_BYTES kept for its next use: fresh memory costs a page
+    fault every 4 kB."""
     if num_bytes > KEPT_BYTES:
         return np.empty(num_bytes, np.uint8)
-    room = getattr(_kept, "room", None)
+    room = getattr(_kept, use, None)
     if room is None or len(room) < num_bytes:
-        room = _kept.room = np.empty(num_bytes, np.uint8)
+        room = np.empty(num_bytes * 5 // 4, np.uint8)
+        setattr(_kept, use, room)
     return room
 
 

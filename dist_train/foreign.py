@@ -103,6 +103,9 @@ def index_tars(
     sizes = {tuple(pair) for tar in parsed for pair in np.unique(tar.rows[["height", "width"]]).tolist()}
     if (0, 0) in sizes and len(sizes) > 1:
         raise UserError(f"{what}: holds pictures and vectors (.npy); expected one kind.")
+    lengths = sorted(set().union(*(tar.lengths for tar in parsed)))
+    if len(lengths) > 1:
+        raise UserError(f"{what}: the vectors (.npy) differ in length: {lengths[0]} and {lengths[1]}; expected one length.")
     mean, std, features = _statistics(what, [sums[k] for k in next(iter(parts.values()))], vectors=(0, 0) in sizes)
     source = {"foreign": True} | ({} if [Path(name) for name in names] == [folder] else {"tars": names})
     with writing(folder):
@@ -224,8 +227,6 @@ def _split_of(path: str) -> str:
 def _statistics(what: str, sums: list[Sums], vectors: bool) -> tuple[list[float], list[float], list[str] | None]:
     """Mean, std and, for vectors, names for the features, from the sums of a split's tars."""
     if vectors:
-        if len({vector.shape for tar in sums for vector in tar.vectors}) > 1:
-            raise UserError(f"{what}: the vectors (.npy) differ in length; expected one length.")
         values = np.array([vector for tar in sums for vector in tar.vectors], np.float64)
         weights = np.repeat([tar.weight for tar in sums], [len(tar.vectors) for tar in sums])
         mean = np.average(values, axis=0, weights=weights)

@@ -30,6 +30,7 @@ class Parsed:
     checksum: str
     num_bytes: int
     key_counts: set[int]  # what other tools may give as the number of samples: distinct keys, or runs of them
+    lengths: set[int]  # of the vectors
 
 
 @dataclass
@@ -72,23 +73,26 @@ def parse_tar(path: Path, place: str = "") -> Parsed:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
     check_dali_index(place or str(path), members)
-    rows, keys, labels, bad = [], [], [], []
+    rows, keys, labels, bad, lengths = [], [], [], [], set()
     with open(path, "rb") as file:
         for group in _completed(groups):
             why = group.fault or _lacking(group)
             if not why:
                 kind, offset, length = group.payload
                 file.seek(offset)
-                row, why = _row(kind, offset, file.read(length))
+                payload = file.read(length)
+                row, why = _row(kind, offset, payload)
             if why:
                 bad.append((group.key, why))
             else:
                 rows.append(row)
                 keys.append(group.key)
                 labels.append(group.label)
+                if kind == "npy":
+                    lengths.add(len(read_vector(payload)))
     return Parsed(
         np.array(rows, SAMPLE), keys, labels, bad, repeated=len(keys) - len(set(keys)), checksum=file_checksum(path),
-        num_bytes=size, key_counts=_key_counts(members),
+        num_bytes=size, key_counts=_key_counts(members), lengths=lengths,
     )  # fmt: skip
 
 
@@ -140,7 +144,7 @@ def _label(extension: str, text: bytes) -> tuple[int | str | None, str]:
             value = next((entries[name] for name in _LABEL_KEYS if name in entries), None)
             if value is None:
                 return None, f".json without {', '.join(_LABEL_KEYS)}"
-    except ValueError:
+    except (ValueError, RecursionError):
         return None, f".{extension} cannot be read"
     if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value):
         value = int(value)
@@ -177,9 +181,8 @@ def _row(kind: str, offset: int, payload: bytes) -> tuple[tuple | None, str]:
     height = width = 0
     if kind == "npy":
         try:
-            if read_vector(payload).ndim != 1:
-                return None, ".npy is no vector"
-        except (ValueError, EOFError, OSError) as error:
+            read_vector(payload)
+        except ValueError as error:
             return None, f".npy cannot be read: {error}"
     else:
         from dist_train.decode import DecodeError, picture_size
@@ -194,5 +197,15 @@ def _row(kind: str, offset: int, payload: bytes) -> tuple[tuple | None, str]:
 
 
 def read_vector(payload: bytes) -> np.ndarray:
-    """The array in the bytes of a .npy file; pickled objects are refused. Raises ValueError."""
-    return np.load(io.BytesIO(payload), allow_pickle=False)
+    """The (F,) float32 in the bytes of a .npy file, which end with it. Raises ValueError, also for another shape or type."""
+    file = io.BytesIO(payload)
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"its format is {version[0]}.{version[1]}; expected 1.0 or 2.0")
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    if dtype != np.dtype("<f4") or len(shape) != 1:
+        raise ValueError(f"it holds {dtype.name} {shape}; expected a vector of float32, little-endian")
+    if len(payload) != file.tell() + 4 * shape[0]:
+        raise ValueError(f"it has {len(payload):,} bytes, not {file.tell() + 4 * shape[0]:,}")
+    return np.frombuffer(payload, "<f4", offset=file.tell())

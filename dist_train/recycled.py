@@ -10,7 +10,7 @@ import weakref
 import numpy as np
 import torch
 
-_KEPT = 8  # pieces; what comes back beyond these goes to the system
+_KEPT, _KEPT_BYTES = 8, 2**26  # pieces, and bytes of pieces of one size; what comes back beyond these goes to the system
 
 
 class Recycled:
@@ -39,6 +39,9 @@ class Recycled:
 
     def _take_back(self, memory: mmap.mmap, _) -> None:
         self._given.pop(id(memory), None)
+        with contextlib.suppress(IndexError):  # another thread has taken the last
+            while (len(self._free) + 1) * len(memory) > _KEPT_BYTES:
+                self._free.popleft()
         self._free.append(memory)
 
 

@@ -11,12 +11,13 @@ import importlib.util
 import os
 import random
 import re
+import string
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, urlsplit, urlunsplit
 
 import xxhash
 
@@ -41,8 +42,16 @@ def join(url: str, name: str) -> str:
     """The URL of a file below a URL; a query (a signature, say) stays at the end. A name that is a URL stands for itself."""
     if is_remote(name):
         return name
-    parts = urlsplit(url)
+    parts = split_url(url)
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+
+
+def split_url(url: str) -> SplitResult:
+    """The parts of a URL. Raises UserError if it is none."""
+    try:
+        return urlsplit(url)
+    except ValueError as error:
+        raise UserError(f"{shown(url)}: is no URL: {error}.") from None
 
 
 def shown(url: str) -> str:
@@ -88,7 +97,7 @@ def read_small(url: str) -> bytes:
 
 def file_size(url: str) -> int | None:
     """Bytes of the file, without fetching it; None where the server does not say. Tried, and raises, as `download`."""
-    scheme = urlsplit(url).scheme
+    scheme = split_url(url).scheme
     if scheme in _OBJECT_SCHEMES and _has_obstore():
         return _tried(url, lambda: _object_size(url))
     return _tried(url, lambda: _http_size(url)) if scheme in ("http", "https") else None
@@ -141,7 +150,7 @@ def _fetch(url: str, file: BinaryIO, num_bytes, checksum, is_wanted) -> str:
 
 def _chunks(url: str, span: tuple[int, int] | None = None) -> Iterator[bytes]:
     """The file's bytes, or those of a span (first, stop), piece by piece. Raises _Passing, _NoRange or UserError."""
-    scheme = urlsplit(url).scheme
+    scheme = split_url(url).scheme
     if scheme in ("http", "https"):
         return _http_chunks(url, span)
     if scheme in _OBJECT_SCHEMES and _has_obstore():
@@ -175,7 +184,12 @@ def _http_size(url: str) -> int | None:
 def _http_answer(url: str, span: tuple[int, int] | None):
     headers = {"User-Agent": "dist_train"} | ({"Range": f"bytes={span[0]}-{span[1] - 1}"} if span else {})
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=SILENCE_S) as answer:
+        try:
+            request = urllib.request.Request(quote(url, safe=string.punctuation), headers=headers)
+            answer = urllib.request.urlopen(request, timeout=SILENCE_S)
+        except (ValueError, http.client.InvalidURL) as error:
+            raise UserError(f"{shown(url)}: is no URL: {error}.") from None
+        with answer:
             yield answer
     except urllib.error.HTTPError as error:
         error.close()
@@ -184,8 +198,6 @@ def _http_answer(url: str, span: tuple[int, int] | None):
         if error.code in _PASSING:
             raise _Passing(f"the server says {error.code} {error.reason}") from None
         raise _refused(url, error.code, f"the server says {error.code} {error.reason}") from None
-    except http.client.InvalidURL as error:
-        raise UserError(f"{shown(url)}: is no URL: {error}.") from None
     except (OSError, http.client.HTTPException) as error:
         raise _Passing(str(getattr(error, "reason", "") or error) or type(error).__name__) from None
 
@@ -207,7 +219,7 @@ def _object_store(url: str):
     from obstore import exceptions as faults
     from obstore.store import from_url
 
-    parts = urlsplit(url)
+    parts = split_url(url)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     client = {
         "connect_timeout": f"{SILENCE_S}s",
@@ -237,7 +249,7 @@ def _object_store(url: str):
 def _fsspec_chunks(url: str, span: tuple[int, int] | None) -> Iterator[bytes]:
     import fsspec
 
-    scheme = urlsplit(url).scheme
+    scheme = split_url(url).scheme
     try:
         with fsspec.open(url, "rb") as file:
             if span:
@@ -274,7 +286,7 @@ def _refused(url: str, code: int, reason: str) -> UserError:
     if code in (401, 403):
         return Refused(f"{shown(url)}: access is refused: {reason}.\n  Set credentials that may read it (s3: AWS_ACCESS_KEY_ID, "
                          f"AWS_SECRET_ACCESS_KEY, AWS_REGION and, off Amazon, AWS_ENDPOINT_URL).")  # fmt: skip
-    return UserError(f"{shown(url)}: cannot be fetched: {reason}.")
+    return Refused(f"{shown(url)}: cannot be fetched: {reason}.")
 
 
 def _first_line(error: Exception) -> str:

@@ -45,7 +45,7 @@ class Store:
 
     def __init__(self, split: SplitIndex, max_open: int = 0):
         self.split, self.max_open = split, max_open or MAX_OPEN
-        self.table = split.table()
+        self.table = np.asarray(split.table())  # a plain view of the mapping: np.memmap is slow to index
         self.num_located = 0  # samples so far: how far the reading has come
         self.is_read_ahead = False
         self._singly: dict[int, tuple[int, float]] = {}  # shard: payloads, bytes asked of the server singly
@@ -58,17 +58,17 @@ class Store:
         """samples: (n,) int64 numbers in the split. Raises UserError if a shard is missing or of another size."""
         with self._lock:
             self.num_located += len(samples)
-        rows = self.table[samples]
-        shards = self.split.shard_of(samples)
+        rows = self.table.take(samples)  # a tenth of what indexing with an array takes
+        shards, place = np.unique(self.split.shard_of(samples), return_inverse=True)
         with self._fetching if self.split.remote else contextlib.nullcontext():
-            files = {shard: self._shard_file(shard) for shard in np.unique(shards).tolist()}
+            files = [self._shard_file(shard) for shard in shards.tolist()]
         return Located(
             samples=samples,
-            fds=np.array([files[shard].fd for shard in shards.tolist()], np.int32),
+            fds=np.array([file.fd for file in files], np.int32)[place],
             offsets=rows["offset"],
             sizes=rows["size"],
             checksums=rows["checksum"],
-            files=list(files.values()),
+            files=files,
         )
 
     def payload(self, sample: int, verify: bool = True) -> bytes:

@@ -164,8 +164,35 @@ def test_vectors_are_indexed_and_pickles_refused(tmp_path):
     with pytest.raises(UserError, match="pictures and vectors"):
         foreign.index_tars(tmp_path)
     write_tar(tmp_path / "x.tar", [*members, ("p.npy", npy(vectors[0, :3])), ("p.cls", b"0")])
-    with pytest.raises(UserError, match="differ in length"):
+    with pytest.raises(UserError, match="differ in length: 3 and 4"):
         foreign.index_tars(tmp_path)
+    write_tar(tmp_path / "x.tar", members)
+    write_tar(tmp_path / "val.tar", [("p.npy", npy(vectors[0, :3])), ("p.cls", b"0")])
+    with pytest.raises(UserError, match="differ in length: 3 and 4"):
+        foreign.index_tars(tmp_path)
+
+
+def test_arrays_that_are_no_float32_vectors_are_left_out_by_name(tmp_path):
+    def npy(array, save=np.save) -> bytes:
+        buffer = io.BytesIO()
+        save(buffer, array)
+        return buffer.getvalue()
+
+    good, values = npy(np.ones(4, np.float32)), np.ones(4)
+    claiming = io.BytesIO()
+    np.lib.format.write_array_header_1_0(claiming, {"descr": "<f4", "fortran_order": False, "shape": (10**14,)})
+    bad = {
+        "f8": npy(values), "i8": npy(values.astype(np.int64)), "big": npy(values.astype(">f4")), "text": npy(np.array(["a"])),
+        "table": npy(np.ones((2, 2), np.float32)), "fields": npy(np.zeros(4, [("a", "<f4")])), "cut": good[:-1], "more": good + b"x",
+        "npz": npy(values, np.savez), "zip": b"PK\x03\x04 and no more", "huge": claiming.getvalue(), "none": b"",
+    }  # fmt: skip
+    pairs = [(f"{key}.npy", payload) for key, payload in bad.items()] + [(f"{key}.cls", b"0") for key in bad]
+    nested = [("deep.npy", good), ("deep.json", b"[" * 100_000)]
+    write_tar(tmp_path / "x.tar", [("good.npy", good), ("good.cls", b"0"), *pairs, *nested])
+    index = foreign.index_tars(tmp_path, max_bad=len(bad) + 1)
+    assert index.split("train").num_samples == 1
+    assert {entry["name"].rpartition(": ")[2] for entry in index.left_out} == {*bad, "deep"}
+    assert "it holds float64 (4,); expected a vector of float32" in index.left_out[0]["why"]
 
 
 FAULTS = {

@@ -518,7 +518,7 @@ def test_tars_behind_urls_are_indexed_and_give_the_batches_of_the_same_tars_here
     assert server.count(".tar") == before + 3
 
 
-def test_dalis_index_behind_a_url_is_held_against_its_tar(foreign_tars, server, tmp_path):
+def test_dalis_index_behind_a_url_is_held_against_its_tar(foreign_tars, server, tmp_path, capsys):
     listed = dali_index(foreign_tars / "train-000000.tar")
     url, cache = f"{server.url}/train-000000.tar?signature=secret", ShardCache(tmp_path / "cache", 10**9)
     assert foreign.index_tars(url, out=tmp_path / "index", cache=cache).split("train").num_samples == 20
@@ -530,8 +530,16 @@ def test_dalis_index_behind_a_url_is_held_against_its_tar(foreign_tars, server, 
     server.faults["train-000000.idx"] = [403]  # S3's answer to whoever may not list what is there
     foreign.index_tars(url, out=tmp_path / "index", cache=cache)
     server.faults["train-000000.idx"] = [500] * remote.TRIES
-    with pytest.raises(UserError, match="train-000000.idx: cannot be fetched"):
-        foreign.index_tars(url, out=tmp_path / "index", cache=cache)
+    foreign.index_tars(url, out=tmp_path / "index", cache=cache)
+    assert "train-000000.idx: cannot be fetched" in capsys.readouterr().err
+
+
+def test_names_beyond_ascii_are_fetched_and_what_is_no_url_is_named(many, server):
+    (server.folder / "%C3%BC%20b.tar").write_bytes(b"payload")
+    assert remote.read_small(f"{server.url}/%C3%BC%20b.tar") == remote.read_small(f"{server.url}/ü b.tar") == b"payload"
+    for url in ("http://[::1/x", f"http://{'a' * 70}.example/x", "http://127.0.0.1:port/x"):
+        with pytest.raises(UserError, match="is no URL"):
+            load_index(url)
 
 
 def test_a_run_trains_on_tars_behind_urls(foreign_tars, server, tmp_path, capsys):
