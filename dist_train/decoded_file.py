@@ -1,6 +1,7 @@
 """A split's decoded rows in a file of the local disk: written once, checked, used again by later runs."""
 
 import contextlib
+import fcntl
 import io
 import itertools
 import os
@@ -15,7 +16,7 @@ from dist_train.shard_cache import ShardCache
 from dist_train.tars import writing
 from dist_train.wanted import Wanted, too_large
 
-_CHUNK_BYTES = 1 << 26
+_CHUNK_BYTES, _DIGEST_BYTES = 1 << 26, 32
 
 
 def open_decoded(wanted: Wanted, folder: Path, verify: bool, limit: int) -> np.ndarray:
@@ -27,42 +28,65 @@ def open_decoded(wanted: Wanted, folder: Path, verify: bool, limit: int) -> np.n
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / f"decoded-{wanted.key}.npy"
-    with ShardCache(folder, 0).locked(f"{path.stem}.lock"):  # one process decodes; the others wait for its file
-        if not _is_whole(path, wanted, verify):
-            _make_room(path, wanted, limit)
-            _write_file(path, wanted)
-        with contextlib.suppress(OSError):  # another user's: theirs to keep or let go
-            os.utime(path)  # opened just now
-    return np.load(path, mmap_mode="r", allow_pickle=False).reshape(wanted.split.num_samples, -1).view(np.uint8)
+    while True:
+        with ShardCache(folder, 0).locked(f"{path.stem}.lock"):  # one process decodes; the others wait for its file
+            if not _is_whole(path, wanted, verify):
+                with writing(path):
+                    for old in (path, path.with_suffix(".partial")):  # damaged, or left by a crash: their room is needed
+                        old.unlink(missing_ok=True)
+                _make_room(path, wanted, limit)
+                _write_file(path, wanted)
+            with contextlib.suppress(FileNotFoundError):  # gone since, to make room for another's
+                values = np.load(path, mmap_mode="r", allow_pickle=False)
+                with contextlib.suppress(OSError):  # another user's: theirs to keep or let go
+                    os.utime(path)  # opened just now
+                return values.reshape(wanted.split.num_samples, -1).view(np.uint8)
 
 
 def _is_whole(path: Path, wanted: Wanted, verify: bool) -> bool:
-    if not path.exists() or path.stat().st_size != len(_header(wanted)) + wanted.num_bytes + 32:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            left = os.fstat(file.fileno()).st_size - _DIGEST_BYTES
+            if left != len(_header(wanted)) + wanted.num_bytes:
+                return False
+            if not verify:
+                return True
+            digest = xxhash.xxh3_128()
+            while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
+                digest.update(chunk)
+                left -= len(chunk)
+            return file.read(_DIGEST_BYTES).decode(errors="replace") == digest.hexdigest()
+    except FileNotFoundError:
         return False
-    if not verify:
-        return True
-    digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
-        left = path.stat().st_size - 32
-        while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
-            digest.update(chunk)
-            left -= len(chunk)
-        return file.read(32).decode(errors="replace") == digest.hexdigest()
 
 
 def _make_room(path: Path, wanted: Wanted, limit: int) -> None:
     if wanted.num_bytes > limit:
         raise too_large(wanted, limit, "may be kept on disk (data.cache_gb)", "none, or raise data.cache_gb")
-    others = []
-    for other in set(path.parent.glob("decoded-*.npy")) - {path}:
-        with contextlib.suppress(OSError):  # gone already
+    others, taken = [], wanted.num_bytes
+    for partial in path.parent.glob("decoded-*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            taken += 0 if _is_left_behind(partial) else partial.stat().st_size
+    for other in path.parent.glob("decoded-*.npy"):
+        with contextlib.suppress(FileNotFoundError):
             others.append((other.stat().st_mtime_ns, other.stat().st_size, other))
-    taken = sum(size for _, size, _ in others)
+    taken += sum(size for _, size, _ in others)
     for _, size, other in sorted(others):
-        if taken + wanted.num_bytes > limit:
+        if taken > limit:
             with contextlib.suppress(OSError):
                 other.unlink()  # whoever has it mapped keeps what it reads
             taken -= size
+
+
+def _is_left_behind(partial: Path) -> bool:
+    """Whether nobody writes the file any more; it is removed then."""
+    try:
+        with open(partial.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink(missing_ok=True)
+            return True
+    except OSError:  # locked, or another user's
+        return False
 
 
 def _write_file(path: Path, wanted: Wanted) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from dist_train.durable import put_in_place
 from dist_train.errors import UserError
 
 FORMAT = "dist_train index 1"
@@ -77,6 +78,19 @@ class SplitIndex:
                 f"\n  {_advice(self.folder)}"
             )
         return table
+
+    def check_table(self) -> None:
+        """Raise UserError where the table of samples is not the one that the index was written with."""
+        path = Path(self.folder, f"{self.name}.samples.npy")
+        try:
+            is_ours = file_checksum(path) == self.table_checksum.partition(" ")[0]
+        except OSError as error:
+            raise UserError(f"{path}: cannot read the table of samples: {error}\n  {_advice(self.folder)}") from None
+        if not is_ours:
+            raise UserError(
+                f"{path}: its checksum differs from the index: positions and labels in it cannot be trusted."
+                f"\n  {_advice(self.folder)}"
+            )
 
     def names(self) -> list[str]:
         """Where each sample came from: a path relative to the source, in sample order; empty if not kept."""
@@ -171,17 +185,17 @@ def save_table(folder: str | os.PathLike, split: str, rows: np.ndarray, names: l
     rows: (num_samples,) SAMPLE in shard order.
     """
     path = Path(folder, f"{split}.samples.npy")
-    with open(path, "wb") as file:
+    partial = path.with_name(f"{path.name}.partial")  # a training that reads the old table keeps it
+    with open(partial, "wb") as file:
         np.save(file, rows.astype(SAMPLE, copy=False), allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
+    put_in_place(partial, path)
     checksum = file_checksum(path)
     if names:
         path = Path(folder, f"{split}.names.txt")
-        with open(path, "w", encoding="utf-8") as file:
+        partial = path.with_name(f"{path.name}.partial")
+        with open(partial, "w", encoding="utf-8") as file:
             file.writelines(f"{name}\n" for name in names)
-            file.flush()
-            os.fsync(file.fileno())
+        put_in_place(partial, path)
         checksum += f" {file_checksum(path)}"
     return checksum
 
@@ -205,9 +219,7 @@ def save_index(index: ShardIndex) -> None:
     partial = path.with_suffix(".json.partial")
     with open(partial, "w", encoding="utf-8") as file:
         json.dump(raw, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    put_in_place(partial, path)
 
 
 def simulated_split(num_samples: int, num_shards: int, sample_bytes: int = 100_000) -> SplitIndex:

@@ -128,6 +128,8 @@ class _NoRange(Exception):
 def _fetch(url: str, file: BinaryIO, num_bytes, checksum, is_wanted) -> str:
     digest, received = xxhash.xxh3_128(), 0
     file.seek(0)
+    if not is_wanted():
+        raise InterruptedError(f"{shown(url)}: no longer wanted")
     for chunk in _chunks(url):
         if not is_wanted():
             raise InterruptedError(f"{shown(url)}: no longer wanted")

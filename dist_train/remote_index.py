@@ -12,8 +12,9 @@ from pathlib import Path
 
 import xxhash
 
+from dist_train.durable import put_in_place, sync
 from dist_train.errors import UserError
-from dist_train.index import ShardIndex, SplitIndex, load_index
+from dist_train.index import ShardIndex, SplitIndex, file_checksum, load_index
 from dist_train.remote import NotThere, download, join, shown
 from dist_train.shard_cache import DEFAULT_GB, RemoteShards, ShardCache, default_folder
 from dist_train.tars import writing
@@ -42,11 +43,14 @@ def load_remote_index(url: str, cache_dir: str = "", cache_gb: float = DEFAULT_G
             raise UserError(f"{shown(url)}: {str(error).replace(str(scratch) + '/', '').splitlines()[0]}") from None
         _check_names(url, index)
         folder = cache.folder / f"index-{xxhash.xxh3_64_hexdigest((shown(url) + checksum).encode())}"
-        if not folder.exists():
+        if not _is_whole(folder, index, checksum):
             for split in index.splits.values():
                 _fetch_tables(url, scratch, split)
             with writing(folder):
-                os.rename(scratch, folder)
+                shutil.rmtree(folder, ignore_errors=True)
+                for path in scratch.iterdir():
+                    sync(path)
+                put_in_place(scratch, folder)
         shutil.rmtree(scratch, ignore_errors=True)
     return _with_remote(load_index(folder), RemoteShards(url, cache))
 
@@ -78,6 +82,18 @@ def _check_names(url: str, index: ShardIndex) -> None:
         raise UserError(
             f"{shown(url)}: index.json names {json.dumps(bad[0])}; expected plain split names and checksums."
         )
+
+
+def _is_whole(folder: Path, index: ShardIndex, checksum: str) -> bool:
+    """Whether the folder holds what was fetched into it. checksum: of its index.json."""
+    wanted = {"index.json": checksum}
+    for split in index.splits.values():
+        table, _, names = split.table_checksum.partition(" ")
+        wanted |= {f"{split.name}.samples.npy": table} | ({f"{split.name}.names.txt": names} if names else {})
+    try:
+        return all(file_checksum(folder / name) == expected for name, expected in wanted.items())
+    except OSError:
+        return False
 
 
 def _fetch_tables(url: str, folder: Path, split: SplitIndex) -> None:

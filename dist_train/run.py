@@ -76,6 +76,9 @@ class Run:
         self.is_mixing = bool(config.augment.mixup or config.augment.cutmix)
         self.micro_batch_size = micro_batch_size(config, world.world_size)
         data = config.data
+        if data.verify:
+            for split in self.index.splits.values():
+                split.stored.check_table()
         self.bad_samples = BadSamples(data.max_bad)
         self.gpu_decoder = GpuDecoder(world.device) if data.decode == "gpu" else None
         self.decoded = DecodedCache(data.cache, data.decoded_gb, data.cache_dir, world.device, data.verify, data.cache_gb)

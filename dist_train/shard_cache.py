@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import os
 import secrets
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -119,7 +120,8 @@ class ShardCache:
             os.close(fd)
             fd = self._create(partial)
         try:
-            self._reserve(fd, partial, url, num_bytes or 0, lambda: True)
+            # whoever indexes beside us lets go of its tar when it is read, however long that takes
+            self._reserve(fd, partial, url, num_bytes or 0, lambda: True, is_patient=True)
             with open(partial, "r+b", buffering=0) as file:
                 checksum = download(url, file, num_bytes)
             whole = self.folder / f"{checksum}.tar"
@@ -161,9 +163,17 @@ class ShardCache:
             os.rename(partial, whole)
         fcntl.flock(fd, fcntl.LOCK_SH)  # should it be removed between the two locks, it can still be read through fd
 
-    def _reserve(self, fd: int, partial: Path, url: str, num_bytes: int, is_wanted, let_go=_none) -> None:
-        """Make room for the shard, and take it: the file gets its final size before its bytes."""
-        began = time.monotonic()
+    def _reserve(self, fd: int, partial: Path, url: str, num_bytes: int, is_wanted, let_go=_none, is_patient=False) -> None:
+        """Make room for the shard, and take it: the file gets its final size before its bytes.
+
+        is_patient: wait however long others use the shards that are in the way.
+        """
+        if num_bytes > self.limit_bytes:
+            raise UserError(
+                f"{shown(url)}: has {num_bytes:,} bytes, and shards may take {self.limit_bytes / 1e9:g} GB in {self.folder}.\n"
+                f"  Raise data.cache_gb (--cache-gb)."
+            )
+        began, is_said = time.monotonic(), False
         while is_wanted():
             with self.locked("room.lock"):
                 others, taken = [], num_bytes
@@ -185,7 +195,10 @@ class ShardCache:
                         os.ftruncate(fd, num_bytes)
                     return
             waited_s = time.monotonic() - began
-            if not arriving and waited_s > PATIENCE_S:  # nothing will become removable by itself
+            if is_patient and waited_s > PATIENCE_S and not is_said:
+                is_said = True
+                print(f"{self.folder}: all shards there are in use; waiting for room to fetch {shown(url)}", file=sys.stderr)
+            if not arriving and waited_s > PATIENCE_S and not is_patient:  # nothing will become removable by itself
                 raise UserError(
                     f"{self.folder}: no room to fetch {shown(url)} ({num_bytes:,} bytes): all shards there are in use, and "
                     f"they may take {self.limit_bytes / 1e9:g} GB.\n  Raise data.cache_gb, or lower data.window_shards."
@@ -221,8 +234,11 @@ def read_ahead(store, upcoming: Iterator[np.ndarray], num_in_play: int, batches:
     ahead_bytes = min(max(in_play_bytes, int(4 * mean_bytes)), (limit - in_play_bytes) // 2)
 
     def generate():
-        with contextlib.closing(batches), ReadAhead(store, upcoming, ahead_bytes):
-            yield from batches
+        try:
+            with contextlib.closing(batches), ReadAhead(store, upcoming, ahead_bytes):
+                yield from batches
+        finally:
+            store.stopped.set()  # a process does not end before its threads, and a shard may take minutes
 
     return generate()
 

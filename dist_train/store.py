@@ -48,6 +48,7 @@ class Store:
         self.table = np.asarray(split.table())  # a plain view of the mapping: np.memmap is slow to index
         self.num_located = 0  # samples so far: how far the reading has come
         self.is_read_ahead = False
+        self.stopped = threading.Event()  # nobody wants what is being fetched any more
         self._singly: dict[int, tuple[int, float]] = {}  # shard: payloads, bytes asked of the server singly
         self._lock = threading.Lock()
         # two batches that each hold what they have and wait for room for the rest would wait for ever
@@ -152,7 +153,7 @@ class Store:
                 return file
             self._close_all_but(self.max_open - 1)  # first, so that a full cache can let go of it
         if self.split.remote:
-            file = _ShardFile(self.split.remote.open(self.split, shard, let_go=self._let_go_of_one))
+            file = _ShardFile(self.split.remote.open(self.split, shard, lambda: not self.stopped.is_set(), self._let_go_of_one))
         else:
             file = _ShardFile(_open_local(Path(self.path(shard)), int(self.split.shard_bytes[shard])))
         with self._lock:

@@ -1,5 +1,6 @@
 """Kept samples: the same pixels from memory, a file and a device; one copy a machine; nothing left behind by a crash."""
 
+import fcntl
 import gc
 import itertools
 import os
@@ -256,6 +257,40 @@ def test_decoded_files_stay_below_the_limit_and_the_oldest_go_first(digits, tmp_
     assert "decoding" not in capfd.readouterr().err
     with pytest.raises(UserError, match="data.cache_gb"):
         opened(20, 1e-6)
+
+
+def test_what_a_crash_left_of_decoded_files_is_removed_and_what_is_being_written_is_counted(digits, tmp_path):
+    split = load_index(digits).split("train")
+    row = split.num_samples * 3 / 1e9
+
+    def open_file(size, disk_gb=1.0):
+        next(open_stream(digits, batch_size=8, image_size=size, cache=DecodedCache("disk", folder=str(tmp_path), disk_gb=disk_gb)))
+
+    open_file(16)
+    left, written = tmp_path / "decoded-left.partial", tmp_path / "decoded-written.partial"
+    for partial in (left, written):
+        partial.write_bytes(bytes(split.num_samples * 3 * 100))
+    with open(written.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        open_file(8, row * (16**2 + 8**2) + 1e-6)
+        assert not left.exists() and written.exists()
+        assert len(list(tmp_path.glob("decoded-*.npy"))) == 1, "that of 16 px had to make room for the one being written"
+
+
+def test_a_decoded_file_that_goes_before_it_is_mapped_is_written_again(digits, tmp_path, monkeypatch):
+    kept, is_whole, gone = {"batch_size": 64, "image_size": 8}, decoded_file._is_whole, []
+
+    def goes_once_proven(path, *more):
+        found = is_whole(path, *more)
+        if found and not gone:
+            gone.append(path)
+            path.unlink()
+        return found
+
+    expected = take(open_stream(digits, **kept, cache=DecodedCache("disk", folder=str(tmp_path))), 30)
+    monkeypatch.setattr(decoded_file, "_is_whole", goes_once_proven)
+    assert_equal(take(open_stream(digits, **kept, cache=DecodedCache("disk", folder=str(tmp_path))), 30), expected)
+    assert gone
 
 
 def test_what_does_not_fit_is_refused_with_both_numbers(digits, monkeypatch, tmp_path):

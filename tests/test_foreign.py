@@ -172,6 +172,15 @@ def test_vectors_are_indexed_and_pickles_refused(tmp_path):
         foreign.index_tars(tmp_path)
 
 
+def test_a_table_that_is_read_survives_another_index(tmp_path):
+    tar = write_tar(tmp_path / "x.tar", pairs(*range(2000)))
+    table = foreign.index_tars(tmp_path).split("train").table()
+    before = np.array(table)
+    write_tar(tar, pairs(0))
+    foreign.index_tars(tmp_path)
+    assert np.array_equal(table, before)  # cut short in its place, the mapping would end the process
+
+
 def test_arrays_that_are_no_float32_vectors_are_left_out_by_name(tmp_path):
     def npy(array, save=np.save) -> bytes:
         buffer = io.BytesIO()
@@ -183,7 +192,8 @@ def test_arrays_that_are_no_float32_vectors_are_left_out_by_name(tmp_path):
     np.lib.format.write_array_header_1_0(claiming, {"descr": "<f4", "fortran_order": False, "shape": (10**14,)})
     bad = {
         "f8": npy(values), "i8": npy(values.astype(np.int64)), "big": npy(values.astype(">f4")), "text": npy(np.array(["a"])),
-        "table": npy(np.ones((2, 2), np.float32)), "fields": npy(np.zeros(4, [("a", "<f4")])), "cut": good[:-1], "more": good + b"x",
+        "table": npy(np.ones((2, 2), np.float32)), "fields": npy(np.zeros(4, [("a", "<f4")])), "cut": good[:-1],
+        "more": good + b"x",
         "npz": npy(values, np.savez), "zip": b"PK\x03\x04 and no more", "huge": claiming.getvalue(), "none": b"",
     }  # fmt: skip
     pairs = [(f"{key}.npy", payload) for key, payload in bad.items()] + [(f"{key}.cls", b"0") for key in bad]

@@ -141,6 +141,19 @@ def test_batches_from_a_url_are_those_from_the_folder_and_each_shard_is_fetched_
     assert batches_of(again) == batches_of(many) and server.requests[before:] == ["index.json"]
 
 
+@pytest.mark.parametrize("name", ["index.json", "train.samples.npy", "train.names.txt"])
+@pytest.mark.parametrize("damage", ["a bit", "cut", "gone"])
+def test_a_kept_index_that_was_damaged_is_fetched_again(many, server, tmp_path, name, damage):
+    load_index(server.url, str(tmp_path))
+    (path,) = tmp_path.glob(f"index-*/{name}")
+    good = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]) if damage == "a bit" else good[: len(good) // 2])
+    assert load_index(server.url, str(tmp_path)).split("train").num_samples > 0
+    assert path.read_bytes() == good and not list(tmp_path.glob("*.partial"))
+
+
 def test_evaluation_from_a_url_counts_every_sample(many, server, tmp_path):
     index = load_index(server.url, str(tmp_path))
     found = [sample for batch in open_evaluation(index, "train", 100, threads=2) for sample in batch.samples.tolist()]
@@ -264,6 +277,26 @@ def test_a_store_lets_go_of_shards_where_two_batches_wait_for_room(many, server,
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(locate, range(12)))
     assert found == [split.table()["offset"][first[[t % 24, (t + 7) % 24, (t + 14) % 24]]].tolist() for t in range(12)]
+
+
+def test_a_fetch_ends_soon_once_its_stream_is_closed(many, server, tmp_path):
+    server.faults |= {path.name: ["stuck"] * 3 for path in Path(many).glob("train-*.tar")}
+    store = Store(load_index(server.url, str(tmp_path)).split("train"))
+    with ThreadPoolExecutor(1) as pool:
+        fetching = pool.submit(store.locate, np.array([0]))
+        while not server.count(".tar"):
+            time.sleep(0.01)
+        store.stopped.set()
+        with pytest.raises(InterruptedError):
+            fetching.result(timeout=10)
+    assert server.count(".tar") == 1, "it was tried again"
+    stream = open_stream(load_index(server.url, str(tmp_path)), batch_size=8, threads=1)
+    with pytest.raises(UserError, match="cannot be fetched"):
+        next(stream)
+    deadline = time.monotonic() + 10
+    while any(thread.name.startswith(("decode", "fetch")) for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "its threads go on"
+        time.sleep(0.01)
 
 
 def test_a_limit_too_small_for_the_shards_in_play_is_refused_at_once(many, server, tmp_path):
@@ -578,10 +611,28 @@ def test_indexing_keeps_the_cache_below_its_limit(foreign_tars, server, tmp_path
     foreign.index_tars(f"{server.url}/train-{{000000..000002}}.tar", out=tmp_path / "index", cache=cache)
     kept = list((tmp_path / "cache").glob("*.tar*"))
     assert len(kept) == 2 and not [path for path in kept if path.suffix == ".partial"]
-    with pytest.raises(UserError, match="no room to fetch"):
+    with pytest.raises(UserError, match=r"train-000000.tar: has [\d,]+ bytes, and shards may take"):
         small = ShardCache(tmp_path / "small", size // 2)
         foreign.index_tars(f"{server.url}/train-000000.tar", out=tmp_path / "index", cache=small)
     assert not list((tmp_path / "small").glob("*.tar*"))
+
+
+def test_indexing_waits_for_the_room_that_another_tar_takes(foreign_tars, server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shard_cache, "PATIENCE_S", 0.1)
+    size = max(path.stat().st_size for path in foreign_tars.iterdir())
+    cache = ShardCache(tmp_path / "cache", int(1.5 * size))
+
+    def fetch() -> str:
+        with cache.fetched(f"{server.url}/train-000001.tar") as path:
+            return file_checksum(path)
+
+    with ThreadPoolExecutor(1) as pool:
+        with cache.fetched(f"{server.url}/train-000000.tar"):
+            second = pool.submit(fetch)
+            time.sleep(0.5)
+            assert not second.done()
+        assert second.result(timeout=10) == file_checksum(foreign_tars / "train-000001.tar")
+    assert capsys.readouterr().err.count("waiting for room to fetch") == 1
 
 
 def test_faults_of_tars_behind_urls_name_the_url(foreign_tars, server, tmp_path):
