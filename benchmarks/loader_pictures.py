@@ -23,12 +23,13 @@ WORKLOADS = {  # height and width of a batch's pictures, batch size, what is don
 def prepare_pictures(workload: str, options) -> Path:
     """The workload's class folders and shards below the scratch folder, made once."""
     folder = options.scratch / (f"{workload}-{options.small}" if workload == "W3" else workload)
-    if not (folder / "shards/index.json").exists():
+    if not (folder / "ready").exists():
         shutil.rmtree(folder, ignore_errors=True)
         {"W1": _photographs, "W2": _cifar, "W3": _small}[workload](folder / "folders", options)
         convert(folder / "folders", folder / "shards")
         if workload == "W1":
             convert(folder / "folders", folder / "shards-500", "--resize", "500")
+        (folder / "ready").touch()
     return folder
 
 

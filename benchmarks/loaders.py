@@ -80,13 +80,17 @@ def measure(workload: str, names: list[str], source: Path, options) -> dict:
         if answer:
             opened[name], rates[name] = json.loads(answer), []
         else:
-            failed[name] = Path(log.name).read_text().strip().splitlines()[-1:]
-            print(f"{workload}, {name}: does not run: {' '.join(failed[name])}")
+            failed[name] = last_words(workload, name, options)
     for _ in range(options.rounds):
-        for name in rates:
+        for name in list(rates):
             children[name].stdin.write("go\n")
             children[name].stdin.flush()
-            rates[name].append(json.loads(children[name].stdout.readline()))
+            answer = children[name].stdout.readline()
+            if answer:
+                rates[name].append(json.loads(answer))
+            else:
+                failed[name] = last_words(workload, name, options)
+                del rates[name]
     for child in children.values():
         child.stdin.close()
         child.terminate()
@@ -100,6 +104,13 @@ def measure(workload: str, names: list[str], source: Path, options) -> dict:
             for name, values in rates.items()
         },
     }  # fmt: skip
+
+
+def last_words(workload: str, name: str, options) -> list[str]:
+    """The last line of a loader that has ended, printed too."""
+    words = (options.scratch / f"{workload}-{name}.log").read_text().strip().splitlines()[-1:]
+    print(f"{workload}, {name}: does not run: {' '.join(words)}")
+    return words
 
 
 def described(rates: list, others: list | None) -> dict:

@@ -235,6 +235,8 @@ def _staging_folder(out: Path, config: ShardConfig, shared: bool = False):
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{staging}: another process is writing this set.\n  Wait for it, or end it.") from None
+        if not (staging.exists() and os.path.samestat(os.fstat(lock), os.stat(staging))):  # renamed before it was locked
+            raise UserError(f"{out}: another process has just finished this set.\n  Look at it, then start again if need be.")
         if (
             replaced.exists() and not shared
         ):  # a swap was cut short: before its second step the old set is still the set

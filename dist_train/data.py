@@ -357,6 +357,8 @@ def _ahead(make, steps, num_threads: int, prefetch_mb: int, bytes_of) -> Iterato
 def _output_size(index: ShardIndex, image_size: int) -> tuple[int, int] | None:
     if index.features is not None:
         return None
+    if image_size < 0:
+        raise UserError(f"data.image_size is {image_size}; expected pixels, or 0 for the stored size.")
     size = (image_size, image_size) if image_size else index.image_size
     if size is None:
         raise UserError(
@@ -366,4 +368,6 @@ def _output_size(index: ShardIndex, image_size: int) -> tuple[int, int] | None:
 
 
 def _num_threads(threads: int) -> int:
+    if threads < 0:
+        raise UserError(f"data.threads is {threads}; expected a number of threads, or 0 for one a core.")
     return threads or len(os.sched_getaffinity(0))

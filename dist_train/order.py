@@ -204,7 +204,7 @@ def fold(*words: int) -> np.uint64:
     """One 64-bit key from several integers; the order of the words counts."""
     key = np.zeros(1, np.uint64)
     for word in words:
-        key = mix((key + np.uint64(_GOLDEN)) ^ np.uint64(word & MASK))
+        key = mix((key + np.uint64(_GOLDEN)) ^ np.uint64(int(word) & MASK))
     return key[0]
 
 

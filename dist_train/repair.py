@@ -84,6 +84,7 @@ def _rewrite(config: ShardConfig, index: ShardIndex, damaged: list[tuple[str, in
             with writing(Path(config.out, name)):
                 os.replace(scratch / name, Path(config.out, name))
         if other:
+            shutil.rmtree(scratch, ignore_errors=True)  # another attempt would end the same
             raise _differs(config, index, f"{', '.join(other[:5])} would get other bytes than the index says")
 
 

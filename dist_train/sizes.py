@@ -67,6 +67,9 @@ def check_sizes(config: RunConfig, index: ShardIndex, world: World) -> None:
         what = f"data.folds {config.data.folds}" if config.data.folds else "data.cache disk"
         problems.append(f"data.max_bad is {config.data.max_bad} and {what}, which needs every picture.\n"
                         f"  Convert the set again without the bad ones (--max-bad), or leave one of the two out.")  # fmt: skip
+    for name in ("image_size", "threads"):
+        if (value := getattr(config.data, name)) < 0:
+            problems.append(f"data.{name} is {value}; expected 0 or more.")
     if config.train.epochs <= 0:
         problems.append(f"train.epochs is {config.train.epochs}; expected more than 0.")
     problems += shift_problems(config, index)

@@ -145,6 +145,8 @@ def test_a_shard_truncated_under_a_running_stream_is_an_error_not_a_crash(copied
     ({"batch_size": 9, "world": (0, 2)}, "cannot take an equal part"),
     ({"crop": "middle"}, "expected random_resized or resize"),
     ({"shards": "nowhere"}, "no such folder"),
+    ({"threads": -1}, "data.threads is -1"),
+    ({"image_size": -8}, "data.image_size is -8"),
 ])  # fmt: skip
 def test_what_cannot_be_streamed_is_refused(digits, options, complaint):
     with pytest.raises(UserError, match=complaint):

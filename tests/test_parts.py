@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from test_shard import all_bytes, command, config_for, make_folder
 
+from dist_train import convert as convert_module
 from dist_train import shard
 from dist_train.convert import convert, convert_part, part_of
 from dist_train.errors import UserError
+from dist_train.index import load_index
 from dist_train.repair import damaged_shards, repair
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +92,21 @@ def test_a_part_is_written_by_one_process_and_not_beside_a_whole_conversion(raw)
     os.close(descriptor)
 
 
+def test_a_conversion_that_came_just_too_late_does_not_write_into_the_finished_set(raw, monkeypatch):
+    flock, index = convert_module.fcntl.flock, []
+
+    def another_finishes_first(fd, kind):
+        monkeypatch.undo()
+        index.append(convert(config_for(raw, **SETTINGS)))
+        return flock(fd, kind)
+
+    monkeypatch.setattr(convert_module.fcntl, "flock", another_finishes_first)
+    with pytest.raises(UserError, match="another process has just finished this set"):
+        convert(config_for(raw, overwrite=True, **SETTINGS))
+    assert load_index(index[0].folder).split("train").num_samples > 0
+    assert [path.name for path in Path(index[0].folder).parent.iterdir()] == ["set"]
+
+
 def test_what_an_ended_attempt_left_of_a_part_is_removed(raw):
     staging = raw / "shards/set.partial"
     staging.mkdir(parents=True)
@@ -152,6 +169,7 @@ def test_repair_refuses_other_raw_data_and_other_settings_and_touches_nothing(ra
     with pytest.raises(UserError, match="train-000001.tar would get other bytes .*the raw data have changed"):
         repair(config_for(raw, repair=True, **SETTINGS))
     assert all_bytes(index.folder) == before
+    assert [path.name for path in Path(index.folder).parent.iterdir()] == ["set"]
 
 
 def test_repair_says_what_it_cannot_repair(raw):

@@ -1,10 +1,12 @@
 """Training as a user starts it: figures, exact resume, the same curve on one rank and on two, faults that are named."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import finish_ranks, start_ranks, tiny_run
@@ -149,6 +151,16 @@ def test_resuming_a_finished_run_changes_nothing(calm, digits):
     assert run_training(tiny_run(digits, calm, "--resume")) == 0
     after = load_file(calm / "weights.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_table_with_a_flipped_bit_is_not_trained_on(digits, tmp_path):
+    damaged = tmp_path / "digits"
+    shutil.copytree(digits, damaged)
+    table = np.load(damaged / "val.samples.npy")
+    table["label"][3] ^= 1
+    np.save(damaged / "val.samples.npy", table)
+    with pytest.raises(UserError, match="(?s)val.samples.npy: its checksum differs from the index.*dist-train verify"):
+        run_training(tiny_run(str(damaged), tmp_path / "run"))
 
 
 def test_a_run_folder_that_cannot_be_made_is_named(digits, tmp_path):
