@@ -21,7 +21,7 @@ from dist_train.evaluate import standardised
 from dist_train.folds import fold_view
 from dist_train.index import ShardIndex, load_index
 from dist_train.models import build_model
-from dist_train.predict import Trained, load_run
+from dist_train.predict import Trained, check_fits, load_run
 from dist_train.runtime import write_json
 from dist_train.settings import from_dict, read_config, to_dict
 
@@ -65,9 +65,7 @@ def export(run: str | Path, kind: str, out: Path, split: str = "test", overrides
                         + "\n  ".join(changed))  # fmt: skip
     index = fold_view(load_index(config.data.shards, config.data.cache_dir, config.data.cache_gb), config)
     index.split(split)
-    if index.classes != trained.classes:
-        raise UserError(f"{index.folder}: its classes are not those of {trained.folder}: {index.classes[:5]}... there, "
-                        f"{trained.classes[:5]}... here.")  # fmt: skip
+    check_fits(index, trained)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     input_size = index.image_size or trained.image_size

@@ -1,5 +1,6 @@
 """A page of charts and tables with the look of a run's report: one file, no requests, light and dark."""
 
+import contextlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,4 +101,6 @@ def write_template(path: Path, template: str, **facts) -> None:
         partial.write_text(page, encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise UserError(f"{path}: the page cannot be written: {error.strerror or error}.") from None

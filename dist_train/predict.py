@@ -17,12 +17,13 @@ from dist_train.decode import DecodeError, decode_into, picture_size
 from dist_train.errors import UserError
 from dist_train.evaluate import evaluate, predict_logits, write_evaluation
 from dist_train.folds import fold_view
-from dist_train.index import load_index
+from dist_train.index import ShardIndex, load_index
 from dist_train.layers import use_keyed_dropout
 from dist_train.metrics import class_table
 from dist_train.models import build_model
 from dist_train.settings import from_dict, read_config, to_dict
 from dist_train.sizes import shift_problems
+from dist_train.tables import number_in, read_csv
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 BATCH_SIZE = 64
@@ -82,6 +83,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--top", type=int, default=5, help="classes shown per picture")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args(argv)
+    if options.top < 1:
+        raise UserError(f"--top is {options.top}; expected 1 class or more.")
     trained = load_run(options.run)
     if trained.features is not None:
         inputs = _table_batches(trained, options.paths)
@@ -121,9 +124,7 @@ def eval_main(argv: list[str]) -> None:
     trained = load_run(options.run)
     config = read_config(RunConfig, overrides, "dist-train eval", [str(trained.folder / "config.yaml")])
     index = fold_view(load_index(config.data.shards, config.data.cache_dir, config.data.cache_gb), config)
-    if index.classes != trained.classes:
-        raise UserError(f"{index.folder}: its classes are not those of {trained.folder}: {index.classes[:5]}... there, "
-                        f"{trained.classes[:5]}... here.")  # fmt: skip
+    check_fits(index, trained)
     if problems := shift_problems(config, index):
         raise UserError("\n".join(problems))
     accelerator, world = runtime.start(config.train.precision, config.runtime.threads, config.runtime.timeout_s)
@@ -139,6 +140,14 @@ def eval_main(argv: list[str]) -> None:
                       f"recall {row['recall']:.4f}   f1 {row['f1']:.4f}")  # fmt: skip
         print(json.dumps({"split": options.split, **figures}))
     runtime.end()
+
+
+def check_fits(index: ShardIndex, trained: Trained) -> None:
+    """Raise UserError where a set's classes, or a table's columns, are not those that a run was trained on."""
+    for what, there, here in (("classes", index.classes, trained.classes), ("columns", index.features, trained.features)):
+        if there != here:
+            few = [f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "none" for names in (there, here)]
+            raise UserError(f"{index.folder}: its {what} are not those of {trained.folder}: {few[0]} there, {few[1]} here.")
 
 
 def _with_statistics(index, trained: Trained):
@@ -188,24 +197,19 @@ def _picture_batches(trained: Trained, paths: list[str]):
 
 def _table_batches(trained: Trained, paths: list[str]):
     """Yield (names, float32 (N, F), [(name, reason)]) for the rows of CSV files with the columns of the run."""
-    import csv
-
     for path in paths:
-        try:
-            with open(path, newline="") as file:
-                rows = list(csv.DictReader(file))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
-        lacking = [f for f in trained.features if rows and f not in rows[0]]
-        if lacking or not rows:
-            raise UserError(
-                f"{path}: expected the columns {', '.join(trained.features)}; lacks {', '.join(lacking) or 'rows'}."
-            )
+        header, rows, lines = read_csv(Path(path))
+        lacking = [feature for feature in trained.features if feature not in header]
+        if lacking:
+            raise UserError(f"{path}: expected the columns {', '.join(trained.features)}; lacks {', '.join(lacking)}.")
+        columns = [header.index(feature) for feature in trained.features]
         names, values, complaints = [], [], []
-        for number, row in enumerate(rows, 2):  # line 1 holds the column names
-            try:
-                values.append([float(row[feature]) for feature in trained.features])
-                names.append(f"{path}:{number}")
-            except (TypeError, ValueError) as error:
-                complaints.append((f"{path}:{number}", f"not a number: {error}"))
+        for row, line in zip(rows, lines, strict=True):
+            numbers = [number_in(row[c]) for c in columns]
+            if (bad := np.flatnonzero(np.isnan(numbers))).size:
+                column = columns[int(bad[0])]
+                complaints.append((f"{path}:{line}", f"not a number: column {header[column]} is {row[column][:40]!r}"))
+            else:
+                values.append(numbers)
+                names.append(f"{path}:{line}")
         yield names, torch.tensor(values, dtype=torch.float32) if values else None, complaints

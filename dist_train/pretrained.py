@@ -55,10 +55,12 @@ def _read(path: str) -> dict[str, Tensor]:
         raise UserError(f"model.pretrained: there is no file {path}.") from None
     except Exception as error:  # each format fails in its own way, and the file is the user's
         raise UserError(f"{path}: cannot be read as weights: {str(error).splitlines()[0]}") from None
+    if not isinstance(weights, dict):
+        raise UserError(f"{path}: expected names and tensors, found {type(weights).__name__}.")
     for key in ("state_dict", "model"):  # how training scripts commonly wrap them
         if isinstance(weights.get(key), dict):
             weights = weights[key]
-    strangers = [name for name, t in weights.items() if not isinstance(t, Tensor)]
+    strangers = [name for name, t in weights.items() if not (isinstance(name, str) and isinstance(t, Tensor))]
     if strangers:
         raise UserError(f"{path}: expected names and tensors, found {', '.join(map(str, strangers[:6]))} beside them.")
     return weights

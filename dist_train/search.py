@@ -8,9 +8,13 @@ variants:                                          choices that set several thin
   early stopping: {train.patience: 10}
 """
 
+import contextlib
 import itertools
 import json
+import math
 from dataclasses import dataclass, field
+
+import yaml
 
 from dist_train.config import RunConfig
 from dist_train.errors import UserError
@@ -22,6 +26,7 @@ FIXED = (
     "data.shards",
     "data.fold",
     "train.precision",
+    "train.monitor",
 )  # the study's, the process's, or no result's
 VARIANT = "variant"
 _RANGE_KEYS = {"low", "high", "log", "step"}
@@ -73,12 +78,14 @@ def read_space(path: str, search: dict, variants: dict, sampler: str) -> Space:
     for name, values in search.items():
         values = _with_numbers(name, values)
         problems += _name_problems(f"{path}: search", name)
-        if isinstance(values, list) and values:
+        if isinstance(values, list) and values and all(isinstance(v, str | int | float | list | None) for v in values):
             space.choices[name] = {json.dumps(value) if isinstance(value, list) else value: value for value in values}
             if len(space.choices[name]) < len(values):
                 problems.append(f"{path}: search.{name} names a choice twice.")
         elif isinstance(values, dict) and _is_range(values):
             space.ranges[name] = values
+            if setting_names(RunConfig).get(name) is int and not _is_whole(values):
+                problems.append(f"{path}: search.{name} is {values!r}; expected whole numbers.")
             if sampler == "grid" and not values.get("step"):
                 problems.append(f"{path}: search.{name} is a range; a grid needs its step, or a list of choices.")
         else:
@@ -120,7 +127,7 @@ def recipe_with(recipe: str, settings: dict) -> RunConfig:
 def check_values(path: str, recipe: str, space: Space) -> None:
     """Raise UserError if any choice, end of a range or variant is not of its setting's type; all at once."""
     problems = []
-    rows = [{name: limits["low"] for name, limits in space.ranges.items()}]
+    rows = [{name: limits[end] for name, limits in space.ranges.items()} for end in ("low", "high")]
     columns = [[(name, value) for value in texts.values()] for name, texts in space.choices.items()]
     rows += [dict(filter(None, row)) for row in itertools.zip_longest(*columns)]
     for row in [*rows, *space.variants.values()]:
@@ -146,27 +153,28 @@ def _name_problems(where: str, name) -> list[str]:
 
 
 def _with_numbers(name, values):
-    """A value, choices or a range with those made numbers that YAML takes for text, such as 1e-3."""
+    """A value, choices or a range, with those made numbers, yes or no that stand as text, such as 1e-3 or "false"."""
+    kind = setting_names(RunConfig).get(name)
 
-    def number(value):
-        try:
-            return float(value) if isinstance(value, str) or is_float and type(value) is int else value
-        except ValueError:
-            return value
+    def read(value):
+        if isinstance(value, str) and kind in (int, float, bool):
+            with contextlib.suppress(yaml.YAMLError):
+                value = yaml.safe_load(value)
+            with contextlib.suppress(ValueError, TypeError):
+                return float(value) if isinstance(value, str) else value  # YAML takes 1e-3 for text
+        return float(value) if kind is float and type(value) is int else value
 
-    is_float = setting_names(RunConfig).get(name) is float
     if isinstance(values, dict):
-        return {key: number(value) if key != "log" else value for key, value in values.items()}
-    if not is_float:
-        return values
-    return list(map(number, values)) if isinstance(values, list) else number(values)
+        return {key: read(value) if key != "log" else value for key, value in values.items()}
+    return list(map(read, values)) if isinstance(values, list) and kind in (int, float, bool) else read(values)
 
 
 def _is_range(values: dict) -> bool:
-    numbers = [values.get(key) for key in ("low", "high")]
+    numbers = [values.get("low"), values.get("high"), values.get("step", 1)]
     if not values.keys() <= _RANGE_KEYS or any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
         return False
-    return numbers[0] < numbers[1] and not (values.get("log") and (numbers[0] <= 0 or values.get("step")))
+    low, high, step = numbers
+    return -math.inf < low < high < math.inf and 0 < step < math.inf and not (values.get("log") and (low <= 0 or "step" in values))
 
 
 def _is_whole(limits: dict) -> bool:

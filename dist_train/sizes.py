@@ -1,9 +1,25 @@
 """What follows from settings, shards and ranks together: sizes, crops and shares, and whether they go together."""
 
+import math
+
 from dist_train.config import RunConfig
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex
 from dist_train.runtime import World
+from dist_train.settings import flatten, to_dict
+
+_RANGES = {  # (what is expected, whether a value is that): settings; others have ranges where they are used
+    ("more than 0", lambda value: 0 < value < math.inf):
+        ("train.epochs", "optim.lr", "optim.step_epochs", "optim.step_factor", "model.width"),
+    ("0 or more", lambda value: 0 <= value < math.inf):
+        ("data.image_size", "data.threads", "data.prefetch_mb", "optim.weight_decay", "optim.freeze_epochs",
+         "optim.warmup_epochs", "optim.final_lr", "optim.plateau_patience", "optim.clip_norm", "train.max_steps",
+         "train.micro_batch_size", "train.eval_every_epochs", "train.patience", "train.split_ranks"),
+    ("0 or more, less than 1", lambda value: 0 <= value < 1):
+        ("optim.momentum", "optim.beta2", "optim.label_smoothing", "optim.ema_decay", "model.dropout"),
+    ("more than 0, at most 1", lambda value: 0 < value <= 1): ("optim.layer_decay",),
+    ("0 to 1", lambda value: 0 <= value <= 1): ("data.eval_crop",),
+}  # fmt: skip
 
 
 def input_size(config: RunConfig, index: ShardIndex) -> tuple[int, int] | None:
@@ -38,6 +54,16 @@ def micro_batch_size(config: RunConfig, world_size: int) -> int:
     )
 
 
+def range_problems(config: RunConfig) -> list[str]:
+    """Every setting that is out of its range."""
+    settings, problems = flatten(to_dict(config)), []
+    for (expected, is_good), names in _RANGES.items():
+        problems += [f"{name} is {settings[name]}; expected {expected}." for name in names if not is_good(settings[name])]
+    if min(config.model.hidden, default=1) < 1:
+        problems.append(f"model.hidden is {list(config.model.hidden)}; expected layers of 1 unit or more.")
+    return problems
+
+
 def shift_problems(config: RunConfig, index: ShardIndex) -> list[str]:
     """What is wrong with train.shift_test for these pictures, if anything; a table has none to move."""
     side = config.data.image_size or min(index.image_size or (0,))
@@ -67,18 +93,7 @@ def check_sizes(config: RunConfig, index: ShardIndex, world: World) -> None:
         what = f"data.folds {config.data.folds}" if config.data.folds else "data.cache disk"
         problems.append(f"data.max_bad is {config.data.max_bad} and {what}, which needs every picture.\n"
                         f"  Convert the set again without the bad ones (--max-bad), or leave one of the two out.")  # fmt: skip
-    for name in ("image_size", "threads"):
-        if (value := getattr(config.data, name)) < 0:
-            problems.append(f"data.{name} is {value}; expected 0 or more.")
-    if config.train.epochs <= 0:
-        problems.append(f"train.epochs is {config.train.epochs}; expected more than 0.")
-    problems += shift_problems(config, index)
-    if config.optim.lr <= 0:
-        problems.append(f"optim.lr is {config.optim.lr}; expected more than 0.")
-    if not 0 < config.optim.layer_decay <= 1:
-        problems.append(f"optim.layer_decay is {config.optim.layer_decay}; expected more than 0, at most 1.")
-    if config.optim.freeze_epochs < 0:
-        problems.append(f"optim.freeze_epochs is {config.optim.freeze_epochs}; expected 0 or more.")
+    problems += range_problems(config) + shift_problems(config, index)
     if config.optim.freeze_epochs > 0 and not config.model.pretrained:
         problems.append(f"optim.freeze_epochs is {config.optim.freeze_epochs}, but nothing is trained below the last layer "
                         f"that could be kept.\n  Set model.pretrained, or leave optim.freeze_epochs out.")  # fmt: skip

@@ -23,6 +23,7 @@ from dist_train.index import load_index
 from dist_train.search import Space, changed, check_values, read_space, recipe_with
 from dist_train.settings import flatten, read_config, to_dict
 
+_LONGEST_LINE = 1 << 24  # of a journal, bytes
 MAX_ATTEMPTS = 3  # a trial that has taken its process with it this often is given up
 
 
@@ -43,7 +44,8 @@ def main(argv: list[str]) -> int:
                 break
             stopped = work_on(plan, study, trial)
             num_done += not stopped
-    report = write_study_report(plan, study)
+    with locked(plan.folder / "report.lock"):  # whoever else is done writes the same files
+        report = write_study_report(plan, study)
     print(
         f"{plan.folder}: {num_done} trials done here{f', stopped by {stopped}' if stopped else ''}; {report.summary}",
         flush=True,
@@ -159,19 +161,20 @@ def open_study(plan: Plan):
     Raises UserError if the folder holds another study.
     """
     optuna = _optuna()
-    plan.folder.mkdir(parents=True, exist_ok=True)
     journal = Path(plan.config.storage or plan.folder / "journal.log")
+    try:
+        for folder in (plan.folder, journal.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{plan.folder}: cannot be made the folder of a study: {error.strerror}.") from None
     with locked(plan.folder / "lock"):
-        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
+        storage = optuna.storages.JournalStorage(open_journal(journal))
         direction = "maximize" if plan.config.metric == "top1" else "minimize"
         study = optuna.create_study(
             storage=storage, study_name=plan.folder.name, direction=direction, load_if_exists=True
         )
         before, now = study.user_attrs.get("identity"), plan.identity()
         if before is None:
-            if plan.config.sampler == "grid":
-                for drawn in plan.space.grid()[: plan.num_trials]:
-                    study.enqueue_trial(drawn)
             study.set_user_attr("identity", now)
         elif before != now:
             old, new = flatten(before), flatten(now)
@@ -180,7 +183,51 @@ def open_study(plan: Plan):
                 f"{plan.folder}: the folder holds another study; these differ: {', '.join(names)}.\n"
                 f"  Take another folder with --run, or put them back."
             )
+        if plan.config.sampler == "grid":  # what is missing, also where a start was cut short or there are to be more trials
+            known = [trial.system_attrs.get("fixed_params", trial.params) for trial in counted_trials(study)]
+            for drawn in plan.space.grid()[: plan.num_trials]:
+                if drawn not in known:
+                    study.enqueue_trial(drawn)
     return study
+
+
+def open_journal(path: Path):
+    """Optuna's journal, whose lines are written under a lock that ends with its process. Raises UserError if it is none."""
+    optuna = _optuna()
+    with JournalLock(path).held(), open(path, "ab+") as file:  # the end of a line that a power cut or full disk cut short
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        if size and file.read(1) != b"{":
+            raise UserError(f"{path}: is no journal of a study.\n  Take another file for study.storage.")
+        file.seek(max(0, size - _LONGEST_LINE))
+        file.truncate(file.tell() + file.read().rfind(b"\n") + 1 if size else 0)
+    return optuna.storages.journal.JournalFileBackend(str(path), lock_obj=JournalLock(path))
+
+
+class JournalLock:
+    """What Optuna holds while it writes: the kernel lets go of it if the process dies, which of a link nobody would."""
+
+    def __init__(self, path: Path):
+        self.path = path.with_name(f"{path.name}.flock")
+        self._holding = contextlib.ExitStack()
+
+    def acquire(self) -> bool:
+        self._holding.enter_context(locked(self.path))
+        return True
+
+    def release(self) -> None:
+        self._holding.close()
+
+    @contextlib.contextmanager
+    def held(self):
+        """Hold it for a block."""
+        with locked(self.path):
+            yield
+
+
+def counted_trials(study) -> list:
+    """The trials of a study but for those that were queued anew under another number."""
+    return [trial for trial in study.get_trials(deepcopy=False) if "abandoned" not in trial.user_attrs]
 
 
 @contextlib.contextmanager
@@ -194,10 +241,10 @@ def claimed_trial(plan: Plan, study):
     with contextlib.ExitStack() as holding:
         with locked(plan.folder / "lock"):
             queue_abandoned(plan, study)
-            trials = [t for t in study.get_trials(deepcopy=False) if "abandoned" not in t.user_attrs]
+            trials = counted_trials(study)
             queued = [t for t in trials if t.state == optuna.trial.TrialState.WAITING]
             trial = None
-            if queued or len(trials) < plan.num_trials:
+            if queued or (plan.config.sampler != "grid" and len(trials) < plan.num_trials):
                 study.sampler = sampler(plan, len(study.get_trials(deepcopy=False)))
                 study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5)
                 trial = study.ask()

@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from dist_train.errors import UserError
 from dist_train.sources import Pixels, Source, Vectors, printable
 
 SKLEARN = ("digits", "breast_cancer", "iris", "wine")
-_MISSING = ("", "na", "n/a", "nan", "null", "none", "?", "-")
+_NO_CLASS = ("", "na", "n/a", "nan", "null", "?")  # "none" and "-" are classes of well-known sets
 _LEFT_OUT_KEPT = 1000  # rows named in the index; more are counted only
 
 
@@ -20,23 +21,23 @@ def csv_source(config: ShardConfig) -> Source:
 
     The delimiter (comma, semicolon, tab or bar) is the one the header line has most of. Classes are sorted, as numbers
     if all are whole numbers. A row with a cell that is empty, no number or not finite is, by config.missing, left out,
-    or given the column's mean over the whole file, or refused; a row without a class is left out or refused. Dropped
-    and named: columns in config.drop, columns without a single number, columns that never change.
+    or given the column's mean over the whole file, or refused; a row without a class (an empty cell, NA, N/A, NaN, null or ?)
+    is left out or refused. Dropped and named: columns in config.drop, columns without a single number, columns that never change.
     """
     path = Path(config.path)
-    header, rows, lines = _read_csv(path)
+    header, rows, lines = read_csv(path)
     target = _target_column(path, config.target, header)
     unknown = [name for name in config.drop if name not in header]
     if unknown:
         raise UserError(f"{path}: drop names {', '.join(unknown)}; the columns are {', '.join(header)}.")
     features = [c for c, name in enumerate(header) if c != target and name not in config.drop]
-    values = np.array([[_number(row[c]) for c in features] for row in rows], np.float32).reshape(len(rows), -1)
+    values = np.array([[number_in(row[c]) for c in features] for row in rows], np.float32).reshape(len(rows), -1)
     texts = [k for k in range(len(features)) if np.isnan(values[:, k]).all()]
     notes = _note("columns without a single number, dropped", [header[features[k]] for k in texts])
     values, features = np.delete(values, texts, axis=1), [f for k, f in enumerate(features) if k not in texts]
 
     labels = [row[target].strip() for row in rows]
-    unlabelled = np.array([label.lower() in _MISSING for label in labels])
+    unlabelled = np.array([label.lower() in _NO_CLASS for label in labels])
     holes = np.isnan(values)
     reasons = {}
     for r in np.flatnonzero(unlabelled | holes.any(axis=1)):
@@ -101,7 +102,7 @@ def _table(classes, labels, values, features, names, left_out, notes) -> Source:
     )  # fmt: skip
 
 
-def _read_csv(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
+def read_csv(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
     """Header, rows, and the line each row ends on. Raises UserError on anything that is no table."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -141,7 +142,7 @@ def _target_column(path: Path, target: str, header: list[str]) -> int:
     raise UserError(f"{path}: {found}; expected the name of the column that holds the class. {hint}")
 
 
-def _number(cell: str) -> float:
+def number_in(cell: str) -> float:
     """The cell as a number; NaN for everything that is none, or that float32 cannot hold."""
     try:
         value = float(cell)
@@ -157,7 +158,7 @@ def _classes(path: Path, target: str, labels: list[str]) -> tuple[list[str], np.
         raise UserError(
             f"{path}: column {target!r} has {len(distinct)} different values in {len(labels)} rows; expected a class."
         )
-    whole = all(label.lstrip("+-").isdigit() for label in distinct)
+    whole = all(re.fullmatch(r"[+-]?[0-9]{1,18}", label) for label in distinct)
     classes = sorted(distinct, key=int) if whole else sorted(distinct)
     number = {name: k for k, name in enumerate(classes)}
     return [printable(name) for name in classes], np.array([number[label] for label in labels], np.int32)

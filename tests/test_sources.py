@@ -235,6 +235,14 @@ CSV_FAULTS = {
 }
 
 
+def test_words_for_nothing_may_be_classes(tmp_path):
+    for labels, kept in ((["none", "minor", "-"], ["-", "minor", "none"]), (["a", "?", "b"], ["a", "b"]),
+                         (["²", "x", "NA"], ["x", "²"]), (["+-5", "7", ""], ["+-5", "7"])):  # fmt: skip
+        (tmp_path / "t.csv").write_text("x,k\n" + "".join(f"{i},{labels[i % 3]}\n" for i in range(30)))
+        source = open_source(ShardConfig(source="csv", path=str(tmp_path / "t.csv"), target="k"))
+        assert source.classes == kept
+
+
 @pytest.mark.parametrize("fault", CSV_FAULTS)
 def test_a_csv_at_fault_is_named(tmp_path, fault):
     text, message = CSV_FAULTS[fault]

@@ -171,6 +171,63 @@ def test_a_killed_study_goes_on_and_two_processes_share_it(write_study):
     assert len(retried) == 1 and len(list(Path("runs/tune/trials").iterdir())) == len(rates)
 
 
+def test_a_grid_is_queued_whole_however_often_it_was_begun(write_study, monkeypatch):
+    rates = [0.01, 0.02, 0.03, 0.04]
+    path = write_study({"sampler": "grid"}, search={"optim.lr": rates})
+
+    def queued() -> list:
+        return sorted(t.system_attrs["fixed_params"]["optim.lr"] for t in trials_of(path, "WAITING"))
+
+    open_study(read_plan([path, "--trials", "2"]))
+    assert queued() == rates  # trials_of opens it without that limit
+    assert queued() == rates
+    other = write_study({"sampler": "grid"}, "other", search={"optim.lr": rates})
+    with monkeypatch.context() as patched:
+        patched.setattr("optuna.Study.enqueue_trial", lambda *more, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            open_study(read_plan([other]))
+    assert len(trials_of(other, "WAITING")) == 4
+    assert main([path, "--trials", "3"]) == 0 and main([path]) == 0
+    assert sorted(t.params["optim.lr"] for t in trials_of(path)) == rates
+
+
+def test_a_journal_cut_off_in_a_line_and_a_lock_left_behind_are_survived(write_study):
+    path = write_study({"sampler": "random", "trials": 1}, search={"optim.lr": [0.01, 0.02]})
+    assert main([path]) == 0
+    journal = Path("runs/tune/journal.log")
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code": 5, "worker_id": "torn')
+    Path("runs/tune/journal.log.lock").symlink_to("nowhere")  # as a killed process of Optuna's own lock leaves it
+    (trial,) = trials_of(path)
+    assert trial.value > 0.5 and journal.read_bytes().startswith(whole) and b"torn" not in journal.read_bytes()
+    Path("notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="notes.txt: is no journal of a study"):
+        open_study(read_plan([path, "--storage", "notes.txt", "--run", "runs/more"]))
+    assert Path("notes.txt").read_text() == "mine"
+    with pytest.raises(UserError, match="cannot be made the folder of a study"):
+        open_study(read_plan([path, "--run", "notes.txt"]))
+
+
+def test_what_stands_as_text_is_searched_as_what_it_means(write_study):
+    path = write_study({}, search={"model.batchnorm": ["false", "true"], "data.global_batch_size": ["16", "32"],
+                                   "optim.lr": {"low": "1e-3", "high": "1e-1"}})  # fmt: skip
+    space = read_plan([path]).space
+    assert list(space.choices["model.batchnorm"].values()) == [False, True]
+    assert list(space.choices["data.global_batch_size"].values()) == [16, 32]
+    assert space.ranges["optim.lr"] == {"low": 0.001, "high": 0.1}
+    for search, complaint in (
+        ({"train.monitor": ["top1", "loss"]}, "train.monitor cannot be searched"),
+        ({"data.global_batch_size": {"low": 16, "high": 64.5}}, "expected whole numbers"),
+        ({"train.patience": {"low": 2, "high": 10, "step": 2.5}}, "expected whole numbers"),
+        ({"optim.lr": {"low": 0.1, "high": 1.0, "step": -0.1}}, "or a range such as"),
+        ({"optim.lr": {"low": 0.1, "high": float("inf")}}, "or a range such as"),
+        ({"optim.lr": {"low": 0.1, "high": 1.0, "step": "abc"}}, "or a range such as"),
+        ({"model.hidden": [{"a": 1}]}, "expected a list of choices"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            read_plan([write_study({}, "faulty", search=search)])
+
+
 def test_a_trial_that_takes_its_process_with_it_is_given_up(write_study):
     path = write_study({"sampler": "grid"}, search={"optim.lr": [0.01]})
     plan = read_plan([path])

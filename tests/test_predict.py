@@ -1,0 +1,91 @@
+"""A run on a table reads at prediction what conversion reads, and takes no other columns."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from dist_train import shard
+from dist_train.errors import UserError
+from dist_train.export import export
+from dist_train.predict import eval_main, main
+from dist_train.train import run_training
+
+COLUMNS = ("x", "y", "z")
+
+
+@pytest.fixture(scope="module")
+def table_run(tmp_path_factory):
+    """(run on a table of three columns, the same rows with the columns in another order as shards, the folder)."""
+    folder = tmp_path_factory.mktemp("table")
+    rows = np.random.default_rng(0).normal(size=(80, 3)).round(3)
+    for name, order in (("set", (0, 1, 2)), ("turned", (2, 0, 1))):
+        lines = [",".join([*(COLUMNS[c] for c in order), "kind"])]
+        lines += [",".join([*(str(row[c]) for c in order), "ab"[int(row[0] > 0)]]) for row in rows]
+        (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
+        shard.main(["--source", "csv", "--path", str(folder / f"{name}.csv"), "--target", "kind",
+                    "--out", str(folder / name), "--workers", "1"])  # fmt: skip
+    run = folder / "run"
+    settings = ["--data.shards", str(folder / "set"), "--run", str(run), "--model.name", "mlp", "--model.hidden", "[8]",
+                "--data.global_batch_size", "16", "--train.epochs", "2", "--track.wandb", "off",
+                "--runtime.threads", "1"]  # fmt: skip
+    assert run_training(settings) == 0
+    return run, folder
+
+
+def predictions(capsys, *argv) -> tuple[int, list[dict]]:
+    capsys.readouterr()
+    code = main([*map(str, argv), "--json"])
+    lines = capsys.readouterr().out.splitlines()
+    return code, [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON")) for line in lines]
+
+
+def test_every_way_to_write_a_csv_gives_the_same_predictions(table_run, tmp_path, capsys):
+    run, _ = table_run
+    path = tmp_path / "p.csv"
+    plain = "x,y,z\n0.5,1,2\n-0.5,1,2\n"
+    texts = [plain, "\ufeff" + plain, plain.replace(",", ";"), plain.replace("x,y", "x, y"), "n,z,y,x\na,2,1,0.5\nb,2,1,-0.5\n"]
+    found = []
+    for text in texts:
+        path.write_text(text, encoding="utf-8")
+        found.append(predictions(capsys, run, path))
+    assert found == [found[0]] * len(texts) and found[0][0] == 0
+    assert [row["path"].rpartition(":")[2] for row in found[0][1]] == ["2", "3"]
+
+
+def test_cells_that_are_no_finite_numbers_are_named_with_their_line(table_run, tmp_path, capsys):
+    run, _ = table_run
+    path = tmp_path / "p.csv"
+    path.write_text("x,y,z\n0.5,1,2\n\nnan,1,2\n1,inf,2\n1,1,1e39\n1,1,\n1,1,red\n")
+    code, rows = predictions(capsys, run, path)
+    assert code == 2
+    assert [row["path"].rpartition(":")[2] for row in rows if "error" in row] == ["4", "5", "6", "7", "8"]
+    (good,) = [row for row in rows if "error" not in row]
+    assert math.isclose(sum(entry["probability"] for entry in good["top"]), 1, abs_tol=1e-4)
+    assert "column z is 'red'" in rows[4]["error"]
+
+
+@pytest.mark.parametrize("content, complaint", [
+    (b"x,y\n1,2\n", "expected the columns x, y, z; lacks z"), (b"x,y,z\n", "no rows"),
+    ("x,y,z\n1,é,2\n".encode("latin-1"), "in UTF-8"), (None, "cannot be read"),
+])  # fmt: skip
+def test_a_file_that_is_no_such_table_is_named(table_run, tmp_path, content, complaint):
+    path = tmp_path / "p.csv"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=complaint):
+        main([str(table_run[0]), str(path)])
+    with pytest.raises(UserError, match="--top is 0"):
+        main([str(table_run[0]), str(path), "--top", "0"])
+
+
+def test_a_table_with_other_columns_is_not_evaluated(table_run, tmp_path):
+    run, folder = table_run
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in run.iterdir())
+    turned = ["--data.shards", str(folder / "turned")]
+    with pytest.raises(UserError, match="its columns are not those of .*run: z, x, y there, x, y, z here"):
+        eval_main([str(run), "--split", "test", *turned])
+    with pytest.raises(UserError, match="its columns are not those"):
+        export(str(run), "safetensors", tmp_path / "out", "test", turned)
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in run.iterdir()) == before
