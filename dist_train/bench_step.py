@@ -64,7 +64,7 @@ def measure(config: RunConfig, accelerator, world: runtime.World, num_steps: int
         state = run.new_state()
         real = _window(run, state, num_steps)
         batch = next(to_device(run.stream(0), world.device))
-        run.stream = lambda first_step: itertools.repeat(batch)
+        run.stream = lambda first_step: (batch for _ in itertools.count())  # it has to be one that can be closed
         synthetic = _window(run, state, num_steps)
         rate = config.data.global_batch_size / real.step_s()
         run.parts = real

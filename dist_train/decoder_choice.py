@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 
 from dist_train.boxes import random_resized_boxes
 from dist_train.config import RunConfig
@@ -17,6 +16,7 @@ from dist_train.errors import UserError
 from dist_train.folds import open_index
 from dist_train.gpu_decode import GpuDecoder, is_there
 from dist_train.order import sample_keys
+from dist_train.settings import read_written
 from dist_train.sizes import decoder_crop
 from dist_train.store import Store
 
@@ -31,7 +31,7 @@ def settled(config: RunConfig, folder: Path, device: torch.device) -> RunConfig:
     """
     kind, written = config.data.decode, folder / "config.yaml"
     if kind == "auto" and written.exists():
-        kind = (yaml.safe_load(written.read_text()).get("data") or {}).get("decode", "cpu")
+        kind = (read_written(written).get("data") or {}).get("decode", "cpu")
     if kind == "auto":
         kind = "cpu"
         if device.type == "cuda" and is_there():

@@ -69,11 +69,11 @@ def main(argv: list[str]) -> int:
 
 def look_around(accelerate_file: str | None, cache_dir: str) -> Iterator[Finding]:
     """All findings, the quick ones first; torch is loaded for the last."""
-    yield Finding(
-        "good",
-        f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {' '.join(platform.libc_ver())}",
-    )
-    installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    system = f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver())}"
+    yield Finding("good", f"Python {platform.python_version()}, {system}")
+    found = [(d.metadata["Name"], getattr(d, "_path", d), d) for d in importlib.metadata.distributions()]
+    yield from (Finding("note", f"{path}: left by an installation that was cut short") for name, path, _ in found if not name)
+    installed = {name.lower().replace("_", "-"): d.version for name, _, d in found if name}
     yield from versions(installed, _requirements("dist-train"), _requirements("torchvision"), _tested_versions())
     quota = cpu_quota(Path("/sys/fs/cgroup"))
     yield cores(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, quota)

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-import torch
-import torch.distributed as dist
 from torch import nn
+
+from dist_train.messages import average_over_ranks
 
 
 def freeze_below_head(model: nn.Module, head: str, is_frozen: bool) -> None:
@@ -28,12 +28,7 @@ def average_gradients(model: nn.Module) -> None:
     For the frozen part of a run. DistributedDataParallel is made for the same weights in every step, and would have to
     be made anew when they change; it reduces megabytes in buckets during the pass, which a head does not need.
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    message = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(message)
-    message /= dist.get_world_size()
-    for gradient, mean in zip(gradients, message.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    average_over_ranks([p.grad for p in model.parameters() if p.grad is not None])
 
 
 def layer_depths(model: nn.Module, head: str) -> dict[str, int]:

@@ -75,6 +75,19 @@ class Replicated:
     def reduce_gradients(self) -> None:
         """After the backward pass: return when the gradients are those of the whole global batch."""
 
+    @torch.no_grad()
+    def agree_on_statistics(self) -> None:
+        """After an update: give every rank the mean of the ranks' running statistics, where each has its own.
+
+        That is where train.sync_batchnorm is off. Weights are judged, averaged and saved with them, so they must be one.
+        """
+        if self.world.world_size == 1 or self.config.train.sync_batchnorm:
+            return
+        buffers = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
+        if buffers:
+            with messages.clock.waiting():
+                messages.average_over_ranks(buffers)
+
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale the gradients down to this norm over all weights; returns the norm before, () on the device."""
         return self.accelerator.clip_grad_norm_(self.network.parameters(), max_norm)

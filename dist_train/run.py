@@ -18,6 +18,7 @@ from dist_train.cache import DecodedCache
 from dist_train.checkpoint import Checkpoints, Saved, optimizer_tensors, restore_optimizer
 from dist_train.config import RunConfig, conflicts
 from dist_train.data import Batch, open_stream
+from dist_train.durable import replace_text
 from dist_train.errors import UserError
 from dist_train.evaluate import Evaluation, evaluate, standardised
 from dist_train.finetune import average_gradients, freeze_below_head
@@ -30,7 +31,7 @@ from dist_train.metrics import flops_per_sample, peak_flops
 from dist_train.models import build_model, head_name
 from dist_train.optim import Plateau, WeightAverage, build_optimizer, lr_at
 from dist_train.parallel import spread
-from dist_train.settings import from_dict, to_dict
+from dist_train.settings import from_dict, read_written, to_dict
 from dist_train.sizes import check_sizes, decoder_crop, eval_crop, input_size, micro_batch_size
 from dist_train.step_parts import StepParts
 
@@ -251,6 +252,9 @@ class Run:
     def save(self, state: "State", is_best: bool) -> None:
         self.prove()
         self.prove_weights(state)
+        if self.world.world_size > 1:  # whoever resumes, in whatever number, adds to the mean over the ranks
+            torch.distributed.all_reduce(state.loss_sum)
+            state.loss_sum /= self.world.world_size
         saved = state.to_saved(self.accelerator.scaler)
         tensors = self.parallel.gathered(saved.tensors)
         if self.world.is_main:
@@ -348,7 +352,7 @@ def open_run_folder(config: RunConfig, folder: Path, resume: bool) -> None:
     """Write the settings into the run folder, or accept those there. Raises UserError where it holds another run."""
     written = folder / "config.yaml"
     if written.exists():
-        old = yaml.safe_load(written.read_text())
+        old = read_written(written)
         old.setdefault("data", {}).setdefault("decode", "cpu")  # runs from before there was a choice
         differing = conflicts(to_dict(from_dict(RunConfig, old)), to_dict(config))
         if differing:
@@ -359,9 +363,7 @@ def open_run_folder(config: RunConfig, folder: Path, resume: bool) -> None:
     (folder / "stop").unlink(missing_ok=True)  # it was for the process before
     for unfinished in (folder / "checkpoints").glob("*.partial"):
         shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
-    partial = folder / "config.yaml.partial"
-    partial.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    partial.replace(written)
+    replace_text(written, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def inference(config: RunConfig, index: ShardIndex, size: tuple[int, int] | None) -> dict:

@@ -80,6 +80,13 @@ def start(precision: str, threads: int, timeout_s: int):
             f"the launcher asks for mixed precision {asked}, the recipe for train.precision: {precision}.\n"
             f"  Precision changes results, so it belongs to the recipe: leave it out of accelerate's configuration."
         )
+    for word, name, setting in (("1", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "train.micro_batch_size"),
+                                ("no", "ACCELERATE_DYNAMO_BACKEND", "train.compile")):  # fmt: skip
+        if env.get(name, word).lower() not in (word, ""):
+            raise UserError(
+                f"the launcher sets {name} to {env[name]}, which would change the training behind the recipe's back.\n"
+                f"  Leave it out of accelerate's configuration and set {setting} in the recipe."
+            )
     env["ACCELERATE_USE_CPU"] = "true" if use_cpu else "false"  # without it, ranks on the CPU would each be alone
     threads = threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
     env["OMP_NUM_THREADS"] = str(threads)  # Accelerate sets torch's threads from it, where there are several ranks
@@ -284,7 +291,9 @@ def _refuse_lonely_launch(world_size: int) -> None:
     options = dict(zip(words, words[1:], strict=False)) | dict(w.split("=", 1) for w in words if "=" in w)
     asked = options.get("--num_processes") or options.get("--num-processes") or options.get("-n")
     file = options.get("--config_file") or options.get("--config-file")
-    if not asked and file and Path(file).exists():
+    if not file:
+        from accelerate.commands.config.config_args import default_config_file as file
+    if not asked and Path(file).exists():
         import yaml
 
         asked = (yaml.safe_load(Path(file).read_text()) or {}).get("num_processes")

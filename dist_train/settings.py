@@ -8,16 +8,19 @@ from typing import Literal
 
 from dist_train.errors import UserError
 
+_WRITTEN_ADVICE = "\n  Put back the settings the run was started with, or begin another run with --run."
 
-def read_config(kind: type, argv: list[str], prog: str, files: list[str] = ()):
+
+def read_config(kind: type, argv: list[str], prog: str, files: list[str] = (), epilog: str = ""):
     """Read a dataclass tree from YAML files, then `--config FILE` and `--SECTION.KEY VALUE` in argv; later ones win.
 
-    kind: RunConfig or ShardConfig. prog: the command's name, for its help. Hyphens in option names count as underscores.
+    kind: RunConfig or ShardConfig. prog: the command's name, for its help; epilog: that help's last words. Hyphens in
+    option names count as underscores.
     Raises UserError with every unknown name (and the nearest one that exists) and every value of a wrong type at once.
     """
     argv = [_underscored(word) for word in argv]
     argv = [word for file in files for word in ("--config", file)] + argv
-    parser = _parser(kind, prog)
+    parser = _parser(kind, prog, epilog)
     settings, problems = _collect(kind, argv)
     if not problems:
         try:
@@ -63,6 +66,19 @@ def flatten(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
+def read_written(path: Path) -> dict:
+    """The settings that a run wrote into its folder. Raises UserError where the file is damaged."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}.{_WRITTEN_ADVICE}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: holds no settings.{_WRITTEN_ADVICE}")
+    return tree
+
+
 def setting_names(kind: type, prefix: str = "") -> dict[str, type]:
     """Dotted name -> type of every setting below a dataclass."""
     names = {}
@@ -81,11 +97,11 @@ def _underscored(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def _parser(kind: type, prog: str):
+def _parser(kind: type, prog: str, epilog: str = ""):
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, description=kind.__doc__.splitlines()[0], exit_on_error=False)
+    parser = ArgumentParser(prog=prog, description=kind.__doc__.splitlines()[0], epilog=epilog, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
     parser.add_class_arguments(kind, None)
     return parser

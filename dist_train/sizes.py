@@ -2,7 +2,7 @@
 
 import math
 
-from dist_train.config import RunConfig
+from dist_train.config import AugmentConfig, RunConfig
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex
 from dist_train.runtime import World
@@ -10,11 +10,12 @@ from dist_train.settings import flatten, to_dict
 
 _RANGES = {  # (what is expected, whether a value is that): settings; others have ranges where they are used
     ("more than 0", lambda value: 0 < value < math.inf):
-        ("train.epochs", "optim.lr", "optim.step_epochs", "optim.step_factor", "model.width"),
+        ("train.epochs", "runtime.timeout_s", "optim.lr", "optim.step_epochs", "optim.step_factor", "model.width"),
     ("0 or more", lambda value: 0 <= value < math.inf):
         ("data.image_size", "data.threads", "data.prefetch_mb", "optim.weight_decay", "optim.freeze_epochs",
-         "optim.warmup_epochs", "optim.final_lr", "optim.plateau_patience", "optim.clip_norm", "train.max_steps",
-         "train.micro_batch_size", "train.eval_every_epochs", "train.patience", "train.split_ranks"),
+         "optim.warmup_epochs", "optim.final_lr", "optim.plateau_patience", "optim.clip_norm",
+         "train.max_steps", "train.profile_steps", "train.micro_batch_size", "train.eval_every_epochs", "train.patience",
+         "train.split_ranks", "runtime.threads"),
     ("0 or more, less than 1", lambda value: 0 <= value < 1):
         ("optim.momentum", "optim.beta2", "optim.label_smoothing", "optim.ema_decay", "model.dropout"),
     ("more than 0, at most 1", lambda value: 0 < value <= 1): ("optim.layer_decay",),
@@ -64,6 +65,22 @@ def range_problems(config: RunConfig) -> list[str]:
     return problems
 
 
+def split_problems(config: RunConfig, index: ShardIndex) -> list[str]:
+    """Splits that are named and not there, and what cannot be done without validation."""
+    data, problems = config.data, []
+    for name, usual in (("val_split", "val"), ("test_split", "test")):
+        split = getattr(data, name)
+        if split and split != usual and split not in index.splits:
+            problems.append(f"data.{name} is {split!r}; {index.folder} has {', '.join(index.splits)}.")
+    if data.val_split not in index.splits:
+        needs = [f"optim.schedule {config.optim.schedule}"] * (config.optim.schedule == "plateau")
+        needs += [f"train.patience {config.train.patience}"] * (config.train.patience > 0)
+        if needs:
+            problems.append(f"{' and '.join(needs)} go by the validation split, and {index.folder} has none.\n"
+                            f"  Set data.val_split to one of {', '.join(index.splits)}, or leave it out.")  # fmt: skip
+    return problems
+
+
 def shift_problems(config: RunConfig, index: ShardIndex) -> list[str]:
     """What is wrong with train.shift_test for these pictures, if anything; a table has none to move."""
     side = config.data.image_size or min(index.image_size or (0,))
@@ -76,14 +93,14 @@ def shift_problems(config: RunConfig, index: ShardIndex) -> list[str]:
 
 def check_sizes(config: RunConfig, index: ShardIndex, world: World) -> None:
     """Raise UserError, all faults at once, where settings, shards and ranks do not go together."""
-    problems = []
+    problems = range_problems(config)
     batch, share = config.data.global_batch_size, config.data.global_batch_size // world.world_size
     if (split := config.data.train_split) not in index.splits:
         problems.append(f"{index.folder}: there is no split {split!r} to train on; it has {', '.join(index.splits)}.")
     if batch < 1 or batch % world.world_size:
         problems.append(f"data.global_batch_size is {batch}, which {world.world_size} processes cannot share evenly.\n"
                         f"  Choose a multiple of {world.world_size}, or start another number of processes.")  # fmt: skip
-    if (config.augment.mixup or config.augment.cutmix) and (
+    if share and not problems and (config.augment.mixup or config.augment.cutmix) and (
         share % 2 or micro_batch_size(config, world.world_size) % 2
     ):
         problems.append(
@@ -93,7 +110,11 @@ def check_sizes(config: RunConfig, index: ShardIndex, world: World) -> None:
         what = f"data.folds {config.data.folds}" if config.data.folds else "data.cache disk"
         problems.append(f"data.max_bad is {config.data.max_bad} and {what}, which needs every picture.\n"
                         f"  Convert the set again without the bad ones (--max-bad), or leave one of the two out.")  # fmt: skip
-    problems += range_problems(config) + shift_problems(config, index)
+    problems += shift_problems(config, index) + split_problems(config, index)
+    if index.features is not None and config.augment != AugmentConfig():
+        usual = to_dict(AugmentConfig())
+        names = [f"augment.{name}" for name, value in to_dict(config.augment).items() if value != usual[name]]
+        problems.append(f"{', '.join(names)}: the rows of a table are not augmented.\n  Leave out what is set there.")
     if config.optim.freeze_epochs > 0 and not config.model.pretrained:
         problems.append(f"optim.freeze_epochs is {config.optim.freeze_epochs}, but nothing is trained below the last layer "
                         f"that could be kept.\n  Set model.pretrained, or leave optim.freeze_epochs out.")  # fmt: skip

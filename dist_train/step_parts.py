@@ -23,7 +23,7 @@ class StepParts:
         self.device, self.skip, self.num_steps, self._parameters = device, skip, num_steps, parameters
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.is_complete = False  # the window has been, its figures can be read
-        self._steps, self._part, self._since = 0, "", 0.0
+        self._steps, self._part, self._since, self._is_paused = 0, "", 0.0, False
 
     def mark(self, part: str) -> None:
         """Here begins a part of PARTS but "communication", and the one before ends. "data" begins a step."""
@@ -36,15 +36,21 @@ class StepParts:
             torch.accelerator.synchronize(self.device)
         now = time.perf_counter()
         waited = messages.clock.take()
-        if self._part:
+        if not self._part:
+            messages.clock.start(self.device, self._parameters)
+        elif not self._is_paused:
             self.seconds[self._part] += now - self._since - waited
             self.seconds["communication"] += waited
-        else:
-            messages.clock.start(self.device, self._parameters)
-        self._part, self._since = part, now
+        self._part, self._since, self._is_paused = part, now, False
         self.is_complete = self._steps > self.skip + self.num_steps
         if self.is_complete:
             messages.clock.stop()
+
+    def pause(self) -> None:
+        """What follows, until the next mark, is no part of a step: an evaluation, a checkpoint."""
+        if self._part and not self.is_complete:
+            self.mark("other")
+            self._is_paused = True
 
     def step_s(self) -> float:
         """Mean time of a step in the window, seconds."""

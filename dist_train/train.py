@@ -49,6 +49,7 @@ def train(run: Run, state: State) -> None:
             run.parallel.clip_gradients(config.optim.clip_norm)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
+        run.parallel.agree_on_statistics()
         state.step += 1
         if state.average:
             state.average.update(run.network)
@@ -71,10 +72,12 @@ def train(run: Run, state: State) -> None:
                 run.tracker.profile(state.step, run.parts.step_s(), run.parts.shares())
             state.loss_sum, state.logged_step = torch.zeros_like(state.loss_sum), state.step
         if run.is_evaluation_due(state) and not asked:
+            run.parts.pause()
             judge_and_save(run, state)
             stop = stop or run.is_evaluation_due(state) or run.is_over(state)
             clock.read()  # neither evaluation nor saving is training time
         elif stop or its_time(state.step, config.train.checkpoint_every_steps):
+            run.parts.pause()
             run.save(state, is_best=False)
             clock.read()
         if last or stop:
@@ -189,7 +192,10 @@ def parse(argv: list[str]) -> tuple[RunConfig, Path, bool]:
             run = word.partition("=")[2] or argv[i + 1]
             del argv[i : i + width]
             break
-    config = read_config(RunConfig, argv, "dist-train train")
+    config = read_config(RunConfig, argv, "dist-train train", epilog=(
+        "Besides these: --run FOLDER, where the run lies (default runs/<the recipe's name>); --resume, which goes on from the "
+        "newest whole checkpoint there, if there is one."
+    ))  # fmt: skip
     if not config.data.shards:
         raise UserError(
             "data.shards is not set: --data.shards shards/NAME, or a recipe that sets it (--config recipes/R.yaml)."

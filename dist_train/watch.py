@@ -49,6 +49,7 @@ class Watch:
         self._heard = dict.fromkeys(range(self.world_size) if self.rank == 0 else (0,), now)
         self._heard.pop(self.rank, None)
         self._steps, self._places = dict.fromkeys(self._heard, 0), {}
+        self._unheard, self._is_said = set(self._heard), False  # no datagram came yet: perhaps none passes between the hosts
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
 
@@ -129,16 +130,22 @@ class Watch:
                 if reason:
                     return f"step {self.step}: {self._name(rank)} ended: {reason}"
         silent = [rank for rank, heard in self._heard.items() if now - heard > limit_s and rank not in self._ended]
+        if not self._broken.is_set() and any(rank in self._unheard for rank in silent):
+            unheard = [rank for rank in silent if rank in self._unheard]
+            silent = [rank for rank in silent if rank not in self._unheard]
+            if not self._is_said:
+                self._is_said = True
+                print(
+                    f"[rank {self.rank}] no datagram came from {self._names(unheard)}: UDP is blocked, or the rank hangs.\n"
+                    f"  Were it lost, a collective would say so after runtime.timeout_s.", file=sys.stderr, flush=True
+                )  # fmt: skip
         if not silent:
             return ""
-        names = ", ".join(self._name(rank) for rank in silent[:8]) + (
-            f" and {len(silent) - 8} more" if silent[8:] else ""
-        )
         silence_s = max(now - self._heard[rank] for rank in silent)
         seen = min(self._steps[rank] for rank in silent)
         return (
-            f"step {self.step}: {names} no longer answers: silent for {silence_s:.0f} s, last seen at step {seen}. It was "
-            f"killed, hangs, or is cut off.\n  Look for its last words in the log; go on with --resume."
+            f"step {self.step}: {self._names(silent)} no longer answers: silent for {silence_s:.0f} s, last seen at step {seen}. "
+            f"It was killed, hangs, or is cut off.\n  Look for its last words in the log; go on with --resume."
         )
 
     def _stuck(self, error: RuntimeError) -> str:
@@ -152,6 +159,9 @@ class Watch:
             f"step {self.step}: the ranks lost contact ({first_line}). Every one still answers; {behind}.\n"
             f"  If a step, an evaluation or a file may take this long, raise runtime.timeout_s; go on with --resume."
         )
+
+    def _names(self, ranks: list[int]) -> str:
+        return ", ".join(self._name(rank) for rank in ranks[:8]) + (f" and {len(ranks) - 8} more" if ranks[8:] else "")
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} on {self.hosts[rank]}"
@@ -180,6 +190,7 @@ class Watch:
                 except (ValueError, KeyError, TypeError):  # not ours
                     continue
                 rank = beat["rank"]
+                self._unheard.discard(rank)
                 self._heard[rank], self._steps[rank], self._places[rank] = time.monotonic(), beat["step"], place
                 if beat["end"] is not None:
                     self._ended[rank] = beat["end"]

@@ -18,8 +18,12 @@ device=$1 count=$2 recipe=$3
 shift 3
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [[ -f $recipe ]] || usage "there is no recipe $recipe."
-python=${PYTHON:-$project/.venv/bin/python}
-[[ -x $python ]] || python=$(command -v python3) || usage "no Python found; make one with: make install"
+if [[ -n ${PYTHON:-} ]]; then
+  python=$(command -v "$PYTHON") || usage "PYTHON is $PYTHON, which is no program."
+else
+  python=$project/.venv/bin/python
+  [[ -x $python ]] || python=$(command -v python3) || usage "no Python found; make one with: make install"
+fi
 
 case $device in
   --cpu) export ACCELERATE_USE_CPU=true ;;  # without it, ranks on the CPU would each train alone
@@ -68,7 +72,9 @@ while ((${#ranks[@]})); do
     fi
     rc=0
     wait "$pid" || rc=$?
-    if ((rc)) && [[ -z $deadline ]]; then
+    ((code)) || code=$rc
+    # 85 says that the run was asked to stop: the others may still be writing what it was
+    if ((rc && rc != 85)) && [[ -z $deadline ]]; then
       code=$rc deadline=$((SECONDS + ${GRACE_S:-60}))
     fi
   done

@@ -170,3 +170,11 @@ def test_this_machine_is_looked_at_and_torch_comes_last(capsys):
         for word in ("Python ", "torch ", "cores", "memory", "open files", "jpeg: ", "shard cache", "SLURM", "GPU")
     ]
     assert order == sorted(order)
+
+
+def test_an_installation_that_was_cut_short_is_noted(tmp_path, monkeypatch):
+    (tmp_path / "foo-1.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    findings = doctor.look_around(None, str(tmp_path))
+    notes = [next(findings) for _ in range(3)]
+    assert any("foo-1.0.dist-info" in note.found and "cut short" in note.found for note in notes)

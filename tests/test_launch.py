@@ -109,6 +109,17 @@ def test_local_starts_one_process_plainly_whatever_the_shell_holds(machine):
     assert Path(machine["LOG"], "rank").read_text().split()[:2] == [":", "true"]
 
 
+def test_a_rank_that_stopped_in_order_leaves_the_others_their_time(machine):
+    do = "[[ $RANK == 1 ]] && exit 85; sleep 4; echo written > $LOG/written; exit 85"
+    code, _, _ = run("local.sh", ["--cpu", "2", machine["RECIPE"]], machine | {"DO": do, "GRACE_S": "1"})
+    assert code == 85 and Path(machine["LOG"], "written").exists()
+
+
+def test_a_python_that_is_named_is_the_one_that_runs(machine):
+    code, _, err = run("local.sh", ["--cpu", "2", machine["RECIPE"]], machine | {"PYTHON": "/no/such/python"})
+    assert code and "PYTHON is /no/such/python, which is no program" in err
+
+
 @pytest.mark.parametrize("do, expected", [("exit 85", 85), ("[[ $RANK == 1 ]] && exit 7; exec sleep 60", 7)])
 def test_local_returns_the_code_of_the_first_rank_that_failed(machine, do, expected):
     began = time.monotonic()

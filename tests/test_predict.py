@@ -80,6 +80,12 @@ def test_a_file_that_is_no_such_table_is_named(table_run, tmp_path, content, com
         main([str(table_run[0]), str(path), "--top", "0"])
 
 
+def test_the_rows_of_a_table_are_not_augmented(table_run, tmp_path):
+    argv = ["--data.shards", str(table_run[1] / "set"), "--run", str(tmp_path / "run"), "--model.name", "mlp"]
+    with pytest.raises(UserError, match="augment.mixup: the rows of a table are not augmented"):
+        run_training([*argv, "--augment.mixup", "0.4"])
+
+
 def test_a_table_with_other_columns_is_not_evaluated(table_run, tmp_path):
     run, folder = table_run
     before = sorted((path.name, path.stat().st_mtime_ns) for path in run.iterdir())

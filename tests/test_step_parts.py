@@ -53,6 +53,19 @@ def test_the_window_alone_is_timed_and_each_part_by_itself(by_hand):
     assert parts.shares()["forward"] > 0.9
 
 
+def test_an_evaluation_between_two_steps_is_no_part_of_either(by_hand):
+    parts = StepParts(torch.device("cpu"), num_steps=3, skip=2)
+    for step in range(6):
+        one_step(parts, lambda: by_hand.sleep(2))
+        by_hand.sleep(1)
+        if step in (1, 2, 3):
+            parts.pause()
+            by_hand.sleep(50)
+    parts.mark("data")
+    assert parts.is_complete and parts.seconds["forward"] == 6
+    assert parts.seconds["other"] == 3 and parts.step_s() == pytest.approx(3)
+
+
 def test_waiting_for_messages_is_taken_out_of_the_part_in_which_it_happens(by_hand):
     weight = torch.nn.Parameter(torch.ones(3))
     parts = StepParts(torch.device("cpu"), num_steps=1, skip=1, parameters=[weight])

@@ -94,6 +94,23 @@ def test_two_processes_give_the_curve_of_one(digits, tmp_path):
     assert (tmp_path / "rank1.log").read_text().strip() == ""  # rank zero speaks
 
 
+@pytest.mark.two_process
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_ranks_with_statistics_of_their_own_judge_and_resume_as_if_never_stopped(digits, tmp_path, parallel):
+    straight, halted = tmp_path / "straight", tmp_path / "halted"
+    more = ["--train.sync_batchnorm", "false", "--train.parallel", parallel, "--train.log_every_steps", "4",
+            "--train.eval_every_epochs", "0.53", "--optim.lr", "0.004"]  # evaluated in step 8
+    for run, last in ((straight, 8), (halted, 6), (halted, 8)):
+        resume = ["--resume"] if run.exists() else []
+        ranks = start_ranks(2, tiny_run(digits, run, *more, "--train.max_steps", str(last), *resume), tmp_path)
+        assert finish_ranks(ranks, tmp_path) == [0, 0], (tmp_path / "rank0.log").read_text()
+    ours, theirs = figures(halted), figures(straight)
+    assert [line["kind"] for line in theirs] == ["train", "train", "eval"]
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], abs=2e-6)
+    weights = [load_file(run / "checkpoints/step-00000008/model.safetensors") for run in (straight, halted)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def finished(run: Path, argv: list[str]) -> Path:
     assert run_training(argv) == 0
     return run
@@ -161,6 +178,40 @@ def test_a_table_with_a_flipped_bit_is_not_trained_on(digits, tmp_path):
     np.save(damaged / "val.samples.npy", table)
     with pytest.raises(UserError, match="(?s)val.samples.npy: its checksum differs from the index.*dist-train verify"):
         run_training(tiny_run(str(damaged), tmp_path / "run"))
+
+
+@pytest.mark.parametrize("content", ["", "data: {shards: [", "- a list"])
+def test_a_damaged_config_of_a_run_is_named(calm, digits, tmp_path, content):
+    run = tmp_path / "run"
+    shutil.copytree(calm, run)
+    (run / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match="(?s)config.yaml: .*Put back the settings"):
+        run_training(tiny_run(digits, run, "--resume"))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("train.micro_batch_size", "-1"), ("optim.momentum", "1.5"), ("optim.clip_norm", "-1"), ("optim.weight_decay", "-1"),
+    ("optim.ema_decay", "1.5"), ("optim.label_smoothing", "2"), ("model.dropout", "2"), ("runtime.timeout_s", "0"),
+    ("data.eval_crop", "-1"), ("train.max_steps", "-3"), ("model.width", "0"), ("data.val_split", "vall"),
+])  # fmt: skip
+def test_a_setting_out_of_its_range_is_named(digits, tmp_path, name, value):
+    with pytest.raises(UserError, match=f"{name} is '?{value}"):
+        run_training(tiny_run(digits, tmp_path / "run", f"--{name}", value, "--augment.mixup", "0.2"))
+
+
+def test_what_goes_by_validation_needs_some(digits, tmp_path):
+    argv = ["--data.val_split", "", "--train.patience", "3", "--optim.schedule", "plateau"]
+    with pytest.raises(UserError, match="optim.schedule plateau and train.patience 3 go by the validation split"):
+        run_training(tiny_run(digits, tmp_path / "run", *argv))
+
+
+@pytest.mark.parametrize("name, value, setting", [
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "micro_batch_size"), ("ACCELERATE_DYNAMO_BACKEND", "EAGER", "compile"),
+])  # fmt: skip
+def test_what_a_launcher_would_change_behind_the_recipe_is_refused(digits, tmp_path, monkeypatch, name, value, setting):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"(?s){name} to {value}.*train.{setting} in the recipe"):
+        run_training(tiny_run(digits, tmp_path / "run"))
 
 
 def test_a_run_folder_that_cannot_be_made_is_named(digits, tmp_path):

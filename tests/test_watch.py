@@ -2,12 +2,13 @@
 
 import shutil
 import signal
+import threading
 import time
 
 import pytest
 from conftest import finish_ranks, start_ranks, tiny_run
 
-from dist_train.watch import EXIT_LOST_RANK
+from dist_train.watch import EXIT_LOST_RANK, Watch
 
 LONG = ["--train.epochs", "500", "--train.eval_every_epochs", "0", "--runtime.timeout_s", "10"]
 
@@ -70,3 +71,17 @@ def test_ranks_that_do_not_meet_say_so(digits, tmp_path):
     codes = finish_ranks(start_ranks(1, argv, tmp_path, WORLD_SIZE="2"), tmp_path)
     assert codes == [2], last_words(tmp_path, 0)
     assert "the 2 ranks did not meet at 127.0.0.1:" in last_words(tmp_path, 0)
+
+
+def test_a_rank_whose_datagrams_never_came_is_not_taken_for_dead(capsys):
+    watch = Watch.__new__(Watch)  # as rank zero of three holds it, without the others
+    watch.rank, watch.hosts, watch.period_s, watch.limit_s, watch.read_step = 0, ["a", "b", "c"], 1.0, 6.0, lambda: 52
+    watch._broken, watch._ended, watch._steps, watch._is_said = threading.Event(), {}, {1: 0, 2: 40}, False
+    watch._heard = dict.fromkeys((1, 2), time.monotonic() - 10)
+    watch._unheard = {1}
+    assert "rank 2 on c no longer answers" in watch._judge() and "rank 1" not in watch._judge()
+    watch._heard[2] = time.monotonic()
+    assert watch._judge() == ""
+    assert capsys.readouterr().err.count("no datagram came from rank 1 on b: UDP is blocked") == 1
+    watch._broken.set()  # a collective has failed: now its silence counts
+    assert "rank 1 on b no longer answers" in watch._judge()
