@@ -20,7 +20,7 @@ import numpy as np
 
 try:
     from dist_train import _native as native
-except ImportError:  # numpy computes the same, some thirty times slower
+except ImportError:  # numpy computes the same in four to six times the time
     native = None
 
 MASK = 0xFFFFFFFFFFFFFFFF
