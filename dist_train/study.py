@@ -262,7 +262,9 @@ def queue_abandoned(plan: Plan, study) -> None:
             with locked(_trial_lock(plan, dead.number), wait=False):
                 attempt = dead.user_attrs.get("attempt", 1)
                 trial = optuna.trial.Trial(study, dead._trial_id)
-                if attempt >= MAX_ATTEMPTS:
+                if "abandoned" in dead.user_attrs:  # whoever queued it anew was killed before this
+                    study.tell(dead.number, state=optuna.trial.TrialState.FAIL)
+                elif attempt >= MAX_ATTEMPTS:
                     trial.set_user_attr("why", f"its process died {attempt} times")
                     study.tell(dead.number, state=optuna.trial.TrialState.FAIL)
                 else:

@@ -240,6 +240,20 @@ def test_a_trial_that_takes_its_process_with_it_is_given_up(write_study):
     assert last.user_attrs["why"] == "its process died 3 times"
 
 
+def test_a_kill_while_a_trial_is_queued_anew_queues_it_once(write_study):
+    path = write_study({"sampler": "grid"}, search={"optim.lr": [0.01, 0.02]})
+    plan = read_plan([path])
+    study = open_study(plan)
+    trial = study.ask()
+    plan.space.draw(trial)
+    trial.set_user_attr("abandoned", True)  # and killed before the rest
+    study = open_study(plan)
+    queue_abandoned(plan, study)
+    queue_abandoned(plan, study)
+    waiting = [t.system_attrs["fixed_params"]["optim.lr"] for t in study.get_trials() if t.state.name == "WAITING"]
+    assert sorted(waiting) == [0.01, 0.02]
+
+
 def test_a_stopped_study_says_so_and_queues_its_trial(write_study, monkeypatch):
     path = write_study({"sampler": "grid", "folds": 2}, search={"optim.lr": [0.01, 0.02]})
     from dist_train import runtime, trial
