@@ -92,7 +92,7 @@ class Rows:
         present = self._present
         if present is not None and present[self._missing]:  # the one that was missing when this was asked last
             self._missing = int(present.argmin())
-            if present[self._missing]:
+            if present[self._missing] and present.all():  # the one just found may have come since, and others not
                 _fence()  # between the marks that were seen and the rows
                 self._present = None
         return self._present is None

@@ -363,7 +363,9 @@ def open_run_folder(config: RunConfig, folder: Path, resume: bool) -> None:
     (folder / "stop").unlink(missing_ok=True)  # it was for the process before
     for unfinished in (folder / "checkpoints").glob("*.partial"):
         shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
-    replace_text(written, yaml.safe_dump(to_dict(config), sort_keys=False))
+    text = yaml.safe_dump(to_dict(config), sort_keys=False)
+    if not written.exists() or written.read_text() != text:
+        replace_text(written, text)
 
 
 def inference(config: RunConfig, index: ShardIndex, size: tuple[int, int] | None) -> dict:

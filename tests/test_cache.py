@@ -12,13 +12,14 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from dist_train import cache, data, decode, decoded_file, open_stream
-from dist_train.cache import DecodedCache, available_bytes
+from dist_train.cache import DecodedCache, Rows, available_bytes
 from dist_train.data import open_evaluation, to_device
 from dist_train.errors import UserError
 from dist_train.index import load_index
@@ -156,6 +157,24 @@ def test_central_crops_of_different_rules_are_kept_apart(tmp_path):
         expected = list(open_evaluation(index, "train", 8, 16, crop))
         assert_equal(open_evaluation(index, "train", 8, 16, crop, cache=kept), expected)
     assert len(kept._rows) == 3
+
+
+def test_a_row_that_comes_while_the_missing_are_sought_does_not_make_a_set_whole():
+    class Present(np.ndarray):
+        """Marks of rows, of which another process sets the very one that was found missing."""
+
+        def argmin(self, *more):
+            place = super().argmin(*more)
+            self[place] = 1
+            return place
+
+    wanted = SimpleNamespace(shape=(4,), dtype=torch.uint8, num_bytes=20)
+    present = np.zeros(5, np.uint8).view(Present)
+    rows = Rows(wanted, np.zeros((5, 4), np.uint8), present)
+    present[0] = 1
+    assert not rows.is_full and present.tolist() == [1, 1, 0, 0, 0]
+    asked = [rows.is_full for _ in range(5)]
+    assert asked == [False, False, True, True, True]
 
 
 def test_the_gather_is_numpys_take_with_and_without_the_native_core(digits, monkeypatch):
