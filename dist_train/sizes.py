@@ -70,8 +70,8 @@ def split_problems(config: RunConfig, index: ShardIndex) -> list[str]:
     data, problems = config.data, []
     for name, usual in (("val_split", "val"), ("test_split", "test")):
         split = getattr(data, name)
-        if split and split != usual and split not in index.splits:
-            problems.append(f"data.{name} is {split!r}; {index.folder} has {', '.join(index.splits)}.")
+        if split not in (usual, "", "none", *index.splits):
+            problems.append(f"data.{name} is {split!r}; {index.folder} has {', '.join(index.splits)}. \"none\" is without.")
     if data.val_split not in index.splits:
         needs = [f"optim.schedule {config.optim.schedule}"] * (config.optim.schedule == "plateau")
         needs += [f"train.patience {config.train.patience}"] * (config.train.patience > 0)
