@@ -15,9 +15,9 @@ class DataConfig:
     train_split: str = "train"
     """split that is trained on"""
     val_split: str = "val"
-    """split that is evaluated while training, picks the best checkpoint and stops early"""
+    """split that is evaluated while training, picks the best checkpoint and stops early; empty or none for none"""
     test_split: str = "test"
-    """split that is evaluated once, at the end; empty for none"""
+    """split that is evaluated once, at the end; empty or none for none"""
     folds: int = 0
     """k-fold cross-validation: parts that the training split is dealt into, by class; 0 is none"""
     fold: int = 0
