@@ -190,7 +190,7 @@ class TrainConfig:
     sync_batchnorm: bool = True
     """BatchNorm over the global batch, so that the figures do not depend on the number of ranks"""
     channels_last: bool = True
-    """memory format of pictures and kernels"""
+    """memory format of kernels; pictures lie channels-last in any case"""
     compile: bool = False
     """torch.compile the network; pays on GPUs"""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
