@@ -84,36 +84,32 @@ class Rows:
     def __init__(self, wanted: Wanted, values: np.ndarray, present: np.ndarray | None, keep_open: object = None):
         self.shape, self.dtype, self.num_bytes = wanted.shape, wanted.dtype, wanted.num_bytes
         self._values, self._present, self._keep_open = values, present, keep_open
-        self._missing, self._recycled = 0, Recycled()
+        self._is_full, self._missing, self._recycled = present is None, 0, Recycled()
 
     @property
     def is_full(self) -> bool:
         """Whether every row is there."""
-        present = self._present
-        if present is not None and present[self._missing]:  # the one that was missing when this was asked last
-            self._missing = int(present.argmin())
-            if present[self._missing] and present.all():  # the one just found may have come since, and others not
-                _fence()  # between the marks that were seen and the rows
-                self._present = None
-        return self._present is None
+        if not self._is_full and self._present[self._missing]:  # the one that was missing when this was asked last
+            self._missing = int(self._present.argmin())
+            # the one just found may have come since, and others not
+            self._is_full = bool(self._present[self._missing] and self._present.all())
+        return self._is_full
 
     def is_missing(self, samples: np.ndarray) -> np.ndarray:
         """(n,) bool: which of the samples have still to be decoded."""
-        present = self._present
-        return np.zeros(len(samples), bool) if present is None else present[samples] == 0
+        return np.zeros(len(samples), bool) if self._is_full else self._present[samples] == 0
 
     def read(self, samples: np.ndarray, decode_missing: Decode, pin_memory: bool = False) -> torch.Tensor:
         """The samples' rows, (n, *shape); what is missing is decoded and kept. Called by many threads at once."""
-        if (present := self._present) is not None:
-            missing = np.flatnonzero(present[samples] == 0)
-            if len(missing):
-                rows, at = decode_missing(missing), samples[missing]
-                self._values[at] = rows.numpy().reshape(len(at), -1).view(np.uint8)
-                _fence()
-                present[at] = 1  # after the row: whoever sees it may read
-                if len(missing) == len(samples):
-                    return rows
-            _fence()  # between the marks that were seen and the rows
+        missing = np.flatnonzero(self.is_missing(samples))
+        if len(missing):
+            rows, at = decode_missing(missing), samples[missing]
+            self._values[at] = rows.numpy().reshape(len(at), -1).view(np.uint8)
+            _fence()
+            self._present[at] = 1  # after the row: whoever sees it may read
+            if len(missing) == len(samples):
+                return rows
+        _fence()  # between the marks that were seen and the rows
         out = self._recycled.tensor((len(samples), *self.shape), self.dtype, pin_memory)
         into = out.numpy().reshape(len(samples), -1).view(np.uint8)
         if hasattr(decode.native, "gather"):

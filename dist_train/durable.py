@@ -7,7 +7,7 @@ from pathlib import Path
 def replace_text(path: Path, text: str) -> None:
     """Put a text file in place of another, whole or not at all. Raises OSError."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     put_in_place(partial, path)
 
 

@@ -45,8 +45,8 @@ class _Group:
     seen: set = field(default_factory=set)
 
 
-def parse_tar(path: Path, place: str = "") -> Parsed:
-    """Read a tar from end to end. place: the URL that it was fetched from, if it was.
+def parse_tar(path: Path, place: str) -> Parsed:
+    """Read a tar from end to end. place: where it comes from: the path itself, or a URL.
 
     Raises UserError where it is no tar, compressed, cut short, or differs from the .idx beside it.
     """
@@ -72,7 +72,7 @@ def parse_tar(path: Path, place: str = "") -> Parsed:
         raise UserError(f"{path}: cannot be read as a tar: {why}.") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
-    check_dali_index(place or str(path), members)
+    check_dali_index(place, members)
     rows, keys, labels, bad, lengths = [], [], [], [], set()
     with open(path, "rb") as file:
         for group in _completed(groups):
@@ -80,16 +80,13 @@ def parse_tar(path: Path, place: str = "") -> Parsed:
             if not why:
                 kind, offset, length = group.payload
                 file.seek(offset)
-                payload = file.read(length)
-                row, why = _row(kind, offset, payload)
+                row, why = _row(kind, offset, file.read(length), lengths)
             if why:
                 bad.append((group.key, why))
             else:
                 rows.append(row)
                 keys.append(group.key)
                 labels.append(group.label)
-                if kind == "npy":
-                    lengths.add(len(read_vector(payload)))
     return Parsed(
         np.array(rows, SAMPLE), keys, labels, bad, repeated=len(keys) - len(set(keys)), checksum=file_checksum(path),
         num_bytes=size, key_counts=_key_counts(members), lengths=lengths,
@@ -176,12 +173,12 @@ def _lacking(group: _Group) -> str:
     return group.unlabelled if group.label is None else ""
 
 
-def _row(kind: str, offset: int, payload: bytes) -> tuple[tuple | None, str]:
-    """(SAMPLE without its label, or why the payload cannot be used)."""
+def _row(kind: str, offset: int, payload: bytes, lengths: set[int]) -> tuple[tuple | None, str]:
+    """(SAMPLE without its label, or why the payload cannot be used). lengths: a vector's is added."""
     height = width = 0
     if kind == "npy":
         try:
-            read_vector(payload)
+            lengths.add(len(read_vector(payload)))
         except ValueError as error:
             return None, f".npy cannot be read: {error}"
     else:

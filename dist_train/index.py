@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from dist_train.durable import put_in_place
+from dist_train.durable import put_in_place, replace_text
 from dist_train.errors import UserError
 
 FORMAT = "dist_train index 1"
@@ -79,11 +79,18 @@ class SplitIndex:
             )
         return table
 
+    @property
+    def table_files(self) -> dict[str, str]:
+        """File name -> checksum, of the table of samples, and of their names where they are kept."""
+        table, _, names = self.table_checksum.partition(" ")
+        return {f"{self.name}.samples.npy": table} | ({f"{self.name}.names.txt": names} if names else {})
+
     def check_table(self) -> None:
         """Raise UserError where the table of samples is not the one that the index was written with."""
-        path = Path(self.folder, f"{self.name}.samples.npy")
+        name, checksum = next(iter(self.table_files.items()))
+        path = Path(self.folder, name)
         try:
-            is_ours = file_checksum(path) == self.table_checksum.partition(" ")[0]
+            is_ours = file_checksum(path) == checksum
         except OSError as error:
             raise UserError(f"{path}: cannot read the table of samples: {error}\n  {_advice(self.folder)}") from None
         if not is_ours:
@@ -192,10 +199,7 @@ def save_table(folder: str | os.PathLike, split: str, rows: np.ndarray, names: l
     checksum = file_checksum(path)
     if names:
         path = Path(folder, f"{split}.names.txt")
-        partial = path.with_name(f"{path.name}.partial")
-        with open(partial, "w", encoding="utf-8") as file:
-            file.writelines(f"{name}\n" for name in names)
-        put_in_place(partial, path)
+        replace_text(path, "".join(f"{name}\n" for name in names))
         checksum += f" {file_checksum(path)}"
     return checksum
 
@@ -215,11 +219,7 @@ def save_index(index: ShardIndex) -> None:
         },
     }  # fmt: skip
     raw["checksum"] = _json_checksum(raw)
-    path = Path(index.folder, "index.json")
-    partial = path.with_suffix(".json.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(raw, file, indent=1)
-    put_in_place(partial, path)
+    replace_text(Path(index.folder, "index.json"), json.dumps(raw, indent=1))
 
 
 def simulated_split(num_samples: int, num_shards: int, sample_bytes: int = 100_000) -> SplitIndex:

@@ -62,7 +62,7 @@ def _read_tar(task: tuple[NamedTar, int, ShardCache]) -> tuple[Parsed, Sums]:
 def _parse_and_sum(tar: NamedTar, path: Path, most_decoded: int) -> tuple[Parsed, Sums]:
     from dist_train.pictures import PixelSums, prepare
 
-    parsed = parse_tar(path, tar.place if is_remote(tar.place) else "")
+    parsed = parse_tar(path, tar.place)
     _check_claims(tar, path, parsed)
     every = max(1, -(-len(parsed.rows) // most_decoded))
     sums, pixels = Sums(every, [], []), PixelSums()

@@ -88,8 +88,7 @@ def _is_whole(folder: Path, index: ShardIndex, checksum: str) -> bool:
     """Whether the folder holds what was fetched into it. checksum: of its index.json."""
     wanted = {"index.json": checksum}
     for split in index.splits.values():
-        table, _, names = split.table_checksum.partition(" ")
-        wanted |= {f"{split.name}.samples.npy": table} | ({f"{split.name}.names.txt": names} if names else {})
+        wanted |= split.table_files
     try:
         return all(file_checksum(folder / name) == expected for name, expected in wanted.items())
     except OSError:
@@ -97,15 +96,13 @@ def _is_whole(folder: Path, index: ShardIndex, checksum: str) -> bool:
 
 
 def _fetch_tables(url: str, folder: Path, split: SplitIndex) -> None:
-    checksum, _, names_checksum = split.table_checksum.partition(" ")
-    wanted = {f"{split.name}.samples.npy": checksum, f"{split.name}.names.txt": names_checksum or None}
-    for name, expected in wanted.items():
+    for name, expected in ({f"{split.name}.names.txt": None} | split.table_files).items():
         with writing(folder / name), open(folder / name, "wb", buffering=0) as file:
             try:
                 download(
                     join(url, name), file, checksum=expected, advice="See what is wrong there with dist-train verify."
                 )
             except NotThere:
-                if name.endswith(".npy") or names_checksum:
+                if name in split.table_files:
                     raise
                 os.unlink(folder / name)  # the names of the sources are optional

@@ -253,8 +253,7 @@ class Run:
         self.prove()
         self.prove_weights(state)
         if self.world.world_size > 1:  # whoever resumes, in whatever number, adds to the mean over the ranks
-            torch.distributed.all_reduce(state.loss_sum)
-            state.loss_sum /= self.world.world_size
+            messages.average_over_ranks([state.loss_sum])
         saved = state.to_saved(self.accelerator.scaler)
         tensors = self.parallel.gathered(saved.tensors)
         if self.world.is_main:

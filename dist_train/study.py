@@ -194,14 +194,15 @@ def open_study(plan: Plan):
 def open_journal(path: Path):
     """Optuna's journal, whose lines are written under a lock that ends with its process. Raises UserError if it is none."""
     optuna = _optuna()
-    with JournalLock(path).held(), open(path, "ab+") as file:  # the end of a line that a power cut or full disk cut short
+    lock = JournalLock(path)
+    with locked(lock.path), open(path, "ab+") as file:  # the end of a line that a power cut or full disk cut short
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         if size and file.read(1) != b"{":
             raise UserError(f"{path}: is no journal of a study.\n  Take another file for study.storage.")
         file.seek(max(0, size - _LONGEST_LINE))
         file.truncate(file.tell() + file.read().rfind(b"\n") + 1 if size else 0)
-    return optuna.storages.journal.JournalFileBackend(str(path), lock_obj=JournalLock(path))
+    return optuna.storages.journal.JournalFileBackend(str(path), lock_obj=lock)
 
 
 class JournalLock:
@@ -217,12 +218,6 @@ class JournalLock:
 
     def release(self) -> None:
         self._holding.close()
-
-    @contextlib.contextmanager
-    def held(self):
-        """Hold it for a block."""
-        with locked(self.path):
-            yield
 
 
 def counted_trials(study) -> list:
