@@ -4,6 +4,7 @@ import hashlib
 import io
 import itertools
 import shutil
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -25,18 +26,18 @@ def prepare_pictures(workload: str, options) -> Path:
     folder = options.scratch / (f"{workload}-{options.small}" if workload == "W3" else workload)
     if not (folder / "ready").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        {"W1": _photographs, "W2": _cifar, "W3": _small}[workload](folder / "folders", options)
+        {"W1": photographs, "W2": _cifar, "W3": _small}[workload](folder / "folders", options)
         convert(folder / "folders", folder / "shards")
         if workload == "W1":
-            convert(folder / "folders", folder / "shards-500", "--resize", "500")
+            convert(folder / "folders", folder / "shards-500", ("--resize", "500"))
         (folder / "ready").touch()
     return folder
 
 
-def _photographs(into: Path, options) -> None:
-    """At least 1,000 files: what there is, again under other names."""
+def photographs(into: Path, options, least: int = 1000) -> None:
+    """At least so many files: what there is, again under other names."""
     payloads = list(jpegs(asked_for(options.images, "--images")))
-    for k, payload in enumerate(itertools.islice(itertools.cycle(payloads), max(1000, len(payloads)))):
+    for k, payload in enumerate(itertools.islice(itertools.cycle(payloads), max(least, len(payloads)))):
         write(into / "ab"[k % 2] / f"{k:06d}.jpg", payload)
 
 
@@ -87,6 +88,11 @@ def write(path: Path, payload: bytes) -> None:
     path.write_bytes(payload)
 
 
+def ratio(values: list[float], others: list[float] | None) -> float | None:
+    """Median of the rounds' own ratios: what slowed a whole round down is not in it."""
+    return round(statistics.median(a / b for a, b in zip(values, others, strict=True)), 2) if others else None
+
+
 def asked_for(path: Path | None, option: str) -> Path:
     if path is None or not path.exists():
         sys.exit(
@@ -95,7 +101,7 @@ def asked_for(path: Path | None, option: str) -> Path:
     return path
 
 
-def convert(folder: Path, out: Path, *more: str) -> None:
+def convert(folder: Path, out: Path, more: tuple[str, ...] = ()) -> None:
     command = [sys.executable, "-m", "dist_train", "shard", "--source", "folder", "--path", str(folder), "--out", str(out),
                "--split.val", "0", "--split.test", "0", "--workers", str(WORKERS), "--overwrite", "true", *more]  # fmt: skip
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)

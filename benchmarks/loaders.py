@@ -7,6 +7,7 @@ W1: photographs in original sizes -> random resized crop 224 and flip, batch 64.
 64 px JPEGs as they are, batch 256. All give shuffled uint8 batches with two threads or two worker processes. Each loader lives
 in a process of its own; they are measured in turns, round by round, so that what else the machine does falls on all alike.
 Peers that are not installed are left out by name; --peer-python names interpreters that have those which this one lacks.
+"conversion" is of the CIFAR files, beside webdataset's ShardWriter; "conversion-photographs" of 8,000 photographs, beside a copy.
 --quick takes about 8 minutes. Writes benchmarks/results/loaders.json.
 """
 
@@ -16,23 +17,23 @@ import functools
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from loader_pictures import ROOT, WORKLOADS, asked_for, convert, prepare_pictures
+from loader_conversion import CONVERSIONS, measure_conversion
+from loader_pictures import ROOT, WORKLOADS, prepare_pictures, ratio
 from loader_server import ONLY, OURS, PEERS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=Path, help="photographs: a tar or a folder of JPEGs (W1, W3)")
+    parser.add_argument("--images", type=Path, help="photographs: a tar or a folder of JPEGs (W1, W3, conversion of photographs)")
     parser.add_argument("--cifar", type=Path, help="class folders of 32 px JPEGs (W2, conversion)")
-    parser.add_argument("--workloads", "--workload", nargs="+", choices=[*WORKLOADS, "conversion"],
-                        default=[*WORKLOADS, "conversion"])  # fmt: skip
+    parser.add_argument("--workloads", "--workload", nargs="+", choices=[*WORKLOADS, *CONVERSIONS],
+                        default=[*WORKLOADS, *CONVERSIONS])  # fmt: skip
     parser.add_argument("--peers", nargs="*", default=list(PEERS), help=", ".join(PEERS))
     parser.add_argument("--peer-python", nargs="+", default=[], help="interpreters for peers that this one has not got")
     parser.add_argument("--quick", action="store_true", help="--rounds 3 --seconds 1 --small 20000, two conversions")
@@ -51,8 +52,8 @@ def main() -> None:
         print(f"not installed, left out: {', '.join(missing)}")
     results = about(options) | {"left_out": missing, "workloads": {}}
     for workload in options.workloads:
-        if workload == "conversion":
-            results["conversion"] = measure_conversion(options)
+        if workload in CONVERSIONS:
+            results[workload] = measure_conversion(workload, options)
             continue
         source = prepare_pictures(workload, options)
         names = [
@@ -122,48 +123,6 @@ def described(rates: list, others: list | None) -> dict:
         "images_per_cpu_s": round(statistics.median(per_cpu)), "n": len(values),
         "per_imagefolder": ratio(values, wall), "per_imagefolder_cpu": ratio(per_cpu, cpu),
     }  # fmt: skip
-
-
-def ratio(values: list[float], others: list[float] | None) -> float | None:
-    """Median of the rounds' own ratios: what slowed a whole round down is not in it."""
-    return round(statistics.median(a / b for a, b in zip(values, others, strict=True)), 2) if others else None
-
-
-# ---- Conversion ------------------------------------------------------------------------------------------------------
-
-
-def measure_conversion(options) -> dict:
-    """Seconds to make tars of the CIFAR files: `dist-train shard`, start to end, beside webdataset's ShardWriter."""
-    options.scratch.mkdir(parents=True, exist_ok=True)
-    source, scratch = asked_for(options.cifar, "--cifar"), options.scratch / "converted"
-    seconds = {"dist_train": [], "webdataset": []}
-    for path in source.rglob("*.jpg"):
-        path.read_bytes()  # whoever came first would otherwise wait for the disk
-    for _ in range(2 if options.quick else options.rounds):
-        for name, work in (("dist_train", convert), ("webdataset", _shard_writer)):
-            shutil.rmtree(scratch, ignore_errors=True)
-            began = time.perf_counter()
-            work(source, scratch)
-            seconds[name].append(time.perf_counter() - began)
-    shutil.rmtree(scratch)
-    files = sum(1 for _ in source.rglob("*.jpg"))
-    found = {name: {"seconds": round(statistics.median(values), 2), "lowest": round(min(values), 2),
-                    "highest": round(max(values), 2), "n": len(values)} for name, values in seconds.items()}  # fmt: skip
-    times = ratio(seconds["webdataset"], seconds["dist_train"])
-    print(f"conversion of {files:,} files: {found['dist_train']['seconds']} s, webdataset's ShardWriter "
-          f"{found['webdataset']['seconds']} s: {times} times as fast")  # fmt: skip
-    return {"files": files, "times_as_fast": times, **found}
-
-
-def _shard_writer(source: Path, out: Path) -> None:
-    import webdataset as wds
-
-    out.mkdir()
-    paths = sorted(source.rglob("*.jpg"))
-    classes = {name: k for k, name in enumerate(sorted({path.parent.name for path in paths}))}
-    with wds.ShardWriter(f"{out}/%06d.tar", maxcount=10_000, verbose=0) as writer:
-        for k, path in enumerate(paths):
-            writer.write({"__key__": f"{k:08d}", "jpg": path.read_bytes(), "cls": classes[path.parent.name]})
 
 
 # ---- The record ------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-/* Whole batches of bytes, without the GIL: JPEGs to the pixels of their crops (_jpeg.h), reading, checksums, gathers.
+/* Whole batches of bytes, without the GIL: JPEGs to the pixels of their crops (_jpeg.h), reading, checksums, sums, gathers.
  * And the words of the order (_hash.h).
  *
- * decode.py, cache.py and order.py are the doors to this file; each has a portable twin that gives the same, bit for bit.
+ * decode.py, pictures.py, cache.py and order.py are the doors to this file; each has a portable twin that gives the same, bit for bit.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -193,6 +193,48 @@ static PyObject *py_resize(PyObject *self, PyObject *args) {
     return Py_XNewRef(result);
 }
 
+static void add_sums(const uint8_t *pixels, size_t size, uint64_t totals[6]) {
+    enum { LANES = 48, TURNS = 65536 }; /* so many squares fit 32 bits; a fixed number of lanes becomes vectors */
+    for (size_t at = 0; at < size;) {
+        uint32_t sums[LANES] = {0}, squares[LANES] = {0};
+        for (int turn = 0; turn < TURNS && size - at >= LANES; turn++, at += LANES)
+            for (int k = 0; k < LANES; k++) {
+                uint16_t value = pixels[at + k];
+                sums[k] += value;
+                squares[k] += (uint16_t)(value * value);
+            }
+        if (size - at < LANES) {
+            for (int c = 0; at < size; at++, c = (c + 1) % 3) {
+                totals[c] += pixels[at];
+                totals[3 + c] += pixels[at] * pixels[at];
+            }
+        }
+        for (int k = 0; k < LANES; k++) {
+            totals[k % 3] += sums[k];
+            totals[3 + k % 3] += squares[k];
+        }
+    }
+}
+
+PyDoc_STRVAR(sum_pixels_doc,
+"sum_pixels(pixels, totals)\n\n"
+"Add the sums of each channel of (N, 3) uint8, then the sums of their squares, to totals, (6,) uint64, without the GIL.");
+
+static PyObject *py_sum_pixels(PyObject *self, PyObject *args) {
+    Py_buffer pixels, totals;
+    PyObject *result = Py_None;
+    if (!PyArg_ParseTuple(args, "y*w*", &pixels, &totals)) return NULL;
+    if (pixels.len % 3 || totals.len != 6 * 8) result = wrong_size("pixels or totals");
+    else {
+        Py_BEGIN_ALLOW_THREADS
+        add_sums(pixels.buf, pixels.len, totals.buf);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&pixels);
+    PyBuffer_Release(&totals);
+    return Py_XNewRef(result);
+}
+
 /* Rows lie anywhere, which no processor foresees: while one is copied, the next but one is fetched. What is larger than a
  * core's own cache is stored past it, or each line would be read before it is written: half as fast again. */
 static void gather_rows(const char *source, size_t row, const int64_t *samples, char *out, ptrdiff_t n) {
@@ -309,6 +351,7 @@ static PyMethodDef methods[] = {
     {"checksum", py_checksum, METH_VARARGS, checksum_doc},
 #endif
     {"resize", py_resize, METH_VARARGS, resize_doc},
+    {"sum_pixels", py_sum_pixels, METH_VARARGS, sum_pixels_doc},
     {"gather", py_gather, METH_VARARGS, gather_doc},
     {"mix", py_mix, METH_VARARGS, mix_doc},
     {"permute", py_permute, METH_VARARGS, permute_doc},

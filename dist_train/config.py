@@ -286,6 +286,9 @@ class ShardConfig:
     """shorter side is brought down to this, pixels; 0 keeps the bytes of every JPEG and PNG as they are"""
     quality: int = 90
     """JPEG quality where pictures are encoded anew"""
+    check: Literal["all", "sample"] = "all"
+    """pictures that are decoded, to prove them and for mean and std: every one, or one of 16 drawn at random; of the others
+    only begin and end are looked at, and the conversion is as fast as the disk"""
     shard_mb: float = 128.0
     """aimed size of a shard, MB"""
     min_shards: int = 4

@@ -33,6 +33,8 @@ _OURS = re.compile(
     r"(train|val|test)(-\d{6}\.tar|\.samples\.npy|\.names\.txt)|index\.json|inspect\.png|part-\d+-of-\d+\.lock"
 )
 _SMALL_BYTES = 16_000_000  # below this, starting worker processes takes longer than the work
+_THREADED_BYTES = 4_000_000_000  # above this, starting them takes nothing
+_LARGE_PICTURE = 16_000  # bytes; decoding it takes many times as long as what needs the interpreter
 
 
 def convert(config: ShardConfig) -> ShardIndex:
@@ -91,7 +93,7 @@ def described(
     for k, (split, number, rows) in enumerate(tasks):
         if k in chosen:
             path = folder / _file(split, number)
-            yield ShardTask(path, first_key[split], source.take(rows), config.resize, config.quality)
+            yield ShardTask(path, first_key[split], source.take(rows), config.resize, config.quality, config.check)
         first_key[split] += len(rows)
 
 
@@ -116,13 +118,15 @@ def write_shards(
     """Write all shards, or the chosen ones, into the folder; results in the order of the tasks."""
     chosen = range(len(tasks)) if chosen is None else chosen
     num_samples = sum(len(tasks[k][2]) for k in chosen)
-    few_bytes = int(source.sizes.sum()) * num_samples < _SMALL_BYTES * len(source.labels)
+    mean_bytes = int(source.sizes.sum()) / len(source.labels)
+    in_threads = source.features is None and mean_bytes >= _LARGE_PICTURE and mean_bytes * num_samples < _THREADED_BYTES
+    few_bytes = mean_bytes * num_samples < _SMALL_BYTES and not in_threads
     workers = min(config.workers or (1 if few_bytes else num_cores()), len(chosen))
     results, bad = [None] * len(chosen), []
     with (
         _progress(num_samples, config.out) as advance,
         contextlib.closing(
-            run_tasks(write_shard, described(config, source, tasks, folder, chosen), workers, advance)
+            run_tasks(write_shard, described(config, source, tasks, folder, chosen), workers, advance, in_threads)
         ) as finished,
     ):
         for number, result in finished:

@@ -136,7 +136,7 @@ def statistics(index: ShardIndex, split: SplitIndex, num_threads: int = 0) -> tu
             if failures := decode_from_files(at.fds, at.offsets, at.sizes, at.checksums, None, out):
                 raise store.fault(sample, failures[0][1])
             sums.add(out)
-        return sums.finished()
+        return sums.totals()
 
     with ThreadPoolExecutor(num_threads) as pool:  # sums of integers: the same on any number of threads
         totals = list(pool.map(sums_of, np.array_split(samples, min(len(samples), 16 * num_threads))))

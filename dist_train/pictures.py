@@ -2,15 +2,18 @@
 
 import io
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from dist_train.decode import DecodeError, Header, decode_batch, decode_into, read_header
+from dist_train.decode import DecodeError, Header, decode_batch, decode_into, native, read_header
 
 _MAX_SIDE = 65_535  # what the index has room for, and all that a JPEG can state
 _MAX_BYTES = (1 << 32) - 1  # likewise
-_PIXELS_AT_ONCE = 4_000_000  # decoded together, where pictures of one size follow each other
+_PIXELS_AT_ONCE = 300_000  # decoded together where pictures of one size come often; stays in a core's cache
+_END = {"jpeg": b"\xff\xd9", "png": b"IEND"}
+_ROW = 3 * 256  # bytes that are summed as columns
 
 
 class Prepared(NamedTuple):
@@ -23,7 +26,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    payloads: list[bytes], sums: "PixelSums", resize: int = 0, quality: int = 90
+    payloads: list[bytes], sums: "PixelSums", resize: int = 0, quality: int = 90, trusted: Sequence[bool] = ()
 ) -> list[Prepared | DecodeError]:
     """Decode pictures to prove them, add their pixels to `sums`, and give each in the form that is stored.
 
@@ -32,6 +35,9 @@ def prepare(
     upright, because WebDataset's readers know those two alone; this keeps every pixel but makes WebP several times
     larger. resize > 0 brings the shorter side of a larger picture down to so many pixels, antialiased, and encodes it
     anew: PNG and BMP as PNG, the lossy formats as JPEG of this quality (1 to 100). Nothing is enlarged.
+
+    trusted: for each picture, or for none, whether it is left undecoded, and its pixels not counted, where it would be
+    returned untouched and has a sound header and an end.
     """
     done: list = [None] * len(payloads)
     untouched: dict[tuple[int, int], list[int]] = {}
@@ -47,6 +53,8 @@ def prepare(
             done[i] = error
             continue
         done[i] = Prepared(payload, "jpg" if header.format == "jpeg" else "png", height, width)
+        if trusted and trusted[i] and payload.rfind(_END[header.format], header.frame) > 0:
+            continue
         untouched.setdefault((height, width), []).append(i)
     for (height, width), members in untouched.items():
         at_once = max(1, _PIXELS_AT_ONCE // (height * width))
@@ -98,39 +106,31 @@ class PixelSums:
     Exact, so that the mean of a set does not depend on how many processes shared the work.
     """
 
-    _BLOCK = 1 << 16  # pixels summed at once: stays in the CPU's cache, and squares of a column fit 32 bits
-
     def __init__(self):
-        self.totals = [0] * 7  # pixels, then sums of R, G, B, then sums of their squares
-        self._block = np.zeros(3 * self._BLOCK, np.uint8)
-        self._filled = 0
+        self._num_pixels = 0
+        self._sums = np.zeros(6, np.uint64)
 
     def add(self, pixels: np.ndarray) -> None:
         """Add pictures. pixels: (..., 3) uint8."""
-        flat = pixels.reshape(-1)
-        self.totals[0] += flat.size // 3
-        while flat.size:
-            part = min(flat.size, self._block.size - self._filled)
-            self._block[self._filled : self._filled + part] = flat[:part]
-            self._filled, flat = self._filled + part, flat[part:]
-            if self._filled == self._block.size:
-                self._sum_block()
+        flat = np.ascontiguousarray(pixels).reshape(-1)
+        self._num_pixels += len(flat) // 3
+        (native.sum_pixels if native else _sum_pixels)(flat, self._sums)
 
-    def finished(self) -> list[int]:
-        """[pixels, 3 sums, 3 sums of squares] of everything added."""
-        self._block[self._filled :] = 0
-        self._sum_block()
-        return list(self.totals)
+    def totals(self) -> list[int]:
+        """[pixels, sums of R, G, B, sums of their squares] of everything added."""
+        return [self._num_pixels, *self._sums.tolist()]
 
-    def _sum_block(self) -> None:
-        rows = self._block.reshape(-1, 3 * 256)
-        sums = rows.sum(axis=0, dtype=np.uint32).reshape(-1, 3).sum(axis=0, dtype=np.uint64)
+
+def _sum_pixels(flat: np.ndarray, totals: np.ndarray) -> None:
+    """The native core's `sum_pixels`, from numpy."""
+    whole = len(flat) // _ROW * _ROW
+    for first in range(0, whole, _ROW << 8):  # stays in the CPU's cache, and squares of a column fit 32 bits
+        rows = flat[first : min(whole, first + (_ROW << 8))].reshape(-1, _ROW)
         squares = np.multiply(rows, rows, dtype=np.uint16).sum(axis=0, dtype=np.uint32)
-        squares = squares.reshape(-1, 3).sum(axis=0, dtype=np.uint64)
-        for channel in range(3):
-            self.totals[1 + channel] += int(sums[channel])
-            self.totals[4 + channel] += int(squares[channel])
-        self._filled = 0
+        for k, columns in enumerate((rows.sum(axis=0, dtype=np.uint32), squares)):
+            totals[3 * k : 3 * k + 3] += columns.reshape(-1, 3).sum(axis=0, dtype=np.uint64)
+    rest = flat[whole:].reshape(-1, 3).astype(np.uint64)
+    totals += np.concatenate([rest.sum(axis=0), (rest * rest).sum(axis=0)])
 
 
 def mean_and_std(totals: list[int]) -> tuple[list[float], list[float]]:

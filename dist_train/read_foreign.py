@@ -75,7 +75,7 @@ def _parse_and_sum(tar: NamedTar, path: Path, most_decoded: int) -> tuple[Parsed
                 sums.vectors.append(read_vector(payload))
             else:
                 sums.num_damaged += isinstance(prepare([payload], pixels)[0], Exception)
-    sums.pixels = pixels.finished()
+    sums.pixels = pixels.totals()
     return parsed, sums
 
 

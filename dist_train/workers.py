@@ -1,10 +1,10 @@
-"""Run independent tasks in worker processes that end with their parent, a few tasks in flight at a time."""
+"""Run independent tasks in worker processes that end with their parent, or in threads, a few tasks in flight at a time."""
 
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
 from dist_train.errors import UserError
@@ -17,12 +17,16 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_tasks(work: Callable, tasks: Iterable, workers: int, progress: Callable[[int], None]) -> Iterator[tuple]:
+def run_tasks(
+    work: Callable, tasks: Iterable, workers: int, progress: Callable[[int], None], in_threads: bool = False
+) -> Iterator[tuple]:
     """Yield (task number, work(task)) as tasks finish, in any order.
 
-    work and tasks must be picklable where workers > 1; with one worker all is done in this process. tasks is consumed
-    as needed, so what a task carries is held in memory for few of them. progress is called with the number of samples
-    that `count_done` was told of since its last call. The first exception ends the others and is raised here.
+    work and tasks must be picklable where workers > 1; with one worker, or in_threads, all is done in this process.
+    Threads start at once, where a process takes a third of a second, and are for work that seldom needs the
+    interpreter. tasks is consumed as needed, so what a task carries is held in memory for few of them. progress is
+    called with the number of samples that `count_done` was told of since its last call. The first exception ends the
+    others and is raised here.
     """
     tasks = enumerate(tasks)
     if workers <= 1:
@@ -35,7 +39,10 @@ def run_tasks(work: Callable, tasks: Iterable, workers: int, progress: Callable[
 
     context = multiprocessing.get_context("spawn")  # fork is not safe once a library has started threads
     counter, seen, running = context.Value("q", 0), 0, {}
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(counter,))
+    if in_threads:
+        pool = ThreadPoolExecutor(workers, initializer=_count_in, initargs=(counter,))
+    else:
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(counter,))
     try:
         exhausted = False
         while running or not exhausted:
@@ -63,15 +70,19 @@ def count_done(samples: int) -> None:
     _report(samples)
 
 
-def _start_worker(counter) -> None:
-    from multiprocessing import connection, parent_process
-
+def _count_in(counter) -> None:
     def add(samples):
         with counter.get_lock():
             counter.value += samples
 
     global _report
     _report = add
+
+
+def _start_worker(counter) -> None:
+    from multiprocessing import connection, parent_process
+
+    _count_in(counter)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends the workers in good order
 
     def follow_parent():
