@@ -52,8 +52,9 @@ def measure(config: RunConfig, accelerator, world: runtime.World, num_steps: int
     """Train for two windows, from the shards and from one batch in memory, and time the parts of both.
 
     {"images_per_s", "synthetic_images_per_s", "step_s", "shares": {part: 0..1}, "tflops", "mfu"}; images of all ranks.
-    Nothing is written but into a temporary folder, and no evaluation comes between.
+    Nothing is written but into a temporary folder, and no evaluation comes between. Pictures are at full size.
     """
+    config = dataclasses.replace(config, augment=dataclasses.replace(config.augment, start_size=0))
     endless = dataclasses.replace(config.train, epochs=1e6, eval_every_epochs=0, checkpoint_every_steps=0, profile_steps=0,
                                   patience=0, log_every_steps=10**9)  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="dist_train-bench-") as folder, contextlib.ExitStack() as open_files:
@@ -70,7 +71,7 @@ def measure(config: RunConfig, accelerator, world: runtime.World, num_steps: int
         run.parts = real
         figures = {
             "images_per_s": rate, "synthetic_images_per_s": config.data.global_batch_size / synthetic.step_s(),
-            "step_s": real.step_s(), "shares": real.shares(), **run.work_figures(rate), "num_steps": num_steps,
+            "step_s": real.step_s(), "shares": real.shares(), **run.work_figures(rate, state.step - 1), "num_steps": num_steps,
             "world_size": world.world_size, "device": str(world.device),
         }  # fmt: skip
     return figures

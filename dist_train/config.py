@@ -92,6 +92,11 @@ class AugmentConfig:
     """alpha of mixup's Beta distribution; 0 is off, 0.2 is usual"""
     cutmix: float = 0.0
     """alpha of cutmix's Beta distribution; 0 is off, 1.0 is usual; with mixup on, each pair does one of them"""
+    start_size: int = 0
+    """pixels of the shorter side that enter the network at first; then they grow by eighths of the full size (progressive
+    resizing), and the first steps cost less; 0 is full size throughout"""
+    full_size_from: float = 0.7
+    """share of the run after which pictures are at full size, where start_size is set"""
 
 
 @dataclass(frozen=True)

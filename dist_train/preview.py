@@ -143,7 +143,8 @@ def steps_of(order: Order, samples: np.ndarray, epoch: int) -> np.ndarray:
 
 def is_augmented(config: RunConfig, index: ShardIndex) -> bool:
     """Whether training changes its pictures at all."""
-    off = AugmentConfig(scale=config.augment.scale, ratio=config.augment.ratio, padding=config.augment.padding)
+    idle = ("scale", "ratio", "padding", "start_size", "full_size_from")  # which do nothing to a picture by themselves
+    off = AugmentConfig(**{name: getattr(config.augment, name) for name in idle})
     return config.augment != off or decoder_crop(config, index)[0] == "random_resized"
 
 

@@ -31,6 +31,7 @@ from dist_train.metrics import flops_per_sample, peak_flops
 from dist_train.models import build_model, head_name
 from dist_train.optim import Plateau, WeightAverage, build_optimizer, lr_at
 from dist_train.parallel import spread
+from dist_train.progressive import Progressive
 from dist_train.settings import from_dict, read_written, to_dict
 from dist_train.sizes import check_sizes, decoder_crop, eval_crop, input_size, micro_batch_size
 from dist_train.step_parts import StepParts
@@ -55,8 +56,11 @@ class Run:
 
         self.input_size = input_size(config, self.index)
         network = build_network(config, self.index)
-        entering = (3, *self.input_size) if self.input_size else (len(self.index.features),)
-        self.sample_flops = flops_per_sample(network, entering)  # of the whole network, before it is spread over the ranks
+        self.progressive = Progressive(config.augment, self.input_size, self.num_steps) if self.input_size else None
+        # of the whole network, before it is spread over the ranks
+        self.sample_flops = (
+            self.progressive.flops(network) if self.progressive else flops_per_sample(network, (len(self.index.features),))
+        )
         if config.train.sync_batchnorm and world.world_size > 1:
             use_sync_batchnorm(network)
         if config.train.channels_last:
@@ -118,6 +122,8 @@ class Run:
             self.parts.mark("augment")
             part = slice(i * self.micro_batch_size, (i + 1) * self.micro_batch_size)
             inputs, targets = self.prepare(batch.images[part], batch.labels[part], batch.random_keys[part])
+            if self.progressive:
+                inputs = self.progressive(inputs, batch.step)
             self.parts.mark("forward")
             set_dropout_keys(self.network, batch.random_keys[part])
             if self.parallel.replays_graphs:
@@ -184,17 +190,19 @@ class Run:
                 torch.distributed.all_reduce(value)
         return float(value) / self.world.world_size
 
-    def work_figures(self, images_per_s: float) -> dict[str, float]:
+    def work_figures(self, images_per_s: float, step: int) -> dict[str, float]:
         """{"tflops": reached by all ranks together, "mfu": their share of what they could}; {} before the profiled window's end.
 
-        A frozen network does less than is counted here. MFU: Chowdhery et al. 2022.
+        step: the last one, whose size of pictures counts. A frozen network does less than is counted here. MFU: Chowdhery
+        et al. 2022.
         """
         if not self.parts.is_complete:
             return {}
         if self._peak_flops is None:
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.train.precision]
             self._peak_flops = peak_flops(self.world.device, dtype) * self.world.world_size
-        flops = 3 * images_per_s * self.sample_flops
+        flops = self.sample_flops[self.progressive.size_at(step)] if self.progressive else self.sample_flops
+        flops *= 3 * images_per_s
         return {"tflops": round(flops / 1e12, 4), "mfu": round(flops / self._peak_flops, 4)}
 
     def name_bad_samples(self) -> None:

@@ -15,11 +15,11 @@ _RANGES = {  # (what is expected, whether a value is that): settings; others hav
         ("data.image_size", "data.threads", "data.prefetch_mb", "optim.weight_decay", "optim.freeze_epochs",
          "optim.warmup_epochs", "optim.final_lr", "optim.plateau_patience", "optim.clip_norm",
          "train.max_steps", "train.profile_steps", "train.micro_batch_size", "train.eval_every_epochs", "train.patience",
-         "train.split_ranks", "runtime.threads"),
+         "train.split_ranks", "runtime.threads", "augment.start_size"),
     ("0 or more, less than 1", lambda value: 0 <= value < 1):
         ("optim.momentum", "optim.beta2", "optim.label_smoothing", "optim.ema_decay", "model.dropout"),
     ("more than 0, at most 1", lambda value: 0 < value <= 1): ("optim.layer_decay",),
-    ("0 to 1", lambda value: 0 <= value <= 1): ("data.eval_crop",),
+    ("0 to 1", lambda value: 0 <= value <= 1): ("data.eval_crop", "augment.full_size_from"),
 }  # fmt: skip
 
 
@@ -81,6 +81,14 @@ def split_problems(config: RunConfig, index: ShardIndex) -> list[str]:
     return problems
 
 
+def growth_problems(config: RunConfig, index: ShardIndex) -> list[str]:
+    """What is wrong with augment.start_size for these pictures, if anything."""
+    side = config.data.image_size or min(index.image_size or (0,))
+    if not side or config.augment.start_size <= side:
+        return []
+    return [f"augment.start_size is {config.augment.start_size}; expected {side} pixels, the picture's side, at most."]
+
+
 def shift_problems(config: RunConfig, index: ShardIndex) -> list[str]:
     """What is wrong with train.shift_test for these pictures, if anything; a table has none to move."""
     side = config.data.image_size or min(index.image_size or (0,))
@@ -110,7 +118,7 @@ def check_sizes(config: RunConfig, index: ShardIndex, world: World) -> None:
         what = f"data.folds {config.data.folds}" if config.data.folds else "data.cache disk"
         problems.append(f"data.max_bad is {config.data.max_bad} and {what}, which needs every picture.\n"
                         f"  Convert the set again without the bad ones (--max-bad), or leave one of the two out.")  # fmt: skip
-    problems += shift_problems(config, index) + split_problems(config, index)
+    problems += shift_problems(config, index) + growth_problems(config, index) + split_problems(config, index)
     if index.features is not None and config.augment != AugmentConfig():
         usual = to_dict(AugmentConfig())
         names = [f"augment.{name}" for name, value in to_dict(config.augment).items() if value != usual[name]]

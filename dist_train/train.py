@@ -65,7 +65,7 @@ def train(run: Run, state: State) -> None:
                 run.name_bad_samples()
             mean_loss = run.mean_over_ranks(state.loss_sum) / (state.step - state.logged_step)
             images_per_s, data_wait = clock.read()
-            figures = run.work_figures(images_per_s) if world.is_main else {}
+            figures = run.work_figures(images_per_s, state.step - 1) if world.is_main else {}
             run.tracker.train(state.step, {"epoch": run.epoch_of(state.step), "loss": mean_loss, "lr": lr,
                                            "images_per_s": images_per_s, "data_wait": data_wait, **figures})  # fmt: skip
             if run.parts.is_complete:

@@ -1,0 +1,97 @@
+"""Pictures that grow over the run: which size when, exact resume, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_run
+from safetensors.torch import load_file
+
+from dist_train.config import AugmentConfig, ModelConfig
+from dist_train.errors import UserError
+from dist_train.models import build_model
+from dist_train.progressive import Progressive
+from dist_train.train import run_training
+
+GROWING = ("--augment.start_size", "9", "--augment.full_size_from", "0.6")
+
+
+@pytest.mark.parametrize(
+    "full, start, sizes",
+    [
+        ((32, 32), 20, [(20, 20), (24, 24), (28, 28), (32, 32)]),
+        ((224, 224), 128, [(140, 140), (168, 168), (196, 196), (224, 224)]),
+        ((64, 96), 48, [(48, 72), (56, 84), (64, 96)]),
+        ((32, 32), 0, [(32, 32)]),
+        ((32, 32), 32, [(32, 32)]),
+        ((8, 8), 7, [(7, 7), (8, 8)]),
+    ],
+)
+def test_sizes_grow_by_eighths_and_none_is_below_the_start(full, start, sizes):
+    assert Progressive(AugmentConfig(start_size=start), full, 100).sizes == sizes
+
+
+def test_each_size_lasts_as_long_and_the_last_share_of_the_run_is_at_full_size():
+    grow = Progressive(AugmentConfig(start_size=20, full_size_from=0.6), (32, 32), 100)
+    assert [grow.size_at(step)[0] for step in (0, 19, 20, 39, 40, 59, 60, 99)] == [20, 20, 24, 24, 28, 28, 32, 32]
+    at_once = Progressive(AugmentConfig(start_size=20, full_size_from=0), (32, 32), 100)
+    assert at_once.size_at(0) == (32, 32)
+
+
+def test_a_batch_is_brought_to_its_step_s_size():
+    grow = Progressive(AugmentConfig(start_size=24, full_size_from=0.5), (32, 32), 10)
+    inputs = torch.ones(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    small = grow(inputs, 0)
+    assert small.shape == (2, 3, 24, 24) and small.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(small, torch.ones_like(small))
+    assert grow(inputs, 5) is inputs
+
+
+@pytest.mark.parametrize("name", ["alexnet_bn", "vgg13_bn", "vgg16", "resnet18"])
+def test_networks_for_small_pictures_take_every_size_from_half(name):
+    network = build_model(ModelConfig(name=name), 10, (32, 32), None, seed=0)
+    flops = Progressive(AugmentConfig(start_size=16), (32, 32), 100).flops(network)
+    values = [flops[size] for size in sorted(flops)]
+    assert len(values) == 5 and values == sorted(values) and values[0] < 0.4 * values[-1]
+
+
+@pytest.fixture(scope="module")
+def grown(digits, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "grown"
+    assert run_training(tiny_run(digits, run, *GROWING)) == 0
+    return run
+
+
+def test_stopping_while_pictures_grow_changes_no_bit(grown, digits, tmp_path):
+    run = tmp_path / "stopped"
+    for until in ("5", "13", "0"):
+        assert run_training(tiny_run(digits, run, *GROWING, "--train.max_steps", until, "--resume")) == 0
+    first, second = load_file(grown / "weights.safetensors"), load_file(run / "weights.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_network_sees_small_pictures_first(digits, tmp_path, monkeypatch):
+    seen = []
+    forward = torch.nn.Sequential.forward
+
+    def noting(self, inputs):
+        if self.training and inputs.dim() == 4 and inputs.shape[1] == 3:
+            seen.append(inputs.shape[2])
+        return forward(self, inputs)
+
+    monkeypatch.setattr(torch.nn.Sequential, "forward", noting)
+    run_training(tiny_run(digits, tmp_path / "run", *GROWING))
+    assert sorted(set(seen)) == [10, 12, 14, 16] and seen == sorted(seen)
+    assert seen.count(16) == pytest.approx(0.4 * len(seen), abs=1)
+
+
+def test_a_size_that_the_network_does_not_take_is_named(digits, tmp_path):
+    wanted = ("--model.name", "vit_b_16", "--data.image_size", "32", "--augment.start_size", "16", "--model.width", "1")
+    with pytest.raises(UserError, match="augment.start_size: the network does not take 28 x 28 px"):
+        run_training(tiny_run(digits, tmp_path / "run", *wanted))
+
+
+@pytest.mark.parametrize("start, words", [("17", "augment.start_size is 17; expected 16 pixels"), ("-1", "0 or more")])
+def test_a_start_that_makes_no_sense_is_named(digits, tmp_path, start, words):
+    with pytest.raises(UserError, match=words):
+        run_training(tiny_run(digits, tmp_path / "run", "--augment.start_size", start))
