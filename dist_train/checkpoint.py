@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from safetensors.torch import load_file, save_file
 from dist_train.durable import put_in_place, replace_text, sync
 from dist_train.errors import UserError
 from dist_train.index import file_checksum
+from dist_train.runtime import World, on_main
 
 _NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
+_SHOWN_LATE_S = 60.0  # network file systems may show a new folder to another machine so much later: NFS by default
 
 
 @dataclass(frozen=True)
@@ -73,15 +76,40 @@ class Checkpoints:
         for path in reversed(self._finished()):
             try:
                 saved = load_checkpoint(path)
-                self._newest = path
+                self._chosen = path
                 return saved, complaints
             except UserError as error:
                 complaints.append(f"{error}\n  Going back to the one before.")
         return None, complaints
 
+    def agree_on_newest(self, world: World) -> tuple[Saved | None, list[str]]:
+        """What `newest` gives on rank zero, on every rank: another machine may not see the same folders yet.
+
+        Raises UserError on every rank as rank zero's fails, or on a rank that cannot read the same checkpoint.
+        """
+        found = []
+
+        def find() -> tuple[str, list[str]]:
+            saved, complaints = self.newest()
+            found.append(saved)
+            return self._chosen.name if saved else "", complaints
+
+        name, complaints = on_main(world, find)
+        return found[0] if found else self._shown_late(name) if name else None, complaints
+
+    def _shown_late(self, name: str) -> Saved:
+        deadline = time.monotonic() + _SHOWN_LATE_S
+        while True:
+            try:
+                return load_checkpoint(self.folder / name)
+            except UserError as error:
+                if time.monotonic() > deadline:
+                    raise UserError(f"{error}\n  Rank zero has read it. Is the run folder on a disk that all machines share?") from None
+            time.sleep(1)
+
     def name_newest_best(self) -> None:
         """Say again that the checkpoint that `newest` has given is the best: a kill may have come before it was said."""
-        replace_text(self.folder / "best.json", json.dumps({"checkpoint": self._newest.name}) + "\n")
+        replace_text(self.folder / "best.json", json.dumps({"checkpoint": self._chosen.name}) + "\n")
 
     def best_path(self) -> Path | None:
         """Folder of the best checkpoint so far, if any."""

@@ -278,7 +278,7 @@ class Run:
 
     def resume(self, state: "State") -> list[str]:
         """Bring state to the newest whole checkpoint, if there is one; return what is to be said of damaged ones."""
-        saved, complaints = self.checkpoints.newest()
+        saved, complaints = self.checkpoints.agree_on_newest(self.world)
         if saved is not None:
             split = self.index.split(self.config.data.train_split)
             table = split.table_checksum.partition(" ")[0]

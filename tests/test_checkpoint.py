@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import threading
 
 import pytest
 import torch
@@ -58,6 +59,25 @@ def test_a_damaged_newest_checkpoint_falls_back_and_is_named(tmp_path):
     newest.write_bytes(newest.read_bytes()[:-1] + b"x")
     found, complaints = checkpoints.newest()
     assert found.step == 1 and len(complaints) == 1 and str(newest) in complaints[0]
+
+
+def test_a_rank_takes_the_checkpoint_that_rank_zero_has_read_and_waits_for_it(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (1, 2):
+        checkpoints.save(saved(step), is_best=False)
+    checkpoints.wait()
+    monkeypatch.setattr("dist_train.checkpoint.on_main", lambda world, find: ("step-00000002", ["said"]))  # rank zero's word
+    newest, elsewhere = checkpoints.folder / "step-00000002", tmp_path / "not-seen-yet"
+    newest.rename(elsewhere)
+    later = threading.Timer(0.5, elsewhere.rename, (newest,))
+    later.start()
+    found, complaints = checkpoints.agree_on_newest(world=None)
+    later.join()
+    assert found.step == 2 and complaints == ["said"]
+    newest.rename(elsewhere)
+    monkeypatch.setattr("dist_train.checkpoint._SHOWN_LATE_S", 0.0)
+    with pytest.raises(UserError, match=r"step-00000002.*(.|\n)*Is the run folder on a disk that all machines share\?"):
+        checkpoints.agree_on_newest(world=None)
 
 
 def test_what_is_written_after_going_back_outlives_the_damaged_one(tmp_path):
