@@ -70,6 +70,16 @@ class Checkpoints:
                 f"  The previous one is untouched. Make room or mend the disk, then go on with --resume."
             ) from error
 
+    def wait_together(self, world: World) -> None:
+        """`wait` on every rank: launchers end the others soon after the first has left, and rank zero may still write."""
+        is_writing = torch.ones((), device=world.device)
+        while world.world_size > 1 and is_writing:
+            is_writing.fill_(float(self._thread is not None and self._thread.is_alive()))
+            torch.distributed.all_reduce(is_writing, torch.distributed.ReduceOp.MAX)
+            if is_writing:
+                time.sleep(0.1)  # one collective that lasts would time out
+        self.wait()
+
     def newest(self) -> tuple[Saved | None, list[str]]:
         """The newest whole checkpoint, or None; and a line for each damaged one that was passed over."""
         complaints = []

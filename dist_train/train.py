@@ -36,7 +36,7 @@ def train(run: Run, state: State) -> None:
     if run.is_evaluation_due(state):  # a request to stop came before its end
         judge_and_save(run, state)
     if run.is_evaluation_due(state) or run.is_over(state) or state.step >= run.halt_step:
-        return run.checkpoints.wait()
+        return run.checkpoints.wait_together(run.world)
     clock = Throughput()
     for batch in timed(to_device(run.stream(state.step), world.device), clock, run.parts):
         lr = run.lr_at(state.step) * state.plateau.factor
@@ -82,7 +82,7 @@ def train(run: Run, state: State) -> None:
             clock.read()
         if last or stop:
             break
-    run.checkpoints.wait()
+    run.checkpoints.wait_together(run.world)
 
 
 def judge_and_save(run: Run, state: State) -> None:

@@ -63,6 +63,27 @@ def test_where_nothing_trains_there_is_nothing_to_stop(run):
         main([str(run / "nowhere")])
 
 
+@pytest.mark.two_process
+def test_no_rank_leaves_while_the_last_checkpoint_is_written(digits, tmp_path):
+    (tmp_path / "slow_disk.py").write_text(
+        "import sys, time\n"
+        "from dist_train import checkpoint, cli, train\n"
+        "write = checkpoint.write_checkpoint\n"
+        "checkpoint.write_checkpoint = lambda *args: (time.sleep(4), write(*args))\n"
+        "sys.exit(cli.run_command(train.run_training, sys.argv[1:]))\n"
+    )
+    # one look a 0.1 s, each a collective: what lasts longer than the time-out must not end the job
+    argv = tiny_run(digits, tmp_path / "run", "--train.max_steps", "2", "--runtime.timeout_s", "3")
+    ranks = start_ranks(2, argv, tmp_path, module="slow_disk", PYTHONPATH=str(tmp_path))
+    first_gone = None
+    while any(rank.poll() is None for rank in ranks):
+        if first_gone is None and any(rank.poll() is not None for rank in ranks):
+            first_gone = time.monotonic()
+            assert (tmp_path / "run/checkpoints/step-00000002").is_dir()
+        time.sleep(0.01)
+    assert [rank.returncode for rank in ranks] == [0, 0], (tmp_path / "rank1.log").read_text()
+
+
 def test_a_lock_that_another_host_left_is_not_trusted(run):
     (run / "lock").write_text("process 7 on elsewhere")  # file systems without shared locks
     assert main([str(run)]) == 0
