@@ -58,9 +58,13 @@ def test_a_wrong_launch_is_refused(job, num_gpus, values, precision, complaint):
     (["--config_file", "cpu.yaml"], True),
     (["--config_file", "cpu.yaml", "--num_processes", "1"], False),
     (["--num_processes", "1"], False),
+    ([], True),  # accelerate's own file, in Hugging Face's folder
 ])  # fmt: skip
 def test_accelerate_starting_one_process_for_several_is_refused(tmp_path, options, refused):
     (tmp_path / "cpu.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
+    own = tmp_path / "home/accelerate/default_config.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text((tmp_path / "cpu.yaml").read_text())
     launcher = tmp_path / "accelerate"  # stands for the launcher: what counts is the command line of the parent
     launcher.write_text("import subprocess, sys\nsys.exit(subprocess.call([sys.executable, 'child.py']))\n")
     (tmp_path / "child.py").write_text(
@@ -68,7 +72,7 @@ def test_accelerate_starting_one_process_for_several_is_refused(tmp_path, option
         "try:\n    runtime._refuse_lonely_launch(1)\nexcept UserError as error:\n    print(error)\n"
     )
     command = [sys.executable, str(launcher), "launch", *options, "-m", "dist_train.train", "--num_processes", "9"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home")}
     out = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
     assert ("and started one" in out) == refused, out
 
