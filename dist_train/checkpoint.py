@@ -49,6 +49,7 @@ class Checkpoints:
         self.folder, self.keep = run_folder / "checkpoints", max(1, keep)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._chosen: Path | None = None  # what `newest` has given
 
     def save(self, saved: Saved, is_best: bool) -> None:
         """Copy now, write in the background; waits for the one before. Raises UserError if that one failed."""
@@ -71,14 +72,17 @@ class Checkpoints:
             ) from error
 
     def wait_together(self, world: World) -> None:
-        """`wait` on every rank: launchers end the others soon after the first has left, and rank zero may still write."""
+        """`wait` for rank zero on every rank, which all raise what it raises.
+
+        Launchers end the others soon after the first has left, and rank zero may still write.
+        """
         is_writing = torch.ones((), device=world.device)
         while world.world_size > 1 and is_writing:
             is_writing.fill_(float(self._thread is not None and self._thread.is_alive()))
             torch.distributed.all_reduce(is_writing, torch.distributed.ReduceOp.MAX)
             if is_writing:
                 time.sleep(0.1)  # one collective that lasts would time out
-        self.wait()
+        on_main(world, self.wait)
 
     def newest(self) -> tuple[Saved | None, list[str]]:
         """The newest whole checkpoint, or None; and a line for each damaged one that was passed over."""
@@ -88,33 +92,32 @@ class Checkpoints:
                 saved = load_checkpoint(path)
                 self._chosen = path
                 return saved, complaints
-            except UserError as error:
+            except (UserError, OSError) as error:
                 complaints.append(f"{error}\n  Going back to the one before.")
+        self._chosen = None
         return None, complaints
 
     def agree_on_newest(self, world: World) -> tuple[Saved | None, list[str]]:
         """What `newest` gives on rank zero, on every rank: another machine may not see the same folders yet.
 
-        Raises UserError on every rank as rank zero's fails, or on a rank that cannot read the same checkpoint.
+        All read at once; who has found another one than rank zero reads again. Raises UserError on a rank that cannot.
         """
-        found = []
+        saved, complaints = self.newest()
+        path, complaints = on_main(world, lambda: (self._chosen, complaints))
+        if path is None or path == self._chosen:
+            return (saved if path else None), complaints
+        return self._shown_late(path), complaints
 
-        def find() -> tuple[str, list[str]]:
-            saved, complaints = self.newest()
-            found.append(saved)
-            return self._chosen.name if saved else "", complaints
-
-        name, complaints = on_main(world, find)
-        return found[0] if found else self._shown_late(name) if name else None, complaints
-
-    def _shown_late(self, name: str) -> Saved:
+    def _shown_late(self, path: Path) -> Saved:
         deadline = time.monotonic() + _SHOWN_LATE_S
         while True:
             try:
-                return load_checkpoint(self.folder / name)
-            except UserError as error:
+                return load_checkpoint(path)
+            except (UserError, OSError) as error:
                 if time.monotonic() > deadline:
-                    raise UserError(f"{error}\n  Rank zero has read it. Is the run folder on a disk that all machines share?") from None
+                    raise UserError(
+                        f"{error}\n  Rank zero has read it. Is the run folder on a disk that all machines share?"
+                    ) from None
             time.sleep(1)
 
     def name_newest_best(self) -> None:

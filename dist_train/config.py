@@ -94,7 +94,7 @@ class AugmentConfig:
     """alpha of cutmix's Beta distribution; 0 is off, 1.0 is usual; with mixup on, each pair does one of them"""
     start_size: int = 0
     """pixels of the shorter side that enter the network at first; then they grow by eighths of the full size (progressive
-    resizing), and the first steps cost less; 0 is full size throughout"""
+    resizing), and the first steps cost less; with train.compile each size is compiled; 0 is full size throughout"""
     full_size_from: float = 0.7
     """share of the run after which pictures are at full size, where start_size is set"""
 
@@ -293,7 +293,7 @@ class ShardConfig:
     """JPEG quality where pictures are encoded anew"""
     check: Literal["all", "sample"] = "all"
     """pictures that are decoded, to prove them and for mean and std: every one, or one of 16 drawn at random; of the others
-    only begin and end are looked at, and the conversion is as fast as the disk"""
+    only begin and end are looked at, three times as fast (which are encoded anew are decoded in any case)"""
     shard_mb: float = 128.0
     """aimed size of a shard, MB"""
     min_shards: int = 4

@@ -34,6 +34,7 @@ _OURS = re.compile(
 )
 _SMALL_BYTES = 16_000_000  # below this, starting worker processes takes longer than the work
 _THREADED_BYTES = 4_000_000_000  # above this, starting them takes nothing
+_MOST_THREADS = 8  # more would wait for the interpreter
 _LARGE_PICTURE = 16_000  # bytes; decoding it takes many times as long as what needs the interpreter
 
 
@@ -119,9 +120,10 @@ def write_shards(
     chosen = range(len(tasks)) if chosen is None else chosen
     num_samples = sum(len(tasks[k][2]) for k in chosen)
     mean_bytes = int(source.sizes.sum()) / len(source.labels)
-    in_threads = source.features is None and mean_bytes >= _LARGE_PICTURE and mean_bytes * num_samples < _THREADED_BYTES
-    few_bytes = mean_bytes * num_samples < _SMALL_BYTES and not in_threads
-    workers = min(config.workers or (1 if few_bytes else num_cores()), len(chosen))
+    is_small, is_large = mean_bytes * num_samples < _SMALL_BYTES, mean_bytes * num_samples >= _THREADED_BYTES
+    decodes_long = source.features is None and mean_bytes >= _LARGE_PICTURE
+    workers = min(config.workers or (1 if is_small and not decodes_long else num_cores()), len(chosen))
+    in_threads = decodes_long and not is_large and workers <= _MOST_THREADS
     results, bad = [None] * len(chosen), []
     with (
         _progress(num_samples, config.out) as advance,
@@ -164,7 +166,11 @@ def _gather(config: ShardConfig, source: Source, staging: Path, tasks: list, res
         from dist_train.pictures import mean_and_std
 
         of_train = [r.totals for (split, _, _), r in zip(tasks, results, strict=True) if split == TRAIN]
-        mean, std = mean_and_std([sum(column) for column in zip(*of_train, strict=True)])
+        totals = [sum(column) for column in zip(*of_train, strict=True)]
+        if len(train_rows) and not totals[0]:
+            what = config.path or config.dataset
+            raise UserError(f"{what}: of the pictures that --check sample decodes none is good.\n  Use --check all.")
+        mean, std = mean_and_std(totals)
     else:
         values = source.store.rows[train_rows].astype(np.float64)
         mean, std = values.mean(axis=0).tolist(), values.std(axis=0)

@@ -84,8 +84,9 @@ def vgg(
             layers += _conv(last, _scaled(channels, width), 3, 1, 1, batchnorm, bias=True)
             last = _scaled(channels, width)
         if i >= len(convs) - num_pools:
-            is_last = i == len(convs) - 1  # which shall pass a pixel on where pictures are smaller at first
-            layers.append(nn.MaxPool2d(2, 2, ceil_mode=stem == "small" and is_last))
+            # the last one passes a single pixel on where pictures are smaller at first; at full size nothing changes
+            is_even = stem == "small" and all((side >> num_pools - 1) % 2 == 0 for side in size)
+            layers.append(nn.MaxPool2d(2, 2, ceil_mode=is_even and i == len(convs) - 1))
     if stem == "small":
         grid = tuple(min(7, side >> num_pools) for side in size)
         hidden = _scaled(512, width)

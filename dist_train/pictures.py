@@ -12,7 +12,6 @@ from dist_train.decode import DecodeError, Header, decode_batch, decode_into, na
 _MAX_SIDE = 65_535  # what the index has room for, and all that a JPEG can state
 _MAX_BYTES = (1 << 32) - 1  # likewise
 _PIXELS_AT_ONCE = 300_000  # decoded together where pictures of one size come often; stays in a core's cache
-_END = {"jpeg": b"\xff\xd9", "png": b"IEND"}
 _ROW = 3 * 256  # bytes that are summed as columns
 
 
@@ -53,7 +52,7 @@ def prepare(
             done[i] = error
             continue
         done[i] = Prepared(payload, "jpg" if header.format == "jpeg" else "png", height, width)
-        if trusted and trusted[i] and payload.rfind(_END[header.format], header.frame) > 0:
+        if trusted and trusted[i] and _has_end(payload, header.format):
             continue
         untouched.setdefault((height, width), []).append(i)
     for (height, width), members in untouched.items():
@@ -73,6 +72,13 @@ def _displayed(header: Header, size: int) -> tuple[int, int]:
     if max(height, width) > _MAX_SIDE or size > _MAX_BYTES:
         raise DecodeError(f"{height} x {width} pixels in {size:,} bytes; the index has room for {_MAX_SIDE:,} a side")
     return (width, height) if header.orientation >= 5 else (height, width)
+
+
+def _has_end(payload: bytes, kind: str) -> bool:
+    """Whether a JPEG's or PNG's last marker is there; a JPEG may hold another one, of a thumbnail, before its scan."""
+    if kind == "png":
+        return b"IEND" in payload[-64:]
+    return payload.rfind(b"\xff\xd9") > payload.rfind(b"\xff\xda")
 
 
 def _encoded_anew(payload: bytes, kind: str, height: int, width: int, resize: int, quality: int):

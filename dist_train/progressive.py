@@ -18,17 +18,15 @@ class Progressive:
     """What enters the network in each step of a run: a function of the step alone.
 
     full: size at the end; num_steps: of the run. The shorter side grows by eighths of its full length, each size for as
-    many steps, and none is below config.start_size.
+    many steps, and none is below config.start_size. So a compiled network is compiled for eight sizes at most.
     """
 
     def __init__(self, config: AugmentConfig, full: Size, num_steps: int):
         self.full, self.growing_steps = full, config.full_size_from * num_steps
         shorter = min(full)
-        eighth = max(1, shorter // 8)
-        first = shorter - (shorter - config.start_size) // eighth * eighth if config.start_size else shorter
-        self.sizes = [
-            tuple(round(pixels * side / shorter) for pixels in full) for side in range(first, shorter + 1, eighth)
-        ]
+        eighths = {max(1, round(shorter * k / 8)) for k in range(1, 9)}
+        sides = sorted(side for side in eighths if side >= (config.start_size or shorter))
+        self.sizes = [tuple(round(pixels * side / shorter) for pixels in full) for side in sides]
 
     def size_at(self, step: int) -> Size:
         """What enters in a step (0, 1, ...)."""

@@ -108,9 +108,7 @@ def _scratch_folder(scratch: Path):
 def _differs(config: ShardConfig, index: ShardIndex, what: str) -> UserError:
     """The error for raw data or settings that are not those the set was made of."""
     now = {key: value for key, value in flatten(to_dict(config)).items() if key not in FREE_SHARD_SETTINGS}
-    then = flatten(index.source)
-    settings = [
-        f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in sorted(now) if now[key] != then.get(key)
-    ]
+    then = flatten(to_dict(ShardConfig())) | flatten(index.source)  # a set may be older than a setting
+    settings = [f"{key} was {then[key]!r} and is {now[key]!r}" for key in sorted(now) if now[key] != then[key]]
     why = f"these settings differ: {'; '.join(settings)}" if settings else "the raw data have changed since"
     return UserError(f"{config.out}: cannot be repaired: {what}; {why}.\n  Write the set again with --overwrite true.")

@@ -35,13 +35,15 @@ def run_tasks(
         for number, task in tasks:
             yield number, work(task)
         return
-    import multiprocessing
-
-    context = multiprocessing.get_context("spawn")  # fork is not safe once a library has started threads
-    counter, seen, running = context.Value("q", 0), 0, {}
+    seen, running = 0, {}
     if in_threads:
+        counter = _Counter()
         pool = ThreadPoolExecutor(workers, initializer=_count_in, initargs=(counter,))
     else:
+        import multiprocessing
+
+        context = multiprocessing.get_context("spawn")  # fork is not safe once a library has started threads
+        counter = context.Value("q", 0)
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(counter,))
     try:
         exhausted = False
@@ -68,6 +70,16 @@ def run_tasks(
 def count_done(samples: int) -> None:
     """Tell the parent, from inside a task, that so many more samples are finished."""
     _report(samples)
+
+
+class _Counter:
+    """What multiprocessing's Value is to processes."""
+
+    def __init__(self):
+        self.value, self._lock = 0, threading.Lock()
+
+    def get_lock(self) -> threading.Lock:
+        return self._lock
 
 
 def _count_in(counter) -> None:

@@ -66,7 +66,7 @@ def test_a_rank_takes_the_checkpoint_that_rank_zero_has_read_and_waits_for_it(tm
     for step in (1, 2):
         checkpoints.save(saved(step), is_best=False)
     checkpoints.wait()
-    monkeypatch.setattr("dist_train.checkpoint.on_main", lambda world, find: ("step-00000002", ["said"]))  # rank zero's word
+    monkeypatch.setattr("dist_train.checkpoint.on_main", lambda world, find: (newest, ["said"]))  # rank zero's word
     newest, elsewhere = checkpoints.folder / "step-00000002", tmp_path / "not-seen-yet"
     newest.rename(elsewhere)
     later = threading.Timer(0.5, elsewhere.rename, (newest,))

@@ -1,10 +1,11 @@
 """Pictures that grow over the run: which size when, exact resume, and what is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_run
+from conftest import finish_ranks, start_ranks, tiny_run
 from safetensors.torch import load_file
 
 from dist_train.config import AugmentConfig, ModelConfig
@@ -22,6 +23,8 @@ GROWING = ("--augment.start_size", "9", "--augment.full_size_from", "0.6")
         ((32, 32), 20, [(20, 20), (24, 24), (28, 28), (32, 32)]),
         ((224, 224), 128, [(140, 140), (168, 168), (196, 196), (224, 224)]),
         ((64, 96), 48, [(48, 72), (56, 84), (64, 96)]),
+        ((100, 100), 50, [(50, 50), (62, 62), (75, 75), (88, 88), (100, 100)]),
+        ((3, 3), 1, [(1, 1), (2, 2), (3, 3)]),
         ((32, 32), 0, [(32, 32)]),
         ((32, 32), 32, [(32, 32)]),
         ((8, 8), 7, [(7, 7), (8, 8)]),
@@ -55,6 +58,12 @@ def test_networks_for_small_pictures_take_every_size_from_half(name):
     assert len(values) == 5 and values == sorted(values) and values[0] < 0.4 * values[-1]
 
 
+def test_pictures_of_an_odd_side_refuse_what_the_pools_do_not_pass():
+    network = build_model(ModelConfig(name="vgg11", width=0.125), 10, (28, 28), None, seed=0)
+    with pytest.raises(UserError, match="augment.start_size: the network does not take 14 x 14 px"):
+        Progressive(AugmentConfig(start_size=4), (28, 28), 100).flops(network)
+
+
 @pytest.fixture(scope="module")
 def grown(digits, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "grown"
@@ -83,6 +92,31 @@ def test_the_network_sees_small_pictures_first(digits, tmp_path, monkeypatch):
     run_training(tiny_run(digits, tmp_path / "run", *GROWING))
     assert sorted(set(seen)) == [10, 12, 14, 16] and seen == sorted(seen)
     assert seen.count(16) == pytest.approx(0.4 * len(seen), abs=1)
+
+
+@pytest.mark.two_process
+def test_two_ranks_in_micro_batches_give_the_curve_of_one(digits, tmp_path):
+    more = [*GROWING, "--model.name", "alexnet", "--model.width", "0.25", "--optim.lr", "0.01"]  # BatchNorm sees micro-batches
+    one, two = tmp_path / "one", tmp_path / "two"
+    ranks = start_ranks(2, tiny_run(digits, two, *more, "--train.micro_batch_size", "24"), tmp_path)
+    assert finish_ranks(ranks, tmp_path) == [0, 0], (tmp_path / "rank0.log").read_text()
+    assert run_training(tiny_run(digits, one, *more)) == 0
+    lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
+    first, second = ([line["loss"] for line in of_run if line["kind"] == "train"] for of_run in lines)
+    assert len(first) == 30 and max(first) - min(first) > 0.1
+    assert max(abs(a - b) for a, b in zip(first, second, strict=True)) < 1e-3
+
+
+@pytest.mark.parametrize("side", range(8, 65))
+def test_at_full_size_the_networks_are_what_they_were(side):
+    network = build_model(ModelConfig(name="vgg11", width=0.125), 10, (side, side), None, seed=0).eval()
+    inputs = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = network(inputs)
+        for module in network.modules():
+            if isinstance(module, torch.nn.MaxPool2d):
+                module.ceil_mode = False
+        assert torch.equal(network(inputs), found)
 
 
 def test_a_size_that_the_network_does_not_take_is_named(digits, tmp_path):

@@ -185,18 +185,33 @@ def test_a_set_of_which_a_sample_is_decoded_has_the_same_shards_and_nearly_the_s
     assert (every.splits["train"].table() == some.splits["train"].table()).all()
     assert every.mean != some.mean and some.source["check"] == "sample"
     np.testing.assert_allclose(every.mean, some.mean, atol=0.05)
-    for cut, name in enumerate(("cats/002.jpg", "dogs/000.png", "owls/003.jpg")):  # each found by its end
+    thumbnail = Image.open(root / "owls/003.jpg")
+    exif = Image.Exif()
+    exif[0x9286] = (root / "owls/003.jpg").read_bytes()  # an end marker in front of the scan
+    thumbnail.save(root / "owls/004.jpg", progressive=True, exif=exif)
+    bad = ("cats/002.jpg", "dogs/000.png", "owls/003.jpg", "owls/004.jpg")
+    for cut, name in enumerate(bad):  # each found by its end
         (root / name).write_bytes((root / name).read_bytes()[: -2 - 20 * cut])
     with pytest.raises(UserError, match=r"max_bad allows 0"):
         convert(config_for(tmp_path, check="sample"))
-    index = convert(config_for(tmp_path, check="sample", max_bad=3))
-    assert {entry["name"] for entry in index.left_out} == {"cats/002.jpg", "dogs/000.png", "owls/003.jpg"}
+    index = convert(config_for(tmp_path, check="sample", max_bad=4))
+    assert {entry["name"] for entry in index.left_out} == set(bad)
+
+
+def test_a_sample_without_a_good_picture_gives_no_mean(tmp_path):
+    root = make_folder(tmp_path / "raw", per_class=1, classes=("a", "b"))
+    every = convert(config_for(tmp_path, split=SplitConfig(0, 0), min_shards=1))
+    first = every.splits["train"].names()[0]
+    (root / first).write_bytes((root / first).read_bytes()[:60])
+    with pytest.raises(UserError, match="--check sample decodes none is good"):
+        convert(config_for(tmp_path, split=SplitConfig(0, 0), min_shards=1, check="sample", max_bad=1, overwrite=True))
 
 
 @pytest.mark.parametrize("workers", [1, 2, "threads"])
 def test_unreadable_pictures_within_max_bad_are_left_out_and_listed(tmp_path, workers, monkeypatch):
     if workers == "threads":
-        monkeypatch.setattr("dist_train.convert._LARGE_PICTURE", workers := 0)
+        monkeypatch.setattr("dist_train.convert._LARGE_PICTURE", 0)
+        workers = 3
     root = make_folder(tmp_path / "raw")
     for name in ("cats/002.jpg", "dogs/000.png"):
         (root / name).write_bytes((root / name).read_bytes()[:-60])
