@@ -38,7 +38,7 @@ def settings(shards: str, model: str, size: int, batch_size: int, precision: str
         "--model.name", model, "--model.stem", "imagenet", "--train.precision", precision, "--train.epochs", "1e6",
         "--train.eval_every_epochs", "0", "--augment.crop", "random_resized", "--augment.flip", "0.5",
         "--augment.brightness", "0.2", "--augment.contrast", "0.2", "--optim.schedule", "constant", "--optim.lr", "0.001",
-        "--train.checkpoint_every_steps", "0", *more,
+        "--train.checkpoint_every_steps", "0", "--train.profile_steps", "0", *more,
     ]  # fmt: skip
     return read_config(RunConfig, argv, "benchmark")
 

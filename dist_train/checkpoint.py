@@ -216,6 +216,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict, values: dict, parameters: dict) -> None:
     """The inverse of `optimizer_tensors`. parameters: name -> parameter. Raises UserError on names that do not fit."""
     optimizer.state.clear()
+    counts_on_device = {
+        p for group in optimizer.param_groups if group.get("fused") or group.get("capturable") for p in group["params"]
+    }
     for key, value in (tensors | values).items():
         name, _, entry = key.rpartition("/")
         if name not in parameters:
@@ -223,7 +226,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict, values: d
         parameter = parameters[name]
         if isinstance(value, torch.Tensor):
             # step counters stay on the host unless the optimizer is fused or capturable, as torch itself keeps them
-            value = value.to(parameter.device) if value.dim() or parameter.is_cuda else value
+            value = value.to(parameter.device) if value.dim() or parameter in counts_on_device else value
             if value.shape == parameter.shape and parameter.dim() == 4:
                 value = value.contiguous(memory_format=_memory_format(parameter))
         optimizer.state[parameter][entry] = value

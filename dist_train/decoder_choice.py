@@ -33,10 +33,8 @@ def settled(config: RunConfig, folder: Path, device: torch.device) -> RunConfig:
     if kind == "auto" and written.exists():
         kind = (read_written(written).get("data") or {}).get("decode", "cpu")
     if kind == "auto":
-        kind = "cpu"
-        if device.type == "cuda" and is_there():
-            found = rates(config, GpuDecoder(device))
-            kind = "gpu" if found and found["gpu"] > PAYS_FROM * found["cpu"] else "cpu"
+        found = rates(config, GpuDecoder(device)) if device.type == "cuda" else None
+        kind = "gpu" if found and found["gpu"] > PAYS_FROM * found["cpu"] else "cpu"
     if kind == "gpu" and device.type != "cuda":
         raise UserError(
             f"{folder}: data.decode is gpu, and this machine computes on the {device.type}.\n"
@@ -53,11 +51,11 @@ def settled(config: RunConfig, folder: Path, device: torch.device) -> RunConfig:
 def rates(config: RunConfig, gpu: GpuDecoder) -> dict[str, float] | None:
     """Images a second of {"cpu", "gpu"} on the first pictures of the training split, in turns: all threads, one GPU.
 
-    None where no picture is cut at random: those are decoded once and kept, or small.
+    None where no picture is cut at random: those are decoded once and kept, or small. And where no GPU decoder is there.
     """
     index = open_index(config)
     crop, image_size = decoder_crop(config, index)
-    if crop != "random_resized":
+    if crop != "random_resized" or not is_there():  # in this order: importing torchvision takes seconds
         return None
     store = Store(index.split(config.data.train_split).stored)
     samples = np.arange(min(TRIAL_PICTURES, store.split.num_samples))

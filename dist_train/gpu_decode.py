@@ -5,7 +5,9 @@ not take (other formats, CMYK, pictures that EXIF turns, damaged files) goes thr
 refusal.
 """
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -26,18 +28,35 @@ class GpuDecoder:
     def __init__(self, device: torch.device, decode_jpegs: JpegDecoder | None = None):
         self.device = device
         self.decode_jpegs = decode_jpegs or self._nvjpeg
+        self._threads = threading.local()
 
     def __call__(self, fds, offsets, sizes, checksums, boxes, size: tuple[int, int]) -> tuple[Tensor, Failures]:
         """Read, check and decode. Returns uint8 (N, h, w, 3) on the device, and the failures as (place, reason)."""
         source, starts, status = read_from_files(fds, offsets, sizes, checksums)
-        out = torch.empty((len(starts), *size, 3), dtype=torch.uint8, device=self.device)
-        if status.any():  # a shard's fault ends the run: let the CPU's decoder word it
-            rows = np.empty(out.shape, np.uint8)
-            return out, decode_from_files(fds, offsets, sizes, checksums, boxes, rows)
-        payloads = [
-            source[a : a + n] for a, n in zip(starts.astype(np.int64), np.asarray(sizes, np.int64), strict=True)
-        ]
-        return out, self.decode(payloads, boxes, out)
+        with self._own_stream():
+            out = torch.empty((len(starts), *size, 3), dtype=torch.uint8, device=self.device)
+            if status.any():  # a shard's fault ends the run: let the CPU's decoder word it
+                rows = np.empty(out.shape, np.uint8)
+                return out, decode_from_files(fds, offsets, sizes, checksums, boxes, rows)
+            ends = starts.astype(np.int64) + np.asarray(sizes, np.int64)
+            payloads = [source[a:b] for a, b in zip(starts.astype(np.int64), ends, strict=True)]
+            return out, self.decode(payloads, boxes, out)
+
+    @contextlib.contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        """A stream of this thread's own, on which nothing is left to do at the end.
+
+        nvJPEG writes into fresh memory without waiting for anybody. On the stream of the training that memory may be a
+        freed tensor's which queued kernels still read (pytorch/vision issue 9606), and its end would be awaited, too.
+        """
+        if self.device.type != "cuda":
+            yield
+            return
+        if not hasattr(self._threads, "stream"):
+            self._threads.stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self._threads.stream):
+            yield
+            self._threads.stream.synchronize()  # whoever takes the batch need not wait
 
     def decode(self, payloads: list[np.ndarray], boxes: np.ndarray | None, out: Tensor) -> Failures:
         """Decode payloads, uint8 (n,) each, into out (N, h, w, 3); boxes: (N, 4) top, left, height, width, or None."""
@@ -55,8 +74,6 @@ class GpuDecoder:
             rows = np.empty((len(left), *out.shape[1:]), np.uint8)
             failures = decode_batch([payloads[i].tobytes() for i in left], rows, None if boxes is None else boxes[left])
             out[torch.tensor(left, device=self.device)] = torch.from_numpy(rows).to(self.device)
-        if self.device.type == "cuda":  # by a thread that decodes ahead: whoever takes the batch need not wait
-            torch.cuda.current_stream(self.device).synchronize()
         return [(left[i], reason) for i, reason in failures]
 
     def _nvjpeg(self, encoded: list[Tensor]) -> list[Tensor]:

@@ -176,8 +176,9 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx, dy, *_):
         x, weight, mean, var, count = ctx.saved_tensors
         # As if the statistics were constants; then what flows through them, from every rank's samples, is taken off.
+        unsaved = mean.new_empty(0), mean.new_empty(0)  # as autograd gives them for such statistics; CUDA refuses None
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            dy, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+            dy, x, weight, mean, var, *unsaved, False, ctx.eps, [True, True, True]
         )
         sums = torch.cat([dweight, dbias])
         with messages.clock.waiting():

@@ -230,8 +230,6 @@ class RunLock:
 
 def environment(world: World) -> dict:
     """What a result may depend on: versions, hardware, threads, ranks, source revision. For environment.json."""
-    import importlib.metadata
-
     import torch
 
     packages = ("torch", "torchvision", "accelerate", "webdataset", "wandb", "numpy", "pillow", "simplejpeg")
@@ -243,7 +241,7 @@ def environment(world: World) -> dict:
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "host": platform.node(),
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "packages": {name: _version(name) for name in packages},
         "system": platform.platform(),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -302,6 +300,15 @@ def _refuse_lonely_launch(world_size: int) -> None:
             f"accelerate launch was asked for {asked} processes and started one: that is what it does for --cpu and for "
             f"MULTI_CPU.\n  Use launch/local.sh --cpu {asked}, or launch/accelerate/cpu-2.yaml with ACCELERATE_USE_CPU=true."
         )
+
+
+def _version(package: str) -> str | None:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

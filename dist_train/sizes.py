@@ -114,6 +114,10 @@ def check_sizes(config: RunConfig, index: ShardIndex, world: World) -> None:
         problems.append(
             f"mixup and cutmix pair neighbours, so each rank's share ({share}) and micro-batch must be even."
         )
+    graphs = config.train.compile and config.train.compile_mode != "default"
+    if share and not problems and graphs and micro_batch_size(config, world.world_size) < share:
+        problems.append(f"train.compile_mode is {config.train.compile_mode}, whose graphs write the gradients of each micro-batch "
+                        f"over those of the one before.\n  Leave train.micro_batch_size out, or take mode default.")  # fmt: skip
     if config.data.max_bad and (config.data.cache == "disk" or config.data.folds):
         what = f"data.folds {config.data.folds}" if config.data.folds else "data.cache disk"
         problems.append(f"data.max_bad is {config.data.max_bad} and {what}, which needs every picture.\n"

@@ -77,6 +77,10 @@ def test_accelerate_starting_one_process_for_several_is_refused(tmp_path, option
     assert ("and started one" in out) == refused, out
 
 
+def test_a_package_that_is_not_installed_is_no_hindrance():
+    assert runtime._version("no-such-package") is None and runtime._version("torch")
+
+
 def test_signals_are_noted_and_harmless_when_repeated(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     requests = runtime.StopRequests(tmp_path)

@@ -199,6 +199,12 @@ def test_a_setting_out_of_its_range_is_named(digits, tmp_path, name, value):
         run_training(tiny_run(digits, tmp_path / "run", f"--{name}", value, "--augment.mixup", "0.2"))
 
 
+def test_graphs_of_several_micro_batches_are_refused(digits, tmp_path):
+    argv = ["--train.compile", "true", "--train.compile_mode", "reduce-overhead", "--train.micro_batch_size", "32"]
+    with pytest.raises(UserError, match="compile_mode is reduce-overhead, whose graphs write the gradients"):
+        run_training(tiny_run(digits, tmp_path / "run", *argv))
+
+
 def test_what_goes_by_validation_needs_some(digits, tmp_path):
     argv = ["--data.val_split", "", "--train.patience", "3", "--optim.schedule", "plateau"]
     with pytest.raises(UserError, match="optim.schedule plateau and train.patience 3 go by the validation split"):
