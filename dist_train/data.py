@@ -11,7 +11,7 @@ import copy
 import itertools
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 from dist_train import boxes as crop_boxes
 from dist_train.bad_samples import BadSamples, Undecodable
 from dist_train.cache import DecodedCache, DeviceRows
-from dist_train.decode import SHARD_FAULTS, decode_from_files
+from dist_train.decode import SHARD_FAULTS, Failures, decode_from_files
 from dist_train.errors import UserError
 from dist_train.gpu_decode import GpuDecoder
 from dist_train.index import ShardIndex, load_index
@@ -233,7 +233,8 @@ class _Loader:
         self.is_table = index.features is not None
         self.shape = (len(index.features),) if self.is_table else (*size, 3)
         self.dtype = torch.float32 if self.is_table else torch.uint8
-        self.kept = self.gpu_decoder = None
+        self.kept = self.gpu_decoder = self.helpers = None
+        self.num_parts = 1
         self.recycled = Recycled()
 
     @property
@@ -280,9 +281,13 @@ class _Loader:
 
     def batches(self, make, steps, batch_size: int, num_threads: int, prefetch_mb: int) -> Iterator[Batch]:
         """make(steps) for all steps, ahead of their use; of a whole cache several a call, or Python would take longer
-        than the gather. Those kept on a device are put together there, in the thread of whoever asks for them."""
+        than the gather; of batches so large that memory allows fewer than threads, parts of one by several threads. Those
+        kept on a device are put together there, in the thread of whoever asks for them."""
         batch_bytes = max(1, batch_size * self.sample_bytes)
         most = min(_GROUP_STEPS, min(_GROUP_BYTES, prefetch_mb * 2**20 // (2 * num_threads)) // batch_bytes)
+        self.num_parts = num_threads // max(1, min(num_threads, prefetch_mb * 2**20 // batch_bytes))
+        if self.num_parts > 1:
+            self.helpers = ThreadPoolExecutor(num_threads, thread_name_prefix="decode-part")
         steps = iter(steps)
 
         def groups() -> Iterator[list[int]]:
@@ -310,10 +315,23 @@ class _Loader:
             for i, payload in enumerate(self.store.payloads(samples, self.verify)):
                 rows[i] = np.frombuffer(payload, np.float32, offset=len(payload) - 4 * self.shape[0])
             return out
+        if self.num_parts == 1 or len(samples) < self.num_parts:
+            return self._proven(samples, out, self._decode_rows(samples, keys, rows))
+        bounds = [len(samples) * k // self.num_parts for k in range(self.num_parts + 1)]
+        parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
+        futures = [self.helpers.submit(self._decode_rows, samples[part], keys[part], rows[part]) for part in parts]
+        wait(futures)  # all of them, even where one raises: `out` may be given to another batch then
+        failures = [
+            (part.start + i, reason)
+            for part, future in zip(parts, futures, strict=True)
+            for i, reason in future.result()
+        ]
+        return self._proven(samples, out, failures)
+
+    def _decode_rows(self, samples: np.ndarray, keys: np.ndarray, rows: np.ndarray) -> Failures:
         at = self.store.locate(samples)
         boxes = self.boxes(self.store.table.take(samples), keys) if self.boxes else None
-        failures = decode_from_files(at.fds, at.offsets, at.sizes, at.checksums if self.verify else None, boxes, rows)
-        return self._proven(samples, out, failures)
+        return decode_from_files(at.fds, at.offsets, at.sizes, at.checksums if self.verify else None, boxes, rows)
 
     def _proven(self, samples: np.ndarray, out: torch.Tensor, failures) -> torch.Tensor:
         if failures:
@@ -349,6 +367,10 @@ def _ahead(make, steps, num_threads: int, prefetch_mb: int, bytes_of) -> Iterato
                 step = next(steps, None)
             future, num_bytes = pending.popleft()
             held -= num_bytes
+            if step is not None and not pending:  # memory for one alone: the next is made while this one is used
+                pending.append((pool.submit(make, step), bytes_of(step)))
+                held += bytes_of(step)
+                step = next(steps, None)
             yield future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

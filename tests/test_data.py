@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import threading
 import time
 
 import numpy as np
@@ -76,8 +77,6 @@ def test_evaluation_reads_every_sample_once(digits, world_size):
 
 
 def test_the_threads_end_with_the_stream(digits):
-    import threading
-
     stream = open_stream(digits, batch_size=32, threads=3)
     next(stream)
     stream.close()
@@ -92,6 +91,22 @@ def test_batches_ahead_are_bounded_by_memory(digits):
     next(opened)
     assert len(opened.gi_frame.f_locals["groups"].gi_frame.f_locals["pending"]) <= 2
     opened.close()
+
+
+def test_a_batch_too_large_for_one_a_thread_is_decoded_by_several(digits, copied):
+    large = open_stream(digits, batch_size=1000, image_size=48, threads=5, prefetch_mb=10, stop_step=4)  # 6.6 MB a batch
+    small = open_stream(digits, batch_size=1000, image_size=48, threads=1, prefetch_mb=100, stop_step=4)
+    for one, other in zip(large, small, strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+        assert {thread.name.split("_")[0] for thread in threading.enumerate()} >= {"decode", "decode-part"}
+    split = load_index(copied).split("train")
+    row = split.table()[700]
+    path = copied / split.files[split.shard_of(np.array([700]))[0]]
+    damaged = bytearray(path.read_bytes())
+    damaged[int(row["offset"]) + 20] ^= 4
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="checksum differs from the index.*train/00000700 at byte"):
+        take(open_stream(copied, batch_size=1000, image_size=48, threads=5, prefetch_mb=10), 2)
 
 
 def test_to_device_keeps_the_order(digits):
