@@ -29,7 +29,8 @@ def uniform(keys: Tensor, draw: int) -> Tensor:
 
 def uniforms(keys: Tensor, first_draw: int, num_draws: int) -> Tensor:
     """Draws first_draw, first_draw + 1, ... of each key at once: (N, num_draws) float32 in [0, 1)."""
-    numbers = torch.arange(first_draw + 1, first_draw + 1 + num_draws, device=keys.device)
+    # the shift is for torch.compile: to it a bare range is an index, whose product with a large number must not overflow
+    numbers = torch.arange(2 * (first_draw + 1), 2 * (first_draw + 1 + num_draws), 2, device=keys.device) >> 1
     x = keys[:, None] + numbers * _GOLDEN
     x = (x ^ _shifted(x, 30)) * _MULTIPLY_1
     x = (x ^ _shifted(x, 27)) * _MULTIPLY_2

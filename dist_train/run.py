@@ -78,7 +78,7 @@ class Run:
         on_device = dataclasses.replace(config.augment, crop=crop)  # what the decoder cuts is not cut again
         self.augment = None if self.index.features else Augment(
             on_device, self.input_size, self.index.mean, self.index.std, world.device)  # fmt: skip
-        self.is_mixing = bool(config.augment.mixup or config.augment.cutmix)
+        self.augmented = torch.compile(self._augmented, dynamic=False) if config.train.compile else self._augmented
         self.micro_batch_size = micro_batch_size(config, world.world_size)
         data = config.data
         if data.verify:
@@ -148,10 +148,12 @@ class Run:
         if self.augment is None:
             return standardised(images, self.index), labels
         with torch.no_grad():
-            pixels = self.augment(images, keys)
-            if self.is_mixing:
-                return mix(pixels, labels, keys, self.config.augment, self.index.num_classes)
-        return pixels, labels
+            return self.augmented(images, labels, keys)
+
+    def _augmented(self, images: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor):
+        pixels, config = self.augment(images, keys), self.config.augment
+        is_mixing = config.mixup or config.cutmix
+        return mix(pixels, labels, keys, config, self.index.num_classes) if is_mixing else (pixels, labels)
 
     def agree_to_stop(self, state: "State", loss: torch.Tensor) -> bool:
         """Whether any rank was asked to stop, by the step before: looking a step late, the host never waits for the device.

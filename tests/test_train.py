@@ -199,6 +199,15 @@ def test_a_setting_out_of_its_range_is_named(digits, tmp_path, name, value):
         run_training(tiny_run(digits, tmp_path / "run", f"--{name}", value, "--augment.mixup", "0.2"))
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_a_compiled_training_gives_the_curve_of_one_that_is_not(digits, tmp_path):
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    more = ["--train.max_steps", "8", "--optim.lr", "0.004", "--augment.mixup", "0.2"]
+    assert run_training(tiny_run(digits, plain, *more)) == 0
+    assert run_training(tiny_run(digits, compiled, *more, "--train.compile", "true")) == 0
+    assert max(abs(a - b) for a, b in zip(losses(plain), losses(compiled), strict=True)) < 1e-3
+
+
 def test_graphs_of_several_micro_batches_are_refused(digits, tmp_path):
     argv = ["--train.compile", "true", "--train.compile_mode", "reduce-overhead", "--train.micro_batch_size", "32"]
     with pytest.raises(UserError, match="compile_mode is reduce-overhead, whose graphs write the gradients"):
