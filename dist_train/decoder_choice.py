@@ -34,7 +34,7 @@ def settled(config: RunConfig, folder: Path, device: torch.device) -> RunConfig:
         kind = (read_written(written).get("data") or {}).get("decode", "cpu")
     if kind == "auto":
         found = rates(config, GpuDecoder(device)) if device.type == "cuda" else None
-        kind = "gpu" if found and found["gpu"] > PAYS_FROM * found["cpu"] else "cpu"
+        kind = "gpu" if found and found.get("gpu", 0) > PAYS_FROM * found["cpu"] else "cpu"
     if kind == "gpu" and device.type != "cuda":
         raise UserError(
             f"{folder}: data.decode is gpu, and this machine computes on the {device.type}.\n"
@@ -51,7 +51,8 @@ def settled(config: RunConfig, folder: Path, device: torch.device) -> RunConfig:
 def rates(config: RunConfig, gpu: GpuDecoder) -> dict[str, float] | None:
     """Images a second of {"cpu", "gpu"} on the first pictures of the training split, in turns: all threads, one GPU.
 
-    None where no picture is cut at random: those are decoded once and kept, or small. And where no GPU decoder is there.
+    None where no picture is cut at random: those are decoded once and kept, or small. And where no GPU decoder is there; without "gpu" where it has
+    taken none of the pictures.
     """
     index = open_index(config)
     crop, image_size = decoder_crop(config, index)
@@ -73,4 +74,4 @@ def rates(config: RunConfig, gpu: GpuDecoder) -> dict[str, float] | None:
             seconds[way].append(time.perf_counter() - began)
     found = {way: len(samples) / statistics.median(times[1:]) for way, times in seconds.items()}
     threads = config.data.threads or len(os.sched_getaffinity(0))
-    return {"cpu": threads * found["cpu"], "gpu": found["gpu"]}
+    return {"cpu": threads * found["cpu"]} | ({"gpu": found["gpu"]} if gpu.has_decoded else {})

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dist_train.decode import Failures, decode_batch, decode_from_files, read_from_files
@@ -29,6 +30,7 @@ class GpuDecoder:
         self.device = device
         self.decode_jpegs = decode_jpegs or self._nvjpeg
         self._threads = threading.local()
+        self.has_decoded = False  # which a torchvision without nvJPEG never does
 
     def __call__(self, fds, offsets, sizes, checksums, boxes, size: tuple[int, int]) -> tuple[Tensor, Failures]:
         """Read, check and decode. Returns uint8 (N, h, w, 3) on the device, and the failures as (place, reason)."""
@@ -65,6 +67,7 @@ class GpuDecoder:
             pictures = self.decode_jpegs([torch.from_numpy(payloads[i]) for i in here]) if here else []
         except RuntimeError:  # one of them is damaged; the CPU's decoder finds out which, and takes what it can
             here, pictures = [], []
+        self.has_decoded |= bool(pictures)
         for i, picture in zip(here, pictures, strict=True):
             box = (0, 0, *picture.shape[1:]) if boxes is None else boxes[i]
             out[i] = resize_box(picture, box, tuple(out.shape[1:3])).permute(1, 2, 0)
@@ -90,12 +93,18 @@ def is_there() -> bool:
 
 
 def resize_box(picture: Tensor, box, size: tuple[int, int]) -> Tensor:
-    """Cut a box out and resize it, antialiased, as Pillow's `resize(size, BILINEAR, box)`: two matrix products.
+    """Cut a box out and resize it, antialiased, as `decode.decode_into` does.
 
     picture: (C, H, W) uint8; box: top, left, height, width in pixels, fractions allowed. Returns (C, *size) uint8, which
-    differs from Pillow's by its rounding between the two directions: one level at most.
+    differs from the CPU's by its rounding between the two directions: one level at most.
     """
     top, left, height, width = (float(side) for side in box)
+    if all(side.is_integer() for side in (top, left, height, width)):
+        cut = picture[:, int(top) : int(top + height), int(left) : int(left + width)]
+        if cut.shape[1:] == size:
+            return cut
+        resized = F.interpolate(cut[None].float(), size, mode="bilinear", antialias=True)[0]
+        return resized.round_().clamp_(0, 255).to(torch.uint8)
     down = _taps(top, height, size[0], picture.shape[1], picture.device)
     across = _taps(left, width, size[1], picture.shape[2], picture.device)
     with torch.autocast(picture.device.type, enabled=False):

@@ -14,7 +14,7 @@ from PIL import Image
 from dist_train import decoder_choice, shard
 from dist_train.config import AugmentConfig, DataConfig, RunConfig
 from dist_train.data import open_stream
-from dist_train.decode import decode_batch
+from dist_train.decode import decode_batch, resize_into
 from dist_train.errors import UserError
 from dist_train.gpu_decode import GpuDecoder, resize_box
 from dist_train.train import run_training
@@ -25,6 +25,10 @@ CPU = torch.device("cpu")
 def pillow(encoded):
     pictures = (np.array(Image.open(io.BytesIO(e.numpy().tobytes())).convert("RGB")) for e in encoded)
     return [torch.from_numpy(pixels).permute(2, 0, 1) for pixels in pictures]
+
+
+def not_compiled(encoded):
+    raise RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support")
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -53,14 +57,11 @@ def photographs(tmp_path) -> str:
 
 @pytest.mark.parametrize("box", [(0, 0, 90, 70), (3, 5, 40, 33), (10.5, 2.25, 20.5, 61.0), (80, 60, 10, 10)])
 @pytest.mark.parametrize("size", [(32, 32), (64, 48), (120, 100)])
-def test_boxes_are_resized_as_pillow_does(box, size):
-    image = picture(90, 70)
-    top, left, height, width = box
-    corners = (left, top, left + width, top + height)
-    expected = np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR, box=corners)).astype(int)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    found = resize_box(pixels, box, size).permute(1, 2, 0).numpy().astype(int)
-    assert np.abs(found - expected).max() <= 1
+def test_boxes_are_resized_as_the_cpu_does(box, size):
+    pixels, expected = np.array(picture(90, 70)), np.empty((*size, 3), np.uint8)
+    resize_into(pixels, expected, box)
+    found = resize_box(torch.from_numpy(pixels).permute(2, 0, 1), box, size).permute(1, 2, 0).numpy()
+    assert np.abs(found.astype(int) - expected).max() <= 1
 
 
 def test_what_the_gpu_does_not_take_is_decoded_by_the_cpu_and_refusals_are_its_own():
@@ -121,6 +122,7 @@ def test_both_decoders_are_timed_where_pictures_are_cut(photographs, digits):
     data = DataConfig(shards=photographs, image_size=32, threads=1)
     config = RunConfig(data=data, augment=AugmentConfig(crop="random_resized"))
     found = decoder_choice.rates(config, GpuDecoder(CPU, pillow))
+    assert decoder_choice.rates(config, GpuDecoder(CPU, not_compiled)).keys() == {"cpu"}
     assert found["cpu"] > 0 and found["gpu"] > 0
     assert (
         decoder_choice.rates(dataclasses.replace(config, data=DataConfig(shards=digits)), GpuDecoder(CPU, pillow))
