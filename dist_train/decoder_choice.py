@@ -51,8 +51,8 @@ def settled(config: RunConfig, folder: Path, device: torch.device) -> RunConfig:
 def rates(config: RunConfig, gpu: GpuDecoder) -> dict[str, float] | None:
     """Images a second of {"cpu", "gpu"} on the first pictures of the training split, in turns: all threads, one GPU.
 
-    None where no picture is cut at random: those are decoded once and kept, or small. And where no GPU decoder is there; without "gpu" where it has
-    taken none of the pictures.
+    None where no picture is cut at random (those are decoded once and kept, or small) and where torchvision has no decoder
+    for a GPU; without "gpu" where that has taken none of the pictures.
     """
     index = open_index(config)
     crop, image_size = decoder_crop(config, index)
