@@ -135,7 +135,7 @@ def _stored(task: ShardTask, bad: list, totals: list) -> Iterator[list[tuple[int
         if task.source.features is None:
             payloads = [payload for _, payload, _ in group]
             # samples lie in a drawn order, so that every 16th is a sample of them that depends on nothing else
-            trusted = [task.check == "sample" and place % 16 > 0 for place, _, _ in group]
+            trusted = [place % 16 > 0 for place, _, _ in group] if task.check == "sample" else ()
             stored, prepared = [], prepare(payloads, sums, task.resize, task.quality, trusted)
             for (place_in_task, _, _), picture in zip(group, prepared, strict=True):
                 if isinstance(picture, Exception):
