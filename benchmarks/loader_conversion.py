@@ -7,7 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from loader_pictures import asked_for, convert, photographs, ratio
+from loader_pictures import asked_for, convert, made_once, photographs, ratio
 
 CONVERSIONS = ("conversion", "conversion-photographs")
 PHOTOGRAPHS = 8000  # long enough that starting the interpreter is little of it
@@ -18,10 +18,8 @@ def measure_conversion(workload: str, options) -> dict:
     source, scratch = _files(workload, options), options.scratch / "converted"
     ways = {"dist_train": convert, "webdataset": _shard_writer}
     if workload == "conversion-photographs":
-        ways = {
-            "dist_train": convert,
+        ways |= {
             "dist_train, a sample decoded": functools.partial(convert, more=("--check", "sample")),
-            "webdataset": _shard_writer,
             "cp and sync": _copy,
         }
     seconds = {name: [] for name in ways}
@@ -52,12 +50,8 @@ def _files(workload: str, options) -> Path:
     options.scratch.mkdir(parents=True, exist_ok=True)
     if workload == "conversion":
         return asked_for(options.cifar, "--cifar")
-    folder = options.scratch / workload
-    if not (folder / "ready").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        photographs(folder / "folders", options, PHOTOGRAPHS)
-        (folder / "ready").touch()
-    return folder / "folders"
+    made = made_once(options.scratch / workload, lambda folder: photographs(folder / "folders", options, PHOTOGRAPHS))
+    return made / "folders"
 
 
 def _copy(source: Path, out: Path) -> None:

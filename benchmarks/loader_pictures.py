@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,21 @@ WORKLOADS = {  # height and width of a batch's pictures, batch size, what is don
 
 def prepare_pictures(workload: str, options) -> Path:
     """The workload's class folders and shards below the scratch folder, made once."""
-    folder = options.scratch / (f"{workload}-{options.small}" if workload == "W3" else workload)
-    if not (folder / "ready").exists():
-        shutil.rmtree(folder, ignore_errors=True)
+
+    def make(folder: Path) -> None:
         {"W1": photographs, "W2": _cifar, "W3": _small}[workload](folder / "folders", options)
         convert(folder / "folders", folder / "shards")
         if workload == "W1":
             convert(folder / "folders", folder / "shards-500", ("--resize", "500"))
+
+    return made_once(options.scratch / (f"{workload}-{options.small}" if workload == "W3" else workload), make)
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """The folder, made anew unless it is there whole."""
+    if not (folder / "ready").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        make(folder)
         (folder / "ready").touch()
     return folder
 

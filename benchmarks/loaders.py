@@ -8,7 +8,7 @@ W1: photographs in original sizes -> random resized crop 224 and flip, batch 64.
 in a process of its own; they are measured in turns, round by round, so that what else the machine does falls on all alike.
 Peers that are not installed are left out by name; --peer-python names interpreters that have those which this one lacks.
 "conversion" is of the CIFAR files, beside webdataset's ShardWriter; "conversion-photographs" of 8,000 photographs, beside a copy.
---quick takes about 8 minutes. Writes benchmarks/results/loaders.json.
+--quick takes about 9 minutes. Writes benchmarks/results/loaders.json.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
                         default=[*WORKLOADS, *CONVERSIONS])  # fmt: skip
     parser.add_argument("--peers", nargs="*", default=list(PEERS), help=", ".join(PEERS))
     parser.add_argument("--peer-python", nargs="+", default=[], help="interpreters for peers that this one has not got")
-    parser.add_argument("--quick", action="store_true", help="--rounds 3 --seconds 1 --small 20000, two conversions")
+    parser.add_argument("--quick", action="store_true", help="--rounds 3 --seconds 1 --small 20000, two of each conversion")
     parser.add_argument("--small", type=int, default=100_000, help="pictures of W3")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement")

@@ -251,5 +251,10 @@ def check(config: AugmentConfig) -> None:
 
 
 @functools.lru_cache(maxsize=16)
+def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(n,) float32 on a device, copied there once: each copy makes the host wait."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
 def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+    return constants(values, device).view(1, -1, 1, 1)

@@ -293,7 +293,7 @@ class ShardConfig:
     """JPEG quality where pictures are encoded anew"""
     check: Literal["all", "sample"] = "all"
     """pictures that are decoded, to prove them and for mean and std: every one, or one of 16 drawn at random; of the others
-    only begin and end are looked at, three times as fast (which are encoded anew are decoded in any case)"""
+    only begin and end are looked at, three times as fast (those that are encoded anew are decoded in any case)"""
     shard_mb: float = 128.0
     """aimed size of a shard, MB"""
     min_shards: int = 4

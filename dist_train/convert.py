@@ -120,10 +120,10 @@ def write_shards(
     chosen = range(len(tasks)) if chosen is None else chosen
     num_samples = sum(len(tasks[k][2]) for k in chosen)
     mean_bytes = int(source.sizes.sum()) / len(source.labels)
-    is_small, is_large = mean_bytes * num_samples < _SMALL_BYTES, mean_bytes * num_samples >= _THREADED_BYTES
-    decodes_long = source.features is None and mean_bytes >= _LARGE_PICTURE
-    workers = min(config.workers or (1 if is_small and not decodes_long else num_cores()), len(chosen))
-    in_threads = decodes_long and not is_large and workers <= _MOST_THREADS
+    num_bytes, decodes_long = mean_bytes * num_samples, source.features is None and mean_bytes >= _LARGE_PICTURE
+    workers = 1 if num_bytes < _SMALL_BYTES and not decodes_long else num_cores()
+    workers = min(config.workers or workers, len(chosen))
+    in_threads = decodes_long and num_bytes < _THREADED_BYTES and workers <= _MOST_THREADS
     results, bad = [None] * len(chosen), []
     with (
         _progress(num_samples, config.out) as advance,

@@ -357,20 +357,23 @@ def _ahead(make, steps, num_threads: int, prefetch_mb: int, bytes_of) -> Iterato
     pending, held = collections.deque(), 0
     steps = iter(steps)
     step = next(steps, None)
+
+    def start_one() -> None:
+        nonlocal held, step
+        pending.append((pool.submit(make, step), bytes_of(step)))
+        held += bytes_of(step)
+        step = next(steps, None)
+
     try:
         while step is not None or pending:
             while step is not None and len(pending) < _DEPTH * num_threads:
                 if pending and held + bytes_of(step) > prefetch_mb * 2**20:
                     break
-                pending.append((pool.submit(make, step), bytes_of(step)))
-                held += bytes_of(step)
-                step = next(steps, None)
+                start_one()
             future, num_bytes = pending.popleft()
             held -= num_bytes
             if step is not None and not pending:  # memory for one alone: the next is made while this one is used
-                pending.append((pool.submit(make, step), bytes_of(step)))
-                held += bytes_of(step)
-                step = next(steps, None)
+                start_one()
             yield future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -1,6 +1,5 @@
 """Exact evaluation on any number of ranks: each sums over its own samples, one reduction at the end, nothing padded."""
 
-import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dist_train.augment import evaluation_pixels
+from dist_train.augment import constants, evaluation_pixels
 from dist_train.cache import DecodedCache
 from dist_train.config import RunConfig
 from dist_train.data import Batch, open_evaluation, to_device
@@ -134,13 +133,8 @@ def views(pictures: torch.Tensor, flipped: bool, shift: int) -> Iterator[tuple[f
 
 def standardised(values: torch.Tensor, index: ShardIndex) -> torch.Tensor:
     """A table's rows less the training split's mean, over its standard deviation. values: float32 (N, F)."""
-    mean, std = (_row(tuple(v), values.dtype, values.device) for v in (index.mean, index.std))
+    mean, std = (constants(tuple(row), values.device) for row in (index.mean, index.std))
     return (values - mean) / std
-
-
-@functools.lru_cache(maxsize=16)
-def _row(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)  # once: a copy to a device makes the host wait
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:

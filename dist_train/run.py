@@ -57,10 +57,11 @@ class Run:
         self.input_size = input_size(config, self.index)
         network = build_network(config, self.index)
         self.progressive = Progressive(config.augment, self.input_size, self.num_steps) if self.input_size else None
-        # of the whole network, before it is spread over the ranks
+        # size of what enters -> operations of the whole network, before it is spread over the ranks
         self.sample_flops = (
-            self.progressive.flops(network) if self.progressive else flops_per_sample(network, (len(self.index.features),))
-        )
+            self.progressive.flops(network) if self.progressive else
+            {None: flops_per_sample(network, (len(self.index.features),))}
+        )  # fmt: skip
         if config.train.sync_batchnorm and world.world_size > 1:
             use_sync_batchnorm(network)
         if config.train.channels_last:
@@ -203,8 +204,8 @@ class Run:
         if self._peak_flops is None:
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.train.precision]
             self._peak_flops = peak_flops(self.world.device, dtype) * self.world.world_size
-        flops = self.sample_flops[self.progressive.size_at(step)] if self.progressive else self.sample_flops
-        flops *= 3 * images_per_s
+        size = self.progressive.size_at(step) if self.progressive else None
+        flops = 3 * images_per_s * self.sample_flops[size]
         return {"tflops": round(flops / 1e12, 4), "mfu": round(flops / self._peak_flops, 4)}
 
     def name_bad_samples(self) -> None:

@@ -15,14 +15,14 @@ _FLAGS = ("--join", "--repair", "--overwrite", "--download", "--extra")  # may s
 def main(argv: list[str]) -> None:
     """`dist-train shard [datasets/NAME.yaml] [--SETTING VALUE ...]`. Raises UserError."""
     config = read_shard_config(argv)
+    if "numpy" not in sys.modules:  # its BLAS starts threads that spin: an eighth of a conversion of small files, for nothing
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if config.repair:
         from dist_train.repair import repair
 
         names = repair(config)
         print(f"{config.out}: whole; written again: {', '.join(names) or 'nothing, for nothing was damaged'}.")
         return
-    if "numpy" not in sys.modules:  # its BLAS starts threads that spin: an eighth of a conversion of small files, for nothing
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from dist_train.convert import convert, convert_part  # after the settings, so that `--help` answers at once
 
     if config.part:

@@ -81,9 +81,14 @@ def split_problems(config: RunConfig, index: ShardIndex) -> list[str]:
     return problems
 
 
+def _shorter_side(config: RunConfig, index: ShardIndex) -> int:
+    """Pixels of what enters the network; 0 of a table, and where pictures differ and no size is set."""
+    return config.data.image_size or min(index.image_size or (0,))
+
+
 def growth_problems(config: RunConfig, index: ShardIndex) -> list[str]:
     """What is wrong with augment.start_size for these pictures, if anything."""
-    side = config.data.image_size or min(index.image_size or (0,))
+    side = _shorter_side(config, index)
     if not side or config.augment.start_size <= side:
         return []
     return [f"augment.start_size is {config.augment.start_size}; expected {side} pixels, the picture's side, at most."]
@@ -91,7 +96,7 @@ def growth_problems(config: RunConfig, index: ShardIndex) -> list[str]:
 
 def shift_problems(config: RunConfig, index: ShardIndex) -> list[str]:
     """What is wrong with train.shift_test for these pictures, if anything; a table has none to move."""
-    side = config.data.image_size or min(index.image_size or (0,))
+    side = _shorter_side(config, index)
     if 0 <= config.train.shift_test <= side // 2:
         return []
     return [

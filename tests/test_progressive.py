@@ -41,7 +41,7 @@ def test_each_size_lasts_as_long_and_the_last_share_of_the_run_is_at_full_size()
     assert at_once.size_at(0) == (32, 32)
 
 
-def test_a_batch_is_brought_to_its_step_s_size():
+def test_a_batch_is_brought_to_the_size_of_its_step():
     grow = Progressive(AugmentConfig(start_size=24, full_size_from=0.5), (32, 32), 10)
     inputs = torch.ones(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     small = grow(inputs, 0)
