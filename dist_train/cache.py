@@ -130,7 +130,8 @@ def _keeps_order() -> bool:
 
 
 class DeviceRows:
-    """Rows on a device: gathered there, so that of a batch only its sample numbers travel."""
+    """Rows on a device: gathered there, so that of a batch only its sample numbers travel. They are there once gathered:
+    batches that are decoded ahead, over the end of the first epoch, decode some of its last samples again."""
 
     is_full = False  # each batch is gathered by itself
 
