@@ -31,7 +31,7 @@ from dist_train.store import Store, sample_name
 from dist_train.wanted import Wanted
 
 _DEPTH = 4  # batches ahead of each thread
-_GROUP_BYTES, _GROUP_STEPS = 2**25, 64  # of batches gathered in one call, at most
+_GROUP_BYTES, _DECODED_BYTES, _GROUP_STEPS = 2**25, 2**24, 64  # of batches gathered, or decoded, in one call
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,6 @@ def open_stream(
     load.gpu_decoder = gpu_decoder if is_random else None
 
     bad = bad_samples or BadSamples(0)
-
     share = batch_size // world_size
 
     def make(steps: list[int]) -> list[Batch]:
@@ -280,18 +279,21 @@ class _Loader:
         return [Batch(step, self.split, *row) for step, row in zip(steps, rows, strict=True)]
 
     def batches(self, make, steps, batch_size: int, num_threads: int, prefetch_mb: int) -> Iterator[Batch]:
-        """make(steps) for all steps, ahead of their use; of a whole cache several a call, or Python would take longer
-        than the gather; of batches so large that memory allows fewer than threads, parts of one by several threads. Those
-        kept on a device are put together there, in the thread of whoever asks for them."""
+        """make(steps) for all steps, ahead of their use; of small batches several a call, or Python would take longer than
+        a whole cache's gather; of batches so large that memory allows fewer than threads, parts of one by several threads.
+        Those kept on a device are put together there, in the thread of whoever asks for them."""
         batch_bytes = max(1, batch_size * self.sample_bytes)
         most = min(_GROUP_STEPS, min(_GROUP_BYTES, prefetch_mb * 2**20 // (2 * num_threads)) // batch_bytes)
         self.num_parts = num_threads // max(1, min(num_threads, prefetch_mb * 2**20 // batch_bytes))
         if self.num_parts > 1:
             self.helpers = ThreadPoolExecutor(num_threads, thread_name_prefix="decode-part")
+        by_one = self.kept or self.gpu_decoder or self.store.split.remote
+        decoded = 1 if by_one else min(most, _DECODED_BYTES // batch_bytes)
         steps = iter(steps)
 
         def groups() -> Iterator[list[int]]:
-            while group := list(itertools.islice(steps, max(1, most) if self.kept and self.kept.is_full else 1)):
+            yield from ([step] for step in itertools.islice(steps, num_threads))  # nobody is to wait for the first ones
+            while group := list(itertools.islice(steps, max(1, most if self.kept and self.kept.is_full else decoded))):
                 yield group
 
         made = _in_turn(_ahead(make, groups(), num_threads, prefetch_mb, lambda group: len(group) * batch_bytes))
