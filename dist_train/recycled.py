@@ -10,7 +10,7 @@ import weakref
 import numpy as np
 import torch
 
-_KEPT, _KEPT_BYTES = 8, 2**26  # pieces, and bytes of pieces of one size; what comes back beyond these goes to the system
+_KEPT, _KEPT_BYTES = 8, 2**28  # pieces, and bytes of pieces of one size; what comes back beyond these goes to the system
 
 
 class Recycled:
