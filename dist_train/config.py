@@ -129,12 +129,14 @@ class ModelConfig:
 class OptimConfig:
     """How the weights are changed."""
 
-    name: Literal["sgd", "adam", "adamw", "adamax"] = "sgd"
-    """optimizer"""
+    name: Literal["sgd", "adam", "adamw", "adamax", "muon"] = "sgd"
+    """optimizer; muon moves hidden matrices and kernels along orthogonal directions, all else as sgd does"""
     lr: float = 0.01
     """peak learning rate; plain AlexNet and VGG without BatchNorm learn near 0.01, not at ResNet's 0.1"""
+    rest_lr: float = 0.1
+    """muon: peak learning rate of what is no hidden matrix: the last layer, biases, norms"""
     momentum: float = 0.9
-    """momentum of sgd, first beta of the Adam family"""
+    """momentum of sgd and muon, first beta of the Adam family"""
     beta2: float = 0.999
     """second beta of the Adam family"""
     nesterov: bool = True

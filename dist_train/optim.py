@@ -8,15 +8,19 @@ from torch import Tensor, nn
 
 from dist_train.config import OptimConfig
 from dist_train.finetune import layer_depths
+from dist_train.muon import Orthogonalize, is_hidden_matrix
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, head: str = "") -> torch.optim.Optimizer:
-    """The optimizer over model's trainable parameters, at the peak rate. head: name of the last layer.
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, head: str = "", precision: str = "fp32"
+) -> torch.optim.Optimizer:
+    """The optimizer over model's trainable parameters, at the peak rate. head: name of the last layer; precision: bf16 lets
+    muon compute in it, too.
 
     Two groups: "decay" (matrices and kernels) and "no_decay" (biases, norms, layer scales, tokens, tables of positions);
-    with config.layer_decay two for each layer, with freeze_epochs two for the last one. Each carries "lr_scale", which
-    `set_lr` multiplies by: layer_decay to the power of the layers above. Fused kernels are used where the class has
-    them for the device.
+    with config.layer_decay two for each layer, with freeze_epochs two for the last one; for muon one more, "hidden". Each
+    carries "lr_scale", which `set_lr` multiplies by: layer_decay to the power of the layers above, for muon's others
+    times rest_lr / lr. Fused kernels are used where the class has them for the device.
     """
     depths = layer_depths(model, head) if config.layer_decay != 1 or config.freeze_epochs else {}
     split: dict[tuple[int, str], list[nn.Parameter]] = {}
@@ -25,23 +29,37 @@ def build_optimizer(model: nn.Module, config: OptimConfig, head: str = "") -> to
             depth = depths.get(name, 0)
             # what thaws must not share a group with the head: torch's fused SGD wants all first steps at once
             group = depth if config.layer_decay != 1 else min(depth, 1)
-            split.setdefault((group, "decay" if _is_decayed(name, p) else "no_decay"), []).append(p)
+            kind = "decay" if _is_decayed(name, p) else "no_decay"
+            if config.name == "muon" and kind == "decay" and is_hidden_matrix(p, name, head):
+                kind = "hidden"
+            split.setdefault((group, kind), []).append(p)
     groups = [
-        {"params": params, "name": name, "lr_scale": config.layer_decay**depth,
-         "weight_decay": config.weight_decay if name == "decay" else 0.0}
-        for (depth, name), params in sorted(split.items())
+        {"params": params, "name": kind, "lr_scale": config.layer_decay**depth,
+         "weight_decay": config.weight_decay if kind != "no_decay" else 0.0}
+        for (depth, kind), params in sorted(split.items())
     ]  # fmt: skip
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for group in groups for p in group["params"])
     betas = (config.momentum, config.beta2)
     if config.name == "sgd":
         nesterov = config.nesterov and config.momentum > 0
         optimizer = torch.optim.SGD(groups, config.lr, momentum=config.momentum, nesterov=nesterov, fused=fused)
+    elif config.name == "muon":
+        share = config.rest_lr / config.lr
+        for group in groups:
+            if group["name"] == "hidden":
+                group |= {"muon_momentum": config.momentum, "momentum": 0.0, "nesterov": False}
+            else:  # decayed at the pace of the hidden ones
+                group |= {"lr_scale": group["lr_scale"] * share, "weight_decay": group["weight_decay"] / share}
+        optimizer = torch.optim.SGD(groups, config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused)
     elif config.name == "adamax":  # torch has no fused one
         optimizer = torch.optim.Adamax(groups, config.lr, betas=betas)
     else:
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
         optimizer = kind(groups, config.lr, betas=betas, fused=fused)
     optimizer.register_step_pre_hook(_match_layouts)
+    if config.name == "muon":
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        optimizer.register_step_pre_hook(Orthogonalize(dtype))
     return optimizer
 
 

@@ -70,7 +70,7 @@ class Run:
         self.head = head_name(self.network, self.index.num_classes)
         self.parallel = spread(self.network, config, accelerator, world)
         self.model = self.parallel.model
-        optimizer = self.parallel.optimizer(build_optimizer(self.network, config.optim, self.head))
+        optimizer = self.parallel.optimizer(build_optimizer(self.network, config.optim, self.head, config.train.precision))
         # the loader and the schedule stay with us: Accelerate would read on rank zero for all, and step once per rank
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.parts = self.new_parts(config.train.profile_steps)

@@ -10,7 +10,8 @@ from dist_train.settings import flatten, to_dict
 
 _RANGES = {  # (what is expected, whether a value is that): settings; others have ranges where they are used
     ("more than 0", lambda value: 0 < value < math.inf):
-        ("train.epochs", "runtime.timeout_s", "optim.lr", "optim.step_epochs", "optim.step_factor", "model.width"),
+        ("train.epochs", "runtime.timeout_s", "optim.lr", "optim.rest_lr", "optim.step_epochs", "optim.step_factor",
+         "model.width"),
     ("0 or more", lambda value: 0 <= value < math.inf):
         ("data.image_size", "data.threads", "data.prefetch_mb", "optim.weight_decay", "optim.freeze_epochs",
          "optim.warmup_epochs", "optim.final_lr", "optim.plateau_patience", "optim.clip_norm",
@@ -138,6 +139,12 @@ def check_sizes(config: RunConfig, index: ShardIndex, world: World) -> None:
     if config.optim.freeze_epochs > 0 and config.train.parallel != "ddp" and world.world_size > 1:
         problems.append(f"optim.freeze_epochs is {config.optim.freeze_epochs} and train.parallel {config.train.parallel}, which "
                         f"splits the one layer that is trained.\n  Use train.parallel: ddp.")  # fmt: skip
+    if config.optim.name == "muon" and config.train.precision == "fp16":
+        problems.append("optim.name is muon and train.precision fp16: momentum of gradients whose loss scale changes is none.\n"
+                        "  Use bf16.")  # fmt: skip
+    if config.optim.name == "muon" and config.train.parallel != "ddp" and world.world_size > 1:
+        problems.append(f"optim.name is muon and train.parallel {config.train.parallel}, which splits the matrices that muon needs "
+                        f"whole.\n  Use train.parallel: ddp.")  # fmt: skip
     if index.features is not None and config.model.name != "mlp":
         problems.append(f"{index.folder} is a table, so model.name must be mlp, not {config.model.name}.")
     if index.features is None and config.model.name == "mlp":

@@ -61,7 +61,8 @@ def train_without_reads(digits, run, monkeypatch, *argv):
 @pytest.mark.parametrize("argv", [
     ["--optim.clip_norm", "1", "--augment.mixup", "0.2", "--augment.hue", "0.1", "--augment.erase", "0.5"],
     ["--optim.name", "adamw", "--train.micro_batch_size", "48", "--augment.cutmix", "1", "--augment.grayscale", "0.5"],
-], ids=["sgd", "adamw"])  # fmt: skip
+    ["--optim.name", "muon"],
+], ids=["sgd", "adamw", "muon"])  # fmt: skip
 def test_no_step_waits_for_the_device(digits, tmp_path, monkeypatch, argv):
     assert train_without_reads(digits, tmp_path / "run", monkeypatch, "--train.log_every_steps", "100", *argv) == 0
 
@@ -71,9 +72,9 @@ def test_a_log_line_does_wait(digits, tmp_path, monkeypatch):  # or the test abo
         train_without_reads(digits, tmp_path / "run", monkeypatch, "--train.log_every_steps", "1")
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
 def test_weights_stay_from_the_first_bad_loss_on(name):
-    network, guard = torch.nn.Linear(3, 2), Guard(CPU, 1)
+    network, guard = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)), Guard(CPU, 1)
     optimizer = build_optimizer(network, OptimConfig(name=name, lr=0.1, weight_decay=0.1))
     assert can_skip_updates(optimizer)
     optimizer.found_inf = guard.not_finite

@@ -25,7 +25,7 @@ LAYERS = [
      "write_shard", "plan", "dali_index", "tar_lists", "foreign_tar", "read_foreign", "folds", "stop"],  # no torch either
     ["convert", "repair", "shard", "foreign", "verify", "launch_traps", "doctor",
      "draws", "colour", "mixing", "augment", "layers", "networks", "pretrained",
-     "gpu_decode", "models", "finetune", "optim", "metrics", "progressive", "messages", "step_parts", "guard", "hybrid",
+     "gpu_decode", "models", "finetune", "muon", "optim", "metrics", "progressive", "messages", "step_parts", "guard", "hybrid",
      "wandb_file", "wandb_log", "track", "watch", "runtime", "plots", "bars", "page", "ranking", "confusion", "table_plots",
      "picture_plots", "mistakes", "contact_sheet"],
     ["recycled", "wanted", "decoded_file", "cache", "data", "checkpoint"],

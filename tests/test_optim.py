@@ -63,7 +63,51 @@ def test_optimizers_move_as_torchs_plain_ones_do(name):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_muon_moves_hidden_matrices_as_torchs_and_the_rest_as_sgd(monkeypatch):
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(192, 24), nn.ReLU(), nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 5))
+    theirs = copy.deepcopy(ours)
+    # torch computes in bfloat16, and decays by lr times weight_decay
+    muon = torch.optim.Muon(
+        [theirs[0].weight, theirs[2].weight], 0.05, weight_decay=0.1, momentum=0.8, nesterov=True, ns_steps=3
+    )
+    sgd = torch.optim.SGD([
+        {"params": [theirs[4].weight], "weight_decay": 0.1 * 0.05 / 0.2},
+        {"params": [p for p in theirs.parameters() if p.dim() < 2]},
+    ], 0.2, momentum=0.8, nesterov=True)  # fmt: skip
+    config = OptimConfig(name="muon", lr=0.05, rest_lr=0.2, weight_decay=0.1, momentum=0.8)
+    optimizer = build_optimizer(ours, config, head="4", precision="bf16")
+    set_lr(optimizer, config.lr)
+    for step in range(5):
+        x = torch.randn(8, 192, generator=torch.Generator().manual_seed(step))
+        for net, step_all in ((ours, [optimizer]), (theirs, [muon, sgd])):
+            net.zero_grad()
+            net(x).square().mean().backward()
+            for one in step_all:
+                one.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
+
+
+def test_muon_gives_kernels_orthogonal_directions_in_any_layout():
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 3, groups=16)).to(memory_format=layout)
+        before = [p.detach().clone() for p in net.parameters()]
+        optimizer = build_optimizer(net, OptimConfig(name="muon", lr=1.0, weight_decay=0.0))
+        hidden, *_ = [group["params"] for group in optimizer.param_groups if group["name"] == "hidden"]
+        assert [id(p) for p in hidden] == [id(net[0].weight)]  # a kernel for each channel is no matrix
+        net(torch.randn(4, 8, 6, 6)).square().mean().backward()
+        optimizer.step()
+        moved = (before[0] - net[0].weight.detach()).flatten(1)
+        values = torch.linalg.svdvals(moved)
+        assert values.max() < 1.25 and (values > 0.65).sum() > 8
+        found.append(moved)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "muon"])
 def test_state_restored_without_its_strides_moves_the_weights_alike(name):
     config = OptimConfig(name=name, lr=0.05)
     net = small_net().to(memory_format=torch.channels_last)
