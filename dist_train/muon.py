@@ -37,7 +37,7 @@ class Orthogonalize:
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(p)
                 buffer = state["momentum_buffer"].mul_(momentum).add_(p.grad)
-                p.grad.copy_(self._direction(p.grad.add(buffer, alpha=momentum)))  # Nesterov's
+                p.grad.copy_(self._direction(p.grad.add(buffer, alpha=momentum)))  # Nesterov's momentum
 
     def _direction(self, momentum: Tensor) -> Tensor:
         kernel = momentum.movedim(1, -1)  # as channels-last memory lies: no copy is made to flatten it
@@ -51,11 +51,35 @@ def orthogonalized(matrix: Tensor) -> Tensor:
 
     Singular values from a fiftieth of the matrix's norm become 0.65 to 1.25, smaller ones up to 41 times what they are.
     """
-    a, b, c = _COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if is_tall else matrix
     x = x / (x.norm() + 1e-7)
-    for _ in range(_ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = _by_gram(x) if x.shape[1] >= 3 * x.shape[0] else _by_itself(x)
     return (x.T if is_tall else x).contiguous()
+
+
+def _by_itself(x: Tensor) -> Tensor:
+    for _ in range(_ITERATIONS):
+        x = torch.addmm(x, _quadratic(x @ x.T), x, beta=_COEFFICIENTS[0])
+    return x
+
+
+def _by_gram(x: Tensor) -> Tensor:
+    """The same polynomial of x x', worked out on that small square and multiplied to x once: half the time for kernels."""
+    gram = x @ x.T
+    product = factor = _factor(gram)
+    for _ in range(_ITERATIONS - 1):
+        gram = factor @ (gram @ factor)
+        factor = _factor(gram)
+        product = factor @ product
+    return product @ x
+
+
+def _factor(gram: Tensor) -> Tensor:
+    factor = _quadratic(gram)
+    factor.diagonal().add_(_COEFFICIENTS[0])
+    return factor
+
+
+def _quadratic(gram: Tensor) -> Tensor:
+    return torch.addmm(gram, gram, gram, beta=_COEFFICIENTS[1], alpha=_COEFFICIENTS[2])

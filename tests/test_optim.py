@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dist_train.config import OptimConfig
+from dist_train.muon import orthogonalized
 from dist_train.optim import Plateau, WeightAverage, build_optimizer, lr_at, set_lr
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,7 +64,7 @@ def test_optimizers_move_as_torchs_plain_ones_do(name):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_muon_moves_hidden_matrices_as_torchs_and_the_rest_as_sgd(monkeypatch):
+def test_muon_moves_hidden_matrices_as_torchs_and_the_rest_as_sgd():
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Linear(192, 24), nn.ReLU(), nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 5))
     theirs = copy.deepcopy(ours)
@@ -79,7 +80,7 @@ def test_muon_moves_hidden_matrices_as_torchs_and_the_rest_as_sgd(monkeypatch):
     optimizer = build_optimizer(ours, config, head="4", precision="bf16")
     set_lr(optimizer, config.lr)
     for step in range(5):
-        x = torch.randn(8, 192, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(256, 192, generator=torch.Generator().manual_seed(step))
         for net, step_all in ((ours, [optimizer]), (theirs, [muon, sgd])):
             net.zero_grad()
             net(x).square().mean().backward()
@@ -105,6 +106,17 @@ def test_muon_gives_kernels_orthogonal_directions_in_any_layout():
         assert values.max() < 1.25 and (values > 0.65).sum() > 8
         found.append(moved)
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(24, 216), (216, 24), (24, 30), (4, 4)])
+def test_wide_matrices_take_the_short_way_to_the_same_direction(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, shape[1])
+    x = matrix.double() / matrix.norm()
+    for _ in range(3):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    torch.testing.assert_close(orthogonalized(matrix).double(), x, rtol=1e-3, atol=1e-4)
+    assert (orthogonalized(matrix.bfloat16()) - x).norm() < 0.02 * x.norm()
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "muon"])
