@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from dist_train import runtime
 from dist_train.config import RunConfig
 from dist_train.errors import UserError
+from dist_train.index import load_index
 from dist_train.predict import eval_main, load_run
 from dist_train.predict import main as predict_main
 from dist_train.settings import read_config
-from dist_train.sizes import micro_batch_size
+from dist_train.sizes import check_sizes, micro_batch_size
 from dist_train.train import its_time, parse, run_training
 
 
@@ -65,6 +66,23 @@ def test_resuming_after_a_kill_gives_the_same_bits(calm, digits, tmp_path):
     first, second = load_file(calm / "weights.safetensors"), load_file(run / "weights.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert figures(run) == figures(calm)
+
+
+def test_muon_resumes_with_the_same_bits(digits, tmp_path):
+    argv, whole, parts = ["--optim.name", "muon", "--train.max_steps", "6"], tmp_path / "whole", tmp_path / "parts"
+    assert run_training(tiny_run(digits, whole, *argv)) == 0
+    for last in ("3", "6"):
+        assert run_training(tiny_run(digits, parts, *argv, "--train.max_steps", last, "--resume")) == 0
+    assert len(losses(whole)) == 6 and figures(parts) == figures(whole)
+
+
+def test_muon_with_what_it_cannot_do_is_refused(digits):
+    config, index = read_config(RunConfig, ["--optim.name", "muon", "--train.precision", "fp16"], ""), load_index(digits)
+    with pytest.raises(UserError, match="optim.name is muon and train.precision fp16"):
+        check_sizes(config, index, runtime.World(0, 1, 0, 1, None))
+    config = read_config(RunConfig, ["--optim.name", "muon", "--train.parallel", "hybrid"], "")
+    with pytest.raises(UserError, match="optim.name is muon and train.parallel hybrid"):
+        check_sizes(config, index, runtime.World(0, 2, 0, 2, None))
 
 
 @pytest.mark.two_process
