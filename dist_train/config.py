@@ -133,8 +133,10 @@ class OptimConfig:
     """optimizer; muon moves hidden matrices and kernels along orthogonal directions, all else as sgd does"""
     lr: float = 0.01
     """peak learning rate; plain AlexNet and VGG without BatchNorm learn near 0.01, not at ResNet's 0.1"""
+    muon_moves: Literal["matrices", "kernels"] = "matrices"
+    """muon: hidden layers that it moves; kernels leaves linear ones to sgd: orthogonalizing AlexNet's takes longer than its step"""
     rest_lr: float = 0.1
-    """muon: peak learning rate of what is no hidden matrix: the last layer, biases, norms"""
+    """muon: peak learning rate of what it does not move: the last layer, biases, norms"""
     momentum: float = 0.9
     """momentum of sgd and muon, first beta of the Adam family"""
     beta2: float = 0.999

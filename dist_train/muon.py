@@ -11,9 +11,13 @@ _COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the quintic that drives singular v
 _ITERATIONS = 3  # enough for image classifiers (Jordan 2024, airbench); language models take 5
 
 
-def is_hidden_matrix(p: nn.Parameter, name: str, head: str) -> bool:
-    """Whether Muon moves the parameter: matrices and kernels, but for the last layer's and kernels of one channel."""
-    return p.dim() >= 2 and p[0].numel() > 1 and not (p.dim() > 2 and p.shape[1] == 1) and name != f"{head}.weight"
+def is_moved(p: nn.Parameter, name: str, head: str, moves: str) -> bool:
+    """Whether Muon moves the parameter: kernels and matrices of several inputs, but for the last layer's.
+
+    head: name of the last layer; moves: "matrices", or "kernels" for these alone.
+    """
+    is_hidden = p.dim() >= 2 and p.shape[1] > 1 and name != f"{head}.weight"
+    return is_hidden and (p.dim() > 2 or moves == "matrices")
 
 
 class Orthogonalize:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dist_train.config import OptimConfig
 from dist_train.finetune import layer_depths
-from dist_train.muon import Orthogonalize, is_hidden_matrix
+from dist_train.muon import Orthogonalize, is_moved
 
 
 def build_optimizer(
@@ -30,7 +30,7 @@ def build_optimizer(
             # what thaws must not share a group with the head: torch's fused SGD wants all first steps at once
             group = depth if config.layer_decay != 1 else min(depth, 1)
             kind = "decay" if _is_decayed(name, p) else "no_decay"
-            if config.name == "muon" and kind == "decay" and is_hidden_matrix(p, name, head):
+            if config.name == "muon" and kind == "decay" and is_moved(p, name, head, config.muon_moves):
                 kind = "hidden"
             split.setdefault((group, kind), []).append(p)
     groups = [

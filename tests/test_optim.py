@@ -108,6 +108,13 @@ def test_muon_gives_kernels_orthogonal_directions_in_any_layout():
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("moves, expected", [("matrices", [2, 4]), ("kernels", [4])])
+def test_muon_leaves_the_last_layer_and_what_it_is_told_to_sgd(moves, expected):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 6), nn.Linear(6, 5))
+    groups = build_optimizer(net, OptimConfig(name="muon", muon_moves=moves), head="3").param_groups
+    assert [sorted(p.dim() for p in group["params"]) for group in groups if group["name"] == "hidden"] == [expected]
+
+
 @pytest.mark.parametrize("shape", [(24, 216), (216, 24), (24, 30), (4, 4)])
 def test_wide_matrices_take_the_short_way_to_the_same_direction(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, shape[1])
