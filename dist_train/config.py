@@ -137,6 +137,8 @@ class OptimConfig:
     """muon: hidden layers that it moves; kernels leaves linear ones to sgd: orthogonalizing AlexNet's takes longer than its step"""
     rest_lr: float = 0.1
     """muon: peak learning rate of what it does not move: the last layer, biases, norms"""
+    rest_weight_decay: float = 5e-4
+    """muon: decay of the matrices that it does not move"""
     momentum: float = 0.9
     """momentum of sgd and muon, first beta of the Adam family"""
     beta2: float = 0.999

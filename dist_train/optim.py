@@ -48,8 +48,9 @@ def build_optimizer(
         for group in groups:
             if group["name"] == "hidden":
                 group |= {"muon_momentum": config.momentum, "momentum": 0.0, "nesterov": False}
-            else:  # decayed at the pace of the hidden ones
-                group |= {"lr_scale": group["lr_scale"] * share, "weight_decay": group["weight_decay"] / share}
+            else:
+                decay = config.rest_weight_decay if group["name"] == "decay" else 0.0
+                group |= {"lr_scale": group["lr_scale"] * share, "weight_decay": decay}
         optimizer = torch.optim.SGD(groups, config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused)
     elif config.name == "adamax":  # torch has no fused one
         optimizer = torch.optim.Adamax(groups, config.lr, betas=betas)

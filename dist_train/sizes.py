@@ -13,8 +13,8 @@ _RANGES = {  # (what is expected, whether a value is that): settings; others hav
         ("train.epochs", "runtime.timeout_s", "optim.lr", "optim.rest_lr", "optim.step_epochs", "optim.step_factor",
          "model.width"),
     ("0 or more", lambda value: 0 <= value < math.inf):
-        ("data.image_size", "data.threads", "data.prefetch_mb", "optim.weight_decay", "optim.freeze_epochs",
-         "optim.warmup_epochs", "optim.final_lr", "optim.plateau_patience", "optim.clip_norm",
+        ("data.image_size", "data.threads", "data.prefetch_mb", "optim.weight_decay", "optim.rest_weight_decay",
+         "optim.freeze_epochs", "optim.warmup_epochs", "optim.final_lr", "optim.plateau_patience", "optim.clip_norm",
          "train.max_steps", "train.profile_steps", "train.micro_batch_size", "train.eval_every_epochs", "train.patience",
          "train.split_ranks", "runtime.threads", "augment.start_size"),
     ("0 or more, less than 1", lambda value: 0 <= value < 1):

@@ -73,10 +73,10 @@ def test_muon_moves_hidden_matrices_as_torchs_and_the_rest_as_sgd():
         [theirs[0].weight, theirs[2].weight], 0.05, weight_decay=0.1, momentum=0.8, nesterov=True, ns_steps=3
     )
     sgd = torch.optim.SGD([
-        {"params": [theirs[4].weight], "weight_decay": 0.1 * 0.05 / 0.2},
+        {"params": [theirs[4].weight], "weight_decay": 0.02},
         {"params": [p for p in theirs.parameters() if p.dim() < 2]},
     ], 0.2, momentum=0.8, nesterov=True)  # fmt: skip
-    config = OptimConfig(name="muon", lr=0.05, rest_lr=0.2, weight_decay=0.1, momentum=0.8)
+    config = OptimConfig(name="muon", lr=0.05, rest_lr=0.2, weight_decay=0.1, rest_weight_decay=0.02, momentum=0.8)
     optimizer = build_optimizer(ours, config, head="4", precision="bf16")
     set_lr(optimizer, config.lr)
     for step in range(5):
