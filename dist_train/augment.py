@@ -71,7 +71,7 @@ class Augment:
         """
         config, pictures = self.config, to_float(images)
         stored = tuple(images.shape[2:])
-        flipped = chance(keys, FLIP, config.flip) if config.flip else None
+        flipped = self.draw_flips(keys) if config.flip else None
         if config.crop != "random_resized" and not config.rotate_degrees:
             if config.crop == "padded":
                 pictures = shift_crop(pictures, *self.draw_shift(keys), config.padding, self.mean)
@@ -123,6 +123,10 @@ class Augment:
             if self.config.crop == "padded":
                 sides[:2] = (place - float(self.config.padding) for place in self.draw_shift(keys))
         return torch.stack(sides, 1)
+
+    def draw_flips(self, keys: Tensor) -> Tensor:
+        """Which pictures to mirror: (N,) bool. Alternating flips are Jordan's (2024): every mirror image within two epochs."""
+        return keys < 0 if self.config.flip_alternates else chance(keys, FLIP, self.config.flip)
 
     def draw_shift(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Top and left of the window in the padded picture, 0 to twice the padding: (N,) int64 each."""
@@ -243,6 +247,7 @@ def check(config: AugmentConfig) -> None:
         expect(name, 0 <= getattr(config, name) < math.inf, "0 (off) or more")
     expect("hue", 0 <= config.hue <= 0.5, "0 to 0.5 turns")
     expect("rotate_degrees", 0 <= config.rotate_degrees <= 180, "0 to 180 degrees")
+    expect("flip", config.flip == 0.5 or not config.flip_alternates, "0.5 beside augment.flip_alternates")
     expect("padding", config.padding >= 0, "0 pixels or more")
     expect("scale", 0 < config.scale[0] <= config.scale[1] <= 1, "two shares of the area, rising, above 0 and up to 1")
     expect("ratio", 0 < config.ratio[0] <= config.ratio[1] < math.inf, "two aspect ratios, rising, above 0")

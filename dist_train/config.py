@@ -74,6 +74,8 @@ class AugmentConfig:
     """pixels of padding for crop: padded"""
     flip: float = 0.0
     """probability of a left-right flip"""
+    flip_alternates: bool = False
+    """flip one half of the pictures in one epoch, the other half in the next, instead of by chance; flip must be 0.5"""
     rotate_degrees: float = 0.0
     """rotation drawn evenly from plus or minus this angle"""
     brightness: float = 0.0

@@ -27,6 +27,7 @@ MASK = 0xFFFFFFFFFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15
 BLOCK_SAMPLES = 8_192  # worked out together: many enough to hide numpy's cost a call, few enough for the CPU's cache
 _SHARDS, _WINDOWS, _KEYS = 1, 2, 3  # what a hash is for, so that no two uses share random bits
+_SIGN = np.uint64(1 << 63)
 
 
 @dataclass(frozen=True)
@@ -164,13 +165,19 @@ def evaluation_share(num_samples: int, rank: int, world_size: int) -> range:
 
 
 def sample_keys(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """The 64-bit key of everything random that happens to a sample in an epoch. (n,) int64 each; returns (n,) int64."""
+    """The 64-bit key of everything random that happens to a sample in an epoch. (n,) int64 each; returns (n,) int64.
+
+    63 bits are drawn anew each epoch. The sign is a sample's own in epoch 0 and changes from epoch to epoch, for what
+    shall alternate and not be left to chance (augment.flip_alternates).
+    """
     by_epoch, keys = (np.array(numbers, np.uint64, order="C") for numbers in (epochs, samples))
     by_epoch ^= fold(seed, _KEYS)
     _mix_in_place(by_epoch)
     _mix_in_place(keys)
+    signs = keys ^ np.asarray(epochs, np.uint64) << np.uint64(63)
     keys ^= by_epoch
     _mix_in_place(keys)
+    keys ^= (keys ^ signs) & _SIGN
     return keys.view(np.int64)
 
 

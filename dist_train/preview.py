@@ -143,7 +143,8 @@ def steps_of(order: Order, samples: np.ndarray, epoch: int) -> np.ndarray:
 
 def is_augmented(config: RunConfig, index: ShardIndex) -> bool:
     """Whether training changes its pictures at all."""
-    idle = ("scale", "ratio", "padding", "start_size", "full_size_from")  # which do nothing to a picture by themselves
+    # which do nothing to a picture by themselves
+    idle = ("flip_alternates", "scale", "ratio", "padding", "start_size", "full_size_from")
     off = AugmentConfig(**{name: getattr(config.augment, name) for name in idle})
     return config.augment != off or decoder_crop(config, index)[0] == "random_resized"
 
@@ -156,7 +157,8 @@ def _note(config: RunConfig, index: ShardIndex) -> str:
     elif augment.crop == "padded":
         done.append(f"shifted by up to {augment.padding} pixels")
     done += [f"turned by up to {augment.rotate_degrees:g}°"] if augment.rotate_degrees else []
-    words = {"flip": "mirrored", "brightness": "brighter or darker", "contrast": "contrast", "saturation": "saturation",
+    mirrored = "mirrored every other epoch" if augment.flip_alternates else "mirrored"
+    words = {"flip": mirrored, "brightness": "brighter or darker", "contrast": "contrast", "saturation": "saturation",
              "hue": "hue", "grayscale": "grey", "erase": "a box erased", "mixup": "mixed with a neighbour",
              "cutmix": "a box of a neighbour pasted in"}  # fmt: skip
     done += [f"{text} ({name} {getattr(augment, name):g})" for name, text in words.items() if getattr(augment, name)]

@@ -104,6 +104,16 @@ def test_flips_copy_pixels_exactly():
     assert torch.equal(found, normalize(expected, MEAN, STD))
 
 
+def test_alternating_flips_show_every_picture_and_its_mirror_image_within_two_epochs():
+    pictures = noise(64)
+    transform = Augment(AugmentConfig(flip=0.5, flip_alternates=True), (20, 24), MEAN, STD)
+    keys = [torch.from_numpy(order.sample_keys(0, np.full(64, epoch), np.arange(64))) for epoch in (6, 7)]
+    one, other = (transform(pictures, its) for its in keys)
+    assert 20 < (keys[0] < 0).sum() < 44
+    assert torch.equal(A.flip(one, keys[0] < 0), normalize(pictures, MEAN, STD))
+    assert torch.equal(other, one.flip(3))
+
+
 def test_padded_crops_copy_pixels_exactly():
     pictures = noise(8).contiguous() / 255
     top, left = torch.tensor([0, 1, 2, 3, 4, 5, 6, 3]), torch.tensor([3, 6, 5, 4, 3, 2, 1, 3])
@@ -312,3 +322,5 @@ def test_settings_out_of_range_are_all_named_at_once():
     assert len(lines) == 7 and lines[0] == "augment.flip is 1.5; expected a probability, 0 to 1."
     names = ("flip", "hue", "scale", "ratio", "padding", "rotate_degrees", "mixup")
     assert {line.split()[0] for line in lines} == {f"augment.{name}" for name in names}
+    with pytest.raises(UserError, match="augment.flip is 0.3; expected 0.5 beside augment.flip_alternates"):
+        Augment(AugmentConfig(flip=0.3, flip_alternates=True), (8, 8), MEAN, STD)

@@ -165,6 +165,16 @@ def test_keys_differ_by_seed_epoch_and_sample():
     assert len(keys) == 3 * 3 * 50
 
 
+def test_a_keys_sign_alternates_and_says_nothing_of_its_draws():
+    first, second, third = (sample_keys(5, np.full(20_000, epoch), np.arange(20_000)) for epoch in range(3))
+    assert ((first < 0) != (second < 0)).all() and ((first < 0) == (third < 0)).all()
+    assert 9_700 < (first < 0).sum() < 10_300
+    assert len({*first, *second, *third}) == 60_000
+    for draw in range(3):
+        draws = uniform(first, draw)
+        assert abs(draws[first < 0].mean() - draws[first >= 0].mean()) < 0.02
+
+
 def test_draws_are_uniform_and_independent():
     keys = sample_keys(0, np.zeros(20_000, np.int64), np.arange(20_000))
     first, second = uniform(keys, 0), uniform(keys, 1)

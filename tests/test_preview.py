@@ -62,6 +62,7 @@ def settings(shards: str, **augment) -> RunConfig:
 AUGMENTATIONS = {
     "boxes cut by the decoder, mixed": {"crop": "random_resized", "flip": 0.5, "mixup": 0.4, "cutmix": 1.0},
     "turned and erased": {"rotate_degrees": 20, "erase": 0.5, "hue": 0.1},
+    "mirrored every other epoch": {"flip": 0.5, "flip_alternates": True},
     "a fold": {"crop": "random_resized", "cutmix": 1.0, "folds": 3},
 }
 
