@@ -2,12 +2,12 @@
 # make test   install, run the tests
 # make study-demo   what early stopping, folds, schedules, BatchNorm, dropout, activations and optimizers do on a table
 # make test-cluster   the tests on a real SLURM and on separate hosts; as root, it fetches their Debian packages
+# make clean   removes what install made; shards/ and runs/ stay
 # make gpu-check   everything that only a GPU can show, in under eight minutes, into benchmarks/results/<card>-<date>.json
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RECIPE ?= recipes/digits-alexnet.yaml
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: install demo study-demo test test-cluster gpu-check lint clean
@@ -26,7 +26,7 @@ $(VENV)/installed: pyproject.toml constraints.txt $(wildcard setup.py dist_train
 demo: install
 	test -f shards/digits/index.json || dist-train shard datasets/digits.yaml
 	rm -rf runs/digits-alexnet
-	accelerate launch --config_file accelerate_config.yaml -m dist_train.train --config $(RECIPE)
+	accelerate launch --config_file accelerate_config.yaml -m dist_train.train --config recipes/digits-alexnet.yaml
 	dist-train eval runs/digits-alexnet --split test
 	dist-train report runs/digits-alexnet
 
@@ -57,4 +57,4 @@ lint: install
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info runs
+	rm -rf $(VENV) build *.egg-info

@@ -79,7 +79,7 @@ def _overview() -> str:
     return "\n".join([
         "dist-train: a dataset into shards once, then image classifiers on any number of processes.", "",
         "usage: dist-train COMMAND ...          dist-train COMMAND --help", "", *lines, "",
-        "On several processes: accelerate launch --config_file accelerate_config.yaml -m dist_train.train --config RECIPE",
+        "On several processes: accelerate launch --config_file launch/accelerate/gpu-8.yaml -m dist_train.train --config RECIPE",
     ])  # fmt: skip
 
 

@@ -233,7 +233,7 @@ class TrackConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """The process: nothing here changes a result."""
+    """The process: nothing here changes a result, but for the last bits, by the number of threads that add."""
 
     threads: int = 0
     """CPU threads of the arithmetic per process; 0 shares the cores among the processes of the machine"""

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 
+from dist_train.config import DataConfig, RunConfig
 from dist_train.errors import UserError
 from dist_train.index import SplitIndex, load_index, simulated_split
 from dist_train.order import Order, rank_share
@@ -27,6 +28,16 @@ def main(argv: list[str]) -> None:
         _print_json(order, split, options)
     else:
         _print_summary(order, split, options)
+
+
+def command(config: RunConfig, step: int) -> str:
+    """What names the samples of a training's step."""
+    data, usual = config.data, DataConfig()
+    places = [f"--{name} {its}" for name, its, default in (
+        ("window-shards", data.window_shards, usual.window_shards), ("lanes", data.lanes, usual.lanes)) if its != default
+    ]  # fmt: skip
+    return " ".join([f"dist-train plan --json --shards {data.shards} --global-batch-size {data.global_batch_size}",
+                     f"--seed {config.seed} --steps {step}:{step + 1}", *places])  # fmt: skip
 
 
 def _print_json(order: Order, split: SplitIndex, options) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from dist_train import messages, runtime
+from dist_train import messages, plan, runtime
 from dist_train.augment import Augment, mix
 from dist_train.bad_samples import BadSamples, record
 from dist_train.cache import DecodedCache
@@ -182,8 +182,7 @@ class Run:
             f"step {step}: the loss is not finite ({float(loss)} on rank {self.world.rank}); "
             f"the weights were not changed.\n"
             f"  Lower optim.lr, set optim.clip_norm, or go back with --resume from the last checkpoint. The step's "
-            f"samples: dist-train plan --shards {self.config.data.shards} --global-batch-size "
-            f"{self.config.data.global_batch_size} --seed {self.config.seed} --steps {step}:{step + 1}"
+            f"samples: {plan.command(self.config, step)}"
         )
 
     def mean_over_ranks(self, value: torch.Tensor) -> float:

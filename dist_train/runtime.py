@@ -1,6 +1,6 @@
 """The process among others: start-up guards, device, ranks, stop requests, the record of the environment.
 
-The only file that reads the environment of the process.
+The only file that reads what a launcher put into the environment.
 """
 
 import fcntl
@@ -63,7 +63,8 @@ def start(precision: str, threads: int, timeout_s: int):
     if not use_cpu and local_world_size > torch.cuda.device_count():
         raise UserError(
             f"{local_world_size} processes on this machine, but {torch.cuda.device_count()} GPUs are visible.\n"
-            f"  Start as many processes as GPUs, or put ACCELERATE_USE_CPU=true before the command to use the CPU."
+            f"  Start as many processes as GPUs (under SLURM ask with --gpus-per-node, not --gpus-per-task or --gpu-bind), "
+            f"or put ACCELERATE_USE_CPU=true before the command to use the CPU."
         )
     if world_size > 1 and use_cpu and not _asks_for_cpu(env):
         raise UserError(

@@ -97,6 +97,11 @@ def _underscored(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
+def option_lines(kind: type) -> str:
+    """The options that set a dataclass's fields, as its help shows them."""
+    return _parser(kind, "").format_help().rpartition("\n\n")[2].partition("\n")[2]
+
+
 def _parser(kind: type, prog: str, epilog: str = ""):
     from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -117,7 +122,8 @@ def _collect(kind: type, argv: list[str]) -> tuple[list[tuple[str, str, object]]
         if word in ("-h", "--help") or word.startswith("--print_config"):
             continue
         if not word.startswith("--"):
-            problems.append(f"command line: {word!r} does not follow an option; expected --SECTION.KEY VALUE")
+            expected = f"--config {word}" if word.endswith((".yaml", ".yml")) else "--SECTION.KEY VALUE"
+            problems.append(f"command line: {word!r} does not follow an option; expected {expected}")
             continue
         name, equals, value = word[2:].partition("=")
         if not equals:

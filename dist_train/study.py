@@ -15,13 +15,13 @@ from pathlib import Path
 import xxhash
 import yaml
 
-from dist_train import runtime
+from dist_train import runtime, search
 from dist_train.config import RunConfig, StudyConfig
 from dist_train.errors import UserError
 from dist_train.folds import fold_view
 from dist_train.index import load_index
 from dist_train.search import Space, changed, check_values, read_space, recipe_with
-from dist_train.settings import flatten, read_config, to_dict
+from dist_train.settings import flatten, option_lines, read_config, to_dict
 
 _LONGEST_LINE = 1 << 24  # of a journal, bytes
 MAX_ATTEMPTS = 3  # a trial that has taken its process with it this often is given up
@@ -102,9 +102,14 @@ class Plan:
 
 def read_plan(argv: list[str]) -> Plan:
     """`dist-train study FILE [--run FOLDER] [--trials N ...]` -> Plan. Raises UserError, all faults of a kind at once."""
-    parser = argparse.ArgumentParser(prog="dist-train study", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="dist-train study", description=__doc__.splitlines()[0], formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("file", help="YAML file with a `study:` part and a `search:` or `variants:` part")
     parser.add_argument("--run", help="folder of the results; default runs/NAME")
+    if {"-h", "--help"} & set(argv):
+        parts = search.__doc__.partition("\n\n")[2]
+        parser.epilog = f"{parts}\nThe settings of `study:`, which options may override:\n\n{option_lines(StudyConfig)}"
     options, overrides = parser.parse_known_args(argv)
     path = options.file
     try:

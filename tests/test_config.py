@@ -56,7 +56,7 @@ def test_a_missing_file_and_a_missing_value_are_named():
 
 
 def test_a_word_that_follows_no_option_is_refused():
-    with pytest.raises(UserError, match="'recipe.yaml' does not follow an option"):
+    with pytest.raises(UserError, match="'recipe.yaml' does not follow an option; expected --config recipe.yaml"):
         read_config(RunConfig, ["recipe.yaml"], "train")
 
 

@@ -166,7 +166,7 @@ def test_dry_runs_show_the_commands_and_start_nothing(machine):
         f"sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 launch/train.sbatch {env['RECIPE']} --optim.lr 0.02"
         in out
     )
-    assert "srun --kill-on-bad-exit=0 --wait=120 --ntasks=8 --ntasks-per-node=4" in out
+    assert "srun --kill-on-bad-exit=0 --wait=330 --ntasks=8 --ntasks-per-node=4" in out
     assert f"--config {env['RECIPE']} --run runs/recipe-JOB --resume --optim.lr 0.02" in out
     code, out, _ = run("train.sbatch", [env["RECIPE"]], env | {"LAUNCHER": "accelerate"})
     assert "--ntasks=2 --ntasks-per-node=1" in out and "--num_machines 2 --num_processes 8" in out
@@ -180,7 +180,7 @@ def test_a_dry_run_of_a_conversion_shows_both_jobs(machine):
     assert code == 0, err
     assert out.splitlines() == [
         f"sbatch --parsable --array=0-2 --cpus-per-task=8 {words}",
-        f"sbatch --dependency=afterok:ARRAY --parsable --export=ALL,PARTS=join {words}",
+        f"sbatch --dependency=afterok:ARRAY --parsable --kill-on-invalid-dep=yes --export=ALL,PARTS=join {words}",
     ]
 
 
@@ -198,6 +198,16 @@ def test_a_job_gives_every_task_its_rank_and_the_run_folder_of_its_number(machin
         assert given[:6] == [str(rank), "2", "0", "1", "n1:22345", "true"]
         assert given[6].strip().endswith("--run runs/recipe-12345 --resume --seed 3")
     assert "run folder runs/recipe-12345" in out
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({}, "true"), ({"GPUS_PER_NODE": "4"}, "true"), ({"SLURM_GPUS_ON_NODE": "0"}, "true"), ({"SLURM_GPUS_ON_NODE": "4"}, "false"),
+    ({"ACCELERATE_USE_CPU": "false"}, "false"), ({"SLURM_GPUS_ON_NODE": "4", "ACCELERATE_USE_CPU": "true"}, "true"),
+])  # fmt: skip
+def test_the_gpus_a_job_holds_decide_unless_the_user_does(machine, given, expected):
+    code, out, err = run("train.sbatch", [machine["RECIPE"]], in_job(machine) | {"DRY_RUN": "1"} | given)
+    assert code == 0, err
+    assert f"ACCELERATE_USE_CPU={expected}" in out
 
 
 @pytest.mark.parametrize("code_after_usr1, requeued", [(85, True), (7, False), (0, False)])

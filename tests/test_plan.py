@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from dist_train import plan
+from dist_train.config import DataConfig, RunConfig
 from dist_train.errors import UserError
+from dist_train.order import Order
 
 MADE_UP = ["--simulate", "samples=1000,shards=20", "--global-batch-size", "40"]
 
@@ -25,6 +27,18 @@ def test_every_world_size_reads_the_same_list(capsys):
         lists.append([sample for row in rows for sample in row["samples"]])
     assert lists[0] == lists[1] == lists[2] == lists[3]
     assert sorted(lists[0]) == [f"train/{i:08d}" for i in range(1000)]  # 25 steps of 40 are one epoch
+
+
+def test_the_command_for_a_step_of_a_training_prints_that_steps_samples(capsys):
+    for more in ({}, {"window_shards": 2, "lanes": 4}):
+        data = DataConfig(shards="S", global_batch_size=40, **more)
+        words = plan.command(RunConfig(seed=5, data=data), step=7).split()
+        assert words[:3] == ["dist-train", "plan", "--json"] and words[3:5] == ["--shards", "S"]
+        plan.main([*MADE_UP[:2], *words[2:3], *words[5:]])
+        (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        order = Order(np.full(20, 50), 40, 5, data.window_shards, data.lanes)
+        assert row["step"] == 7
+        assert row["samples"] == [f"train/{i:08d}" for i in order.global_batch(7)[0].tolist()]
 
 
 def test_the_shards_are_those_of_the_samples(capsys):

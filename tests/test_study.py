@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_train.config import RunConfig
+from dist_train.config import RunConfig, StudyConfig
 from dist_train.errors import UserError
 from dist_train.search import Space
-from dist_train.settings import read_config
+from dist_train.settings import read_config, setting_names
 from dist_train.study import main, open_study, queue_abandoned, read_plan
 from dist_train.study_report import Row, trial_table
 from dist_train.train import run_training
@@ -300,6 +300,14 @@ def test_another_study_in_the_folder_is_refused(write_study):
 def test_faults_of_a_study_are_told_before_anything_is_trained(write_study, study, parts, expected):
     with pytest.raises(UserError, match=expected):
         read_plan([write_study(study, **parts)])
+
+
+def test_help_shows_how_a_study_is_written(capsys):
+    with pytest.raises(SystemExit):
+        read_plan(["--help"])
+    shown = capsys.readouterr().out
+    assert "optim.lr: {low: 0.001, high: 0.1, log: true}" in shown
+    assert all(f"--{name}" in shown for name in setting_names(StudyConfig))
 
 
 def test_ranks_of_one_job_are_refused(write_study, monkeypatch):
