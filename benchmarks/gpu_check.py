@@ -156,12 +156,11 @@ def checks(sizes: Sizes, device, scratch: Path, report: dict, cifar10: str) -> d
     }
     compiled = ("--train.compile", str(device.type == "cuda").lower())
     for network in sizes.networks:
-        name, pixels, _ = network
-        label = f"{name}@{pixels}"
+        label = f"{network[0]}@{network[1]}"
         table[f"{label} {best} compiled"] = lambda network=network: speed(*network, best, *compiled)
         table[f"{label} {best}"] = lambda network=network: speed(*network, best)
         table[f"{label} torchvision loop"] = lambda network=network: loop(_torchvision, *network, best, device, sizes)
-        if not name.startswith("alexnet"):  # which timm does not have
+        if not network[0].startswith("alexnet"):  # which timm does not have
             is_there = importlib.util.find_spec("timm")
             timm_loop = lambda network=network: loop(_timm, *network, best, device, sizes)  # noqa: E731
             table[f"{label} timm loop"] = timm_loop if is_there else None

@@ -56,7 +56,7 @@ class TimedTraining(SilentTracker):
         self.run.tracker, self.run.save = self, lambda state, is_best: None  # a checkpoint is no part of a step
         if is_synthetic:
             batch = next(to_device(self.run.stream(0), world.device))
-            self.run.stream = lambda first_step: itertools.repeat(batch)
+            self.run.stream = lambda first_step: (batch for _ in itertools.count())  # which can be closed
 
     def train(self, step: int, values: dict) -> None:
         self.lines.append(values)

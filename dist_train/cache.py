@@ -129,6 +129,14 @@ def _keeps_order() -> bool:
     return platform.machine() in ("x86_64", "AMD64", "i686") or hasattr(decode.native, "fence")
 
 
+def _free_bytes(device: torch.device) -> int:
+    """Bytes that a tensor can still take on a device: of a GPU also those that torch holds and does not use."""
+    if device.type != "cuda":
+        return available_bytes()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 class DeviceRows:
     """Rows on a device: gathered there, so that of a batch only its sample numbers travel. They are there once gathered:
     batches that are decoded ahead, over the end of the first epoch, decode some of its last samples again."""
@@ -136,12 +144,15 @@ class DeviceRows:
     is_full = False  # each batch is gathered by itself
 
     def __init__(self, wanted: Wanted, device: torch.device):
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+        free, complaint = _free_bytes(device), (f"are free on {device}", "memory or none")
         if wanted.num_bytes > free:
-            raise too_large(wanted, free, f"are free on {device}", "memory or none")
+            raise too_large(wanted, free, *complaint)
         self.shape, self.device, self.num_bytes = wanted.shape, device, wanted.num_bytes
         shape = wanted.split.num_samples, int(np.prod(wanted.shape))
-        self._values = torch.empty(shape, dtype=wanted.dtype, device=device)
+        try:
+            self._values = torch.empty(shape, dtype=wanted.dtype, device=device)
+        except torch.OutOfMemoryError:  # what is free lies in pieces
+            raise too_large(wanted, free, *complaint) from None
         self._present = np.zeros(wanted.split.num_samples, bool)
 
     def is_missing(self, samples: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 
-from dist_train.errors import UserError
+from dist_train.errors import UserError, tell
 
 COMMANDS = {
     "shard": ("dist_train.shard:main", "convert a dataset into tar shards and an index"),
@@ -57,21 +57,11 @@ def run_command(command, argv: list[str]) -> int:
     """Call command(argv); a UserError becomes its message on stderr and its exit code, mostly 2."""
     try:
         return command(argv) or 0
-    except UserError as error:
-        print(f"{_error_prefix()}{error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except (UserError, KeyboardInterrupt) as error:
+        return tell(error)
     except BrokenPipeError:  # `dist-train plan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
-
-def _error_prefix() -> str:
-    """Which rank speaks, where there are several."""
-    rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
-    return f"[rank {rank}] " if rank and world_size != "1" else ""
 
 
 def _overview() -> str:

@@ -1,5 +1,9 @@
 """The one error a user can cause: printed without a traceback, exit code 2."""
 
+import os
+import sys
+import traceback
+
 
 class UserError(ValueError):
     """Something the user can put right.
@@ -10,3 +14,17 @@ class UserError(ValueError):
     """
 
     exit_code = 2
+
+
+def tell(error: BaseException) -> int:
+    """Print an error as the last words of a command; returns its exit code."""
+    rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+    prefix = f"[rank {rank}] " if rank and world_size != "1" else ""  # which rank speaks, where there are several
+    if isinstance(error, UserError):
+        print(f"{prefix}{error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    traceback.print_exception(error)
+    return 1

@@ -39,7 +39,8 @@ class GpuDecoder:
             out = torch.empty((len(starts), *size, 3), dtype=torch.uint8, device=self.device)
             if status.any():  # a shard's fault ends the run: let the CPU's decoder word it
                 rows = np.empty(out.shape, np.uint8)
-                return out, decode_from_files(fds, offsets, sizes, checksums, boxes, rows)
+                failures = decode_from_files(fds, offsets, sizes, checksums, boxes, rows)
+                return out.copy_(torch.from_numpy(rows)), failures  # none, where the fault was a passing one
             ends = starts.astype(np.int64) + np.asarray(sizes, np.int64)
             payloads = [source[a:b] for a, b in zip(starts.astype(np.int64), ends, strict=True)]
             return out, self.decode(payloads, boxes, out)
@@ -62,22 +63,31 @@ class GpuDecoder:
 
     def decode(self, payloads: list[np.ndarray], boxes: np.ndarray | None, out: Tensor) -> Failures:
         """Decode payloads, uint8 (n,) each, into out (N, h, w, 3); boxes: (N, 4) top, left, height, width, or None."""
-        here = [i for i, payload in enumerate(payloads) if _is_plain_jpeg(payload)]
-        try:
-            pictures = self.decode_jpegs([torch.from_numpy(payloads[i]) for i in here]) if here else []
-        except RuntimeError:  # one of them is damaged; the CPU's decoder finds out which, and takes what it can
-            here, pictures = [], []
-        self.has_decoded |= bool(pictures)
-        for i, picture in zip(here, pictures, strict=True):
+        jpegs = [i for i, payload in enumerate(payloads) if _is_plain_jpeg(payload)]
+        here = dict(zip(jpegs, self._decoded([torch.from_numpy(payloads[i]) for i in jpegs]), strict=True))
+        here = {i: picture for i, picture in here.items() if picture is not None}
+        self.has_decoded |= bool(here)
+        for i, picture in here.items():
             box = (0, 0, *picture.shape[1:]) if boxes is None else boxes[i]
             out[i] = resize_box(picture, box, tuple(out.shape[1:3])).permute(1, 2, 0)
-        left = sorted(set(range(len(payloads))) - set(here))
+        left = sorted(set(range(len(payloads))) - here.keys())
         failures = []
         if left:
             rows = np.empty((len(left), *out.shape[1:]), np.uint8)
             failures = decode_batch([payloads[i].tobytes() for i in left], rows, None if boxes is None else boxes[left])
             out[torch.tensor(left, device=self.device)] = torch.from_numpy(rows).to(self.device)
         return [(left[i], reason) for i, reason in failures]
+
+    def _decoded(self, jpegs: list[Tensor]) -> list[Tensor | None]:
+        """The pixels of each; None for what the decoder refuses, which the CPU's may take. One refusal fails a whole call,
+        so it is sought by halves: whose pixels the CPU's are must not follow from who else is in the batch."""
+        try:
+            return self.decode_jpegs(jpegs) if jpegs else []
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in ("out of memory", "CUDA error")):
+                raise
+        half = len(jpegs) // 2
+        return self._decoded(jpegs[:half]) + self._decoded(jpegs[half:]) if half else [None]
 
     def _nvjpeg(self, encoded: list[Tensor]) -> list[Tensor]:
         from torchvision.io import ImageReadMode, decode_jpeg

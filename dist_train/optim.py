@@ -58,6 +58,8 @@ def build_optimizer(
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
         optimizer = kind(groups, config.lr, betas=betas, fused=fused)
     optimizer.register_step_pre_hook(_match_layouts)
+    if config.name == "sgd" and precision == "fp16":
+        optimizer.register_step_pre_hook(_begin_at_rest)
     if config.name == "muon":
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         optimizer.register_step_pre_hook(Orthogonalize(dtype))
@@ -197,6 +199,17 @@ def _match_layouts(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
             for name, t in optimizer.state.get(p, {}).items():
                 if isinstance(t, Tensor) and t.shape == p.shape and _layout(t) != _layout(p):
                     optimizer.state[p][name] = torch.empty_like(p).copy_(t)
+
+
+def _begin_at_rest(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+    """Give each parameter that will move for the first time a momentum of zero, from which SGD does as from none.
+
+    Fused SGD would take fresh memory for it, and leave that unwritten where the loss scaler calls the step off (torch 2.15).
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"] if group["momentum"] else ():
+            if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
 def _is_decayed(name: str, p: nn.Parameter) -> bool:

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_train.errors import UserError
+from dist_train.errors import UserError, tell
 from dist_train.watch import is_lost_contact
 
 EXIT_STOPPED = 85  # stopped on request, a checkpoint is written, `--resume` goes on
@@ -120,6 +120,14 @@ def start(precision: str, threads: int, timeout_s: int):
     return accelerator, World(accelerator.process_index, world_size, local_rank, local_world_size, device)
 
 
+def precision_here(precision: str) -> str:
+    """A run's precision, or fp32 where that is fp16 and the CPU computes: the weights are fp32 in any case."""
+    import torch
+
+    has_gpu = torch.cuda.is_available() and not _asks_for_cpu(os.environ)
+    return precision if has_gpu or precision != "fp16" else "fp32"
+
+
 def num_launched() -> int:
     """Ranks of the job, as the launcher says."""
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -136,6 +144,21 @@ def end() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(kind, error: BaseException | None, trace) -> None:
+    """Leave the process group; what an ExitStack calls at its end.
+
+    After an error under NCCL, the process ends here, with its message and exit code: the group can be left in order only
+    once the other ranks have come out of their collective, which waits for this rank.
+    """
+    import torch.distributed as dist
+
+    if error is not None and dist.is_available() and dist.is_initialized() and "nccl" in dist.get_backend():
+        code = tell(error)
+        sys.stdout.flush()
+        os._exit(code)
+    end()
 
 
 def keep_freed_pages() -> None:

@@ -213,7 +213,7 @@ def run_training(argv: list[str]) -> int:
     accelerator, world = runtime.start(config.train.precision, config.runtime.threads, config.runtime.timeout_s)
     started = time.time()
     with contextlib.ExitStack() as leaving:
-        leaving.callback(runtime.end)
+        leaving.push(runtime.leave)
         watch = leaving.enter_context(Watch(world, config.runtime.timeout_s, runtime.master_address()))
 
         config = runtime.on_main(world, settled, config, folder, world.device)
@@ -234,6 +234,7 @@ def run_training(argv: list[str]) -> int:
         goes_on = resume and (folder / "metrics.jsonl").exists()
         run.tracker = open_tracker(folder, config, world.is_main, run.num_steps, state.step if goes_on else None)
         leaving.push(lambda kind, error, trace: run.tracker.finish(kind is None))
+        leaving.callback(watch.expect_the_end)
         if runtime.is_slow(config.train.precision, world.device):
             complaints.append("train.precision is bf16, which this CPU has no instructions for: fp32 is far faster here.")
         for complaint in complaints:

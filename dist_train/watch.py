@@ -38,6 +38,7 @@ class Watch:
         # sooner than the collectives' own time-out, whose message does not say who
         self.limit_s = timeout_s - 4 * self.period_s
         self._closed, self._broken, self._verdict = threading.Event(), threading.Event(), ""
+        self._is_leaving, self._waits_on = False, False
         self._ended: dict[int, str] = {}
         if self.world_size == 1:
             return
@@ -66,6 +67,10 @@ class Watch:
     def step(self) -> int:
         return self.read_step()
 
+    def expect_the_end(self) -> None:
+        """This rank is on its way out: what it still has to write is not cut short because others are gone."""
+        self._is_leaving = True
+
     def explain(self, error: BaseException | None) -> None:
         """Raise RankLost, naming the rank, if error is that of a collective; return if it is something else."""
         if self.world_size == 1 or not is_lost_contact(error):
@@ -92,6 +97,7 @@ class Watch:
         import torch.distributed as dist
 
         mine = (platform.node(), self._socket.getsockname()[1], secrets.token_hex(8))
+        self._waits_on = "nccl" in dist.get_backend()
         all_of_them = [None] * self.world_size
         dist.all_gather_object(all_of_them, mine)
         self.hosts = [host for host, _, _ in all_of_them]
@@ -125,10 +131,11 @@ class Watch:
         """What is wrong with the others, or ""."""
         now = time.monotonic()
         limit_s = 3 * self.period_s if self._broken.is_set() else self.limit_s
-        if self._broken.is_set():
-            for rank, reason in self._ended.items():
-                if reason:
-                    return f"step {self.step}: {self._name(rank)} ended: {reason}"
+        for rank, reason in self._ended.items():
+            # a collective of NCCL's does not fail where a rank is missing: it waits on
+            is_missed = self._waits_on and not self._is_leaving and now - self._heard[rank] > 5 * self.period_s
+            if reason and (self._broken.is_set() or is_missed):
+                return f"step {self.step}: {self._name(rank)} ended: {reason}"
         silent = [rank for rank, heard in self._heard.items() if now - heard > limit_s and rank not in self._ended]
         if not self._broken.is_set() and any(rank in self._unheard for rank in silent):
             unheard = [rank for rank in silent if rank in self._unheard]

@@ -1,5 +1,6 @@
 """The GPU's decoder, exercised on the CPU: Pillow takes nvJPEG's place, the rest is the code that runs there."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -11,7 +12,7 @@ import yaml
 from conftest import tiny_run
 from PIL import Image
 
-from dist_train import decoder_choice, shard
+from dist_train import decode, decoder_choice, gpu_decode, shard
 from dist_train.config import AugmentConfig, DataConfig, RunConfig
 from dist_train.data import open_stream
 from dist_train.decode import decode_batch, resize_into
@@ -93,6 +94,45 @@ def test_a_damaged_picture_among_others_is_found_out():
 
     failures = GpuDecoder(CPU, refusing).decode([good, bad], None, out)
     assert [i for i, _ in failures] == [1] and out[0].float().std() > 10
+
+
+def test_whose_pixels_the_cpu_decodes_does_not_follow_from_the_batch():
+    payloads = [encoded(picture(50, 40, seed), quality=95) for seed in range(9)]
+    refused = payloads[5].tobytes()
+
+    def painting(jpegs):  # white, where the device decodes
+        if any(jpeg.numpy().tobytes() == refused for jpeg in jpegs):
+            raise RuntimeError("Unknown chroma subsampling")
+        return [torch.full((3, 50, 40), 255, dtype=torch.uint8) for _ in jpegs]
+
+    for some in (range(9), range(4, 6), (5,), range(3)):
+        out = torch.zeros(len(some), 24, 24, 3, dtype=torch.uint8)
+        assert GpuDecoder(CPU, painting).decode([payloads[i] for i in some], None, out) == []
+        assert [bool((pixels == 255).all()) for pixels in out] == [i != 5 for i in some]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("16 GB"), RuntimeError("CUDA error: an illegal memory access")])
+def test_a_device_in_trouble_is_not_taken_for_a_damaged_picture(error):
+    def failing(jpegs):
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        GpuDecoder(CPU, failing).decode([encoded(picture(50, 40))] * 4, None, torch.zeros(4, 8, 8, 3, dtype=torch.uint8))
+
+
+def test_a_fault_of_reading_that_passes_costs_no_pixels(photographs, monkeypatch):
+    def first_batch(decoder):
+        stream = open_stream(photographs, batch_size=8, image_size=32, crop="random_resized", threads=1, gpu_decoder=decoder)
+        with contextlib.closing(stream):
+            return next(stream).images.clone()
+
+    def flickering(*args):
+        source, starts, status = decode.read_from_files(*args)
+        status[3] = 1
+        return source, starts, status
+
+    monkeypatch.setattr(gpu_decode, "read_from_files", flickering)
+    assert torch.equal(first_batch(GpuDecoder(CPU, pillow)), first_batch(None))
 
 
 def test_the_stream_cuts_the_same_boxes_whoever_decodes(photographs):

@@ -64,6 +64,21 @@ def test_optimizers_move_as_torchs_plain_ones_do(name):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_a_first_step_that_the_loss_scaler_calls_off_leaves_no_trace():
+    torch.manual_seed(0)
+    whole, called_off = small_net(), small_net()
+    optimizers = [build_optimizer(net, OptimConfig(lr=0.05), precision="fp16") for net in (whole, called_off)]
+    before = [p.clone() for p in called_off.parameters()]
+    for p in called_off.parameters():
+        p.grad = torch.full_like(p, torch.inf)
+    optimizers[1].found_inf = torch.ones(())  # as torch.amp.GradScaler tells a fused optimizer
+    optimizers[1].step()
+    assert all(torch.equal(p, q) for p, q in zip(called_off.parameters(), before, strict=True))
+    del optimizers[1].found_inf
+    for a, b in zip(*(take_steps(*pair, 3) for pair in zip((whole, called_off), optimizers, strict=True)), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_muon_moves_hidden_matrices_as_torchs_and_the_rest_as_sgd():
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Linear(48, 24), nn.ReLU(), nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 5))

@@ -1,5 +1,6 @@
 """Start-up guards, stop requests, the run folder's lock: what stands between a wrong launch and a wrong result."""
 
+import contextlib
 import json
 import os
 import platform
@@ -173,3 +174,33 @@ def test_bf16_is_slow_where_the_cpu_has_no_wide_vectors_for_it():
     if platform.machine() == "x86_64":
         assert runtime.is_slow("bf16", torch.device("cpu")) == ("avx512bw" not in flags)
     assert not runtime.is_slow("fp32", torch.device("cpu")) and not runtime.is_slow("bf16", torch.device("cuda"))
+
+
+def test_after_an_error_under_nccl_the_process_ends_with_its_message(monkeypatch, capsys):
+    def ended(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: pytest.fail("it would wait for the others"))
+    monkeypatch.setattr(os, "_exit", ended)
+    for error, code, words in ((UserError("the disk is full"), 2, "the disk is full"),
+                               (ZeroDivisionError("x"), 1, "ZeroDivisionError: x")):  # fmt: skip
+        with pytest.raises(SystemExit) as left, contextlib.ExitStack() as leaving:
+            leaving.push(runtime.leave)
+            raise error
+        assert left.value.code == code and words in capsys.readouterr().err
+    left_in_order = []
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left_in_order.append(True))
+    with contextlib.ExitStack() as leaving:
+        leaving.push(runtime.leave)
+    assert left_in_order == [True]
+
+
+def test_a_run_in_fp16_predicts_in_fp32_on_a_cpu(job):
+    job(0)
+    assert [runtime.precision_here(name) for name in ("fp16", "bf16", "fp32")] == ["fp32", "bf16", "fp32"]
+    job(1)
+    assert runtime.precision_here("fp16") == "fp16"
+    job(1, ACCELERATE_USE_CPU="true")
+    assert runtime.precision_here("fp16") == "fp32"
