@@ -40,6 +40,11 @@ class BadSamples:
             samples[is_bad] = (samples[is_bad] + 1) % num_samples
         return samples
 
+    def noted(self) -> dict[int, str]:
+        """The reasons so far, as they stand: other threads go on noting."""
+        with self._lock:
+            return dict(self.reasons)
+
     def condemn(self, sample: int, fault: Undecodable, num_samples: int) -> None:
         """Note a bad sample. Raises UserError, the fault with the count, where the limit does not allow another."""
         with self._lock:
@@ -50,7 +55,7 @@ class BadSamples:
             self.reasons[sample] = str(fault).partition("\n")[0].rstrip(".")
 
     def news(self, everyone: list[dict[int, str]]) -> list[str]:
-        """The reasons of bad samples of any rank that were not returned before. everyone: `reasons` of each rank.
+        """The reasons of bad samples of any rank that were not returned before. everyone: `noted` of each rank.
 
         Raises UserError, naming them, where the ranks together have more than the limit.
         """

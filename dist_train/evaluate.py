@@ -28,10 +28,12 @@ class Interrupted(Exception):
 class Evaluation:
     """Figures of one pass over a split, and its worst mistakes, worst first.
 
+    fingerprint: the split's, by which another set's figures are known.
     mistakes: {"sample", "label", "predicted", "probability" (of the predicted class), "loss"}.
     """
 
     split: str
+    fingerprint: str
     result: EvalResult
     mistakes: list[dict]
 
@@ -70,7 +72,7 @@ def evaluate(
         sums.reduce()
     result = sums.result()
     assert result.samples == num_samples, f"{result.samples} samples evaluated, the index counts {num_samples}"
-    return Evaluation(split, result, _worst(per_sample, world))
+    return Evaluation(split, index.split(split).fingerprint(), result, _worst(per_sample, world))
 
 
 def until_asked(
@@ -141,8 +143,8 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     """runs/NAME/evaluation-<split>.json, for the report."""
     result = evaluation.result
     write_json(folder / f"evaluation-{evaluation.split}.json", {
-        "split": evaluation.split, **result.figures(), "confusion": result.confusion.tolist(),
-        "mistakes": evaluation.mistakes,
+        "split": evaluation.split, "fingerprint": evaluation.fingerprint, **result.figures(),
+        "confusion": result.confusion.tolist(), "mistakes": evaluation.mistakes,
     })  # fmt: skip
 
 

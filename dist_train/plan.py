@@ -60,8 +60,8 @@ def _print_summary(order: Order, split: SplitIndex, options) -> None:
     mean_bytes = split.shard_bytes.sum() / split.num_samples
     looked = min(stop - first, 64)  # a look at up to 64 steps is representative: they are all dealt alike
     steps = np.unique(np.linspace(first, stop - 1, looked).astype(int))
-    batches = [(split.shard_of(order.global_batch(step)[0])).reshape(nodes, -1) for step in steps.tolist()]
-    per_node = np.concatenate(batches, axis=1) if batch % nodes == 0 else None
+    batches = [split.shard_of(order.global_batch(step)[0]) for step in steps.tolist()]
+    per_node = np.concatenate([b.reshape(nodes, -1) for b in batches], axis=1) if batch % nodes == 0 else None
     print(f"{split.name}: {split.num_samples:,} samples in {split.num_shards:,} shards, "
           f"{split.shard_bytes.sum() / 1e9:,.2f} GB")  # fmt: skip
     print(f"global batch {batch:,} on {world:,} ranks ({nodes:,} nodes): {batch // world:,} samples a rank and step, "

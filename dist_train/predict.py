@@ -1,8 +1,10 @@
 """A run's network on new pictures or on a split: `dist-train predict` and `dist-train eval`."""
 
 import argparse
+import contextlib
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from dist_train import boxes, runtime
 from dist_train.config import RunConfig
 from dist_train.decode import DecodeError, decode_into, picture_size
 from dist_train.errors import UserError
-from dist_train.evaluate import evaluate, predict_logits, write_evaluation
+from dist_train.evaluate import Evaluation, evaluate, predict_logits, write_evaluation
 from dist_train.folds import fold_view
 from dist_train.index import ShardIndex, load_index
 from dist_train.layers import use_keyed_dropout
@@ -90,7 +92,7 @@ def main(argv: list[str]) -> int:
         inputs = _table_batches(trained, options.paths)
     else:
         inputs = _picture_batches(trained, _picture_paths(options.paths))
-    accelerator, _ = runtime.start(trained.config.train.precision, 0, 60)
+    accelerator, _ = runtime.start(runtime.precision_here(trained.config.train.precision), 0, 60)
     trained.network.to(accelerator.device)
     num_bad = 0
     for names, values, complaints in inputs:
@@ -133,13 +135,23 @@ def eval_main(argv: list[str]) -> None:
     evaluation = evaluate(config, as_trained, options.split, trained.network, accelerator, world, trained.eval_crop)
     figures = evaluation.result.figures()
     if world.is_main:
-        write_evaluation(trained.folder, evaluation)
+        _keep(trained.folder, evaluation)
         if not options.json:
             for row in class_table(evaluation.result.confusion, trained.classes):
                 print(f"{row['class']:24} {row['samples']:7,} samples   precision {row['precision']:.4f}   "
                       f"recall {row['recall']:.4f}   f1 {row['f1']:.4f}")  # fmt: skip
         print(json.dumps({"split": options.split, **figures}))
     runtime.end()
+
+
+def _keep(folder: Path, evaluation: Evaluation) -> None:
+    """Write the figures into the run, unless its figures of a split of that name are another set's."""
+    path = folder / f"evaluation-{evaluation.split}.json"
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if json.loads(path.read_text()).get("fingerprint", evaluation.fingerprint) != evaluation.fingerprint:
+            print(f"{path}: left as it is, of another set; remove it to keep these figures there.", file=sys.stderr)
+            return
+    write_evaluation(folder, evaluation)
 
 
 def check_fits(index: ShardIndex, trained: Trained) -> None:

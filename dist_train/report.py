@@ -187,11 +187,14 @@ def _evaluation(run: Path, inference: dict, index: ShardIndex | None, path: Path
         shown = most_confused(counts) if len(names) > MAX_MATRIX_CLASSES else np.arange(len(names))
         pairs = confused_pairs(counts, names)
         split = index.splits.get(raw["split"]) if index else None
+        name = f"{raw['split']} split"
+        if split is not None and raw.get("fingerprint", split.fingerprint()) != split.fingerprint():
+            name, split = f"{name} of another set", None  # whose pictures are not here
         mistakes, note = worst_mistakes(raw, names, split if split and not index.features else None)
         classes = class_table(counts, names)
         curves, curves_note = _ranking(run, index, split, classes)
         return {
-            "name": raw["split"], "samples": raw["samples"], "loss": raw.get("loss"), "top1": raw.get("top1"),
+            "name": name, "samples": raw["samples"], "loss": raw.get("loss"), "top1": raw.get("top1"),
             "top5": raw.get("top5") if len(names) > 5 else None, "num_classes": len(names), "num_shown": len(shown),
             "matrix": plots.heat_map(counts[np.ix_(shown, shown)], [names[i] for i in shown]),
             "finding": _finding(pairs), "pairs": pairs, "classes": classes, "mistakes": mistakes, "note": note,

@@ -33,7 +33,7 @@ from dist_train.optim import Plateau, WeightAverage, build_optimizer, lr_at
 from dist_train.parallel import spread
 from dist_train.progressive import Progressive
 from dist_train.settings import from_dict, read_written, to_dict
-from dist_train.sizes import check_sizes, decoder_crop, eval_crop, input_size, micro_batch_size
+from dist_train.sizes import check_sizes, decoder_crop, eval_crop, input_size, micro_batch_size, whole_steps
 from dist_train.step_parts import StepParts
 
 
@@ -46,8 +46,8 @@ class Run:
         check_sizes(config, self.index, world)
         num_samples = self.index.split(config.data.train_split).num_samples
         self.steps_per_epoch = num_samples / config.data.global_batch_size
-        self.num_steps = math.ceil(config.train.epochs * self.steps_per_epoch)
-        self.freeze_steps = math.ceil(config.optim.freeze_epochs * self.steps_per_epoch)
+        self.num_steps = whole_steps(config.train.epochs, num_samples, config.data.global_batch_size)
+        self.freeze_steps = whole_steps(config.optim.freeze_epochs, num_samples, config.data.global_batch_size)
         self.halt_step = config.train.max_steps or math.inf
         self.checkpoints = Checkpoints(folder, config.train.keep_checkpoints)
         self.stop_requests = runtime.StopRequests(folder)
@@ -209,10 +209,10 @@ class Run:
 
     def name_bad_samples(self) -> None:
         """Name the pictures that any rank could not decode. Raises UserError, on every rank, where they are too many."""
-        everyone = [self.bad_samples.reasons]
+        everyone = [self.bad_samples.noted()]
         if self.world.world_size > 1:
             everyone *= self.world.world_size
-            torch.distributed.all_gather_object(everyone, self.bad_samples.reasons)
+            torch.distributed.all_gather_object(everyone, everyone[0])
         news = self.bad_samples.news(everyone)
         if news and self.world.is_main:
             record(self.folder / "bad-samples.txt", news)

@@ -29,6 +29,7 @@ from dist_train.tars import writing
 DEFAULT_GB = 100.0
 PATIENCE_S = 30.0  # batches in the making let go of their shards sooner, on a busy machine as well
 _POLL_S = 0.02
+_IDLE_BATCHES = 1_000  # looked at ahead of the reading where all of their samples are kept
 _SOON_S = 0.2  # in which batches in the making usually let go of a shard
 
 
@@ -58,6 +59,10 @@ class RemoteShards:
         """A descriptor of the whole shard, as `ShardCache.open`."""
         url, num_bytes = join(self.url, split.files[shard]), int(split.shard_bytes[shard])
         return self.cache.open(url, split.shard_checksums[shard], num_bytes, is_wanted, let_go)
+
+    def discard(self, split: SplitIndex, shard: int) -> None:
+        """Remove the local copy, unless somebody reads it."""
+        _remove_unused(self.cache.folder / f"{split.shard_checksums[shard]}.tar")
 
     def is_kept(self, split: SplitIndex, shard: int) -> bool:
         """Whether the shard is on the local disk."""
@@ -156,6 +161,7 @@ class ShardCache:
         self._reserve(fd, partial, url, num_bytes, is_wanted, let_go)
         with open(partial, "r+b", buffering=0) as file:
             download(url, file, num_bytes, checksum, is_wanted=is_wanted)
+            os.fsync(file.fileno())  # it has its size already, by which it is taken for whole later on
         with (
             self.locked("room.lock"),
             writing(whole),
@@ -235,8 +241,10 @@ def read_ahead(store, upcoming: Iterator[np.ndarray], num_in_play: int, batches:
 
     def generate():
         try:
-            with contextlib.closing(batches), ReadAhead(store, upcoming, ahead_bytes):
-                yield from batches
+            with contextlib.closing(batches), ReadAhead(store, upcoming, ahead_bytes) as ahead:
+                for batch in batches:
+                    ahead.num_read += 1
+                    yield batch
         finally:
             store.stopped.set()  # a process does not end before its threads, and a shard may take minutes
 
@@ -252,6 +260,7 @@ class ReadAhead:
 
     def __init__(self, store, upcoming: Iterator[np.ndarray], ahead_bytes: int, num_threads: int = 4):
         self.store, self.upcoming, self.ahead_bytes = store, upcoming, ahead_bytes
+        self.num_read = 0  # batches; the reader counts them
         self._first = store.num_located
         self._ahead: list[tuple[int, int]] = []  # (samples before its first use, bytes) of shards fetched
         self._open: OrderedDict[int, None] = OrderedDict()  # the shards that the store will have open by then
@@ -273,8 +282,8 @@ class ReadAhead:
     def _shards(self) -> Iterator[tuple[int, int]]:
         """(samples located before its first use, shard) of every shard that the store will have to open."""
         place, fits = 0, self.store.split.num_shards <= self.store.max_open
-        for samples in self.upcoming:
-            self._wait_for_reader(place)
+        for number, samples in enumerate(self.upcoming):
+            self._wait_for_reader(place, 0 if len(samples) else number)
             if self._stopped.is_set() or (fits and len(self._open) == self.store.split.num_shards):
                 return  # nothing is left to fetch
             for shard in dict.fromkeys(self.store.split.shard_of(samples).tolist()):
@@ -299,9 +308,13 @@ class ReadAhead:
             with contextlib.suppress(UserError, InterruptedError):
                 os.close(split.remote.open(split, job[1], self._is_wanted))
 
-    def _wait_for_reader(self, place: int) -> None:
-        """Stay within an epoch of the reading: where every sample is kept already, no shard will ever be asked for."""
-        while place - (self.store.num_located - self._first) > self.store.split.num_samples and self._is_wanted():
+    def _wait_for_reader(self, place: int, number: int) -> None:
+        """Stay within an epoch of the reading, and within _IDLE_BATCHES of batch `number`, of which all samples are kept:
+        perhaps no shard will ever be asked for any more, and the batches have no end."""
+        num_samples = self.store.split.num_samples
+        while self._is_wanted() and (
+            place - (self.store.num_located - self._first) > num_samples or number - self.num_read > _IDLE_BATCHES
+        ):
             self._stopped.wait(0.05)
 
     def _wait_for_room(self, num_bytes: int) -> None:

@@ -1,6 +1,7 @@
 """What follows from settings, shards and ranks together: sizes, crops and shares, and whether they go together."""
 
 import math
+from fractions import Fraction
 
 from dist_train.config import AugmentConfig, RunConfig
 from dist_train.errors import UserError
@@ -22,6 +23,11 @@ _RANGES = {  # (what is expected, whether a value is that): settings; others hav
     ("more than 0, at most 1", lambda value: 0 < value <= 1): ("optim.layer_decay",),
     ("0 to 1", lambda value: 0 <= value <= 1): ("data.eval_crop", "augment.full_size_from"),
 }  # fmt: skip
+
+
+def whole_steps(epochs: float, num_samples: int, global_batch_size: int) -> int:
+    """The fewest steps that give epochs times num_samples: exact in the decimals of epochs as they are written."""
+    return math.ceil(Fraction(str(epochs)) * num_samples / global_batch_size)
 
 
 def input_size(config: RunConfig, index: ShardIndex) -> tuple[int, int] | None:

@@ -1,7 +1,9 @@
 """Sample numbers -> where their bytes are: open shard files, offsets, sizes, checksums."""
 
 import contextlib
+import errno
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -17,7 +19,8 @@ from dist_train.index import SplitIndex
 
 MOST_SINGLY = 32  # round trips to a server, 20 to 100 ms each, that take about as long as fetching a usual shard
 _AT_ONCE = 8  # requests in flight
-MAX_OPEN = 512  # shard files kept open per process; a usual limit for all files is 1,024
+MAX_OPEN = 512  # shard files kept open per process, besides those that batches ahead hold
+MAX_FILES = 65_536  # of all kinds, open at once; some programs walk over all that a limit allows
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Store:
         # two batches that each hold what they have and wait for room for the rest would wait for ever
         self._fetching = threading.Lock()
         self._open: OrderedDict[int, _ShardFile] = OrderedDict()
+        _allow_open_files()
 
     def locate(self, samples: np.ndarray) -> Located:
         """samples: (n,) int64 numbers in the split. Raises UserError if a shard is missing or of another size."""
@@ -186,10 +190,22 @@ class _ShardFile:
         os.close(self.fd)
 
 
+def _allow_open_files() -> None:
+    """Raise this process's limit of open files as far as it may: batches ahead hold their shards open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def _open_local(path: Path, num_bytes: int) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise UserError(f"{path}: cannot open the shard: {error.strerror}.\n  Ask for more (ulimit -Hn), or lower "
+                            f"data.window_shards, data.threads or data.prefetch_mb.") from None  # fmt: skip
         raise UserError(f"{path}: cannot open the shard: {error.strerror}.\n  "
                         f"The index lists it: restore it, or see dist-train verify {path.parent}") from None  # fmt: skip
     found = os.fstat(fd).st_size

@@ -159,7 +159,7 @@ def _classes(path: Path, target: str, labels: list[str]) -> tuple[list[str], np.
             f"{path}: column {target!r} has {len(distinct)} different values in {len(labels)} rows; expected a class."
         )
     whole = all(re.fullmatch(r"[+-]?[0-9]{1,18}", label) for label in distinct)
-    classes = sorted(distinct, key=int) if whole else sorted(distinct)
+    classes = sorted(distinct, key=lambda label: (int(label), label)) if whole else sorted(distinct)
     number = {name: k for k, name in enumerate(classes)}
     return [printable(name) for name in classes], np.array([number[label] for label in labels], np.int32)
 

@@ -1,7 +1,6 @@
 """`dist-train verify` and `dist-train inspect`: is every byte of a set as it was written, and what is in it."""
 
 import argparse
-import os
 import shlex
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -92,10 +91,14 @@ def _check_table(index: ShardIndex, split: SplitIndex) -> list[str]:
 def _check_shard(split: SplitIndex, number: int) -> list[str]:
     if split.remote:
         try:
-            os.close(split.remote.open(split, number))  # fetched, and compared with the index
-            return []
-        except UserError as error:
+            for _ in range(2):  # a kept copy may have been damaged since it was fetched and compared: fetch it again
+                with open(split.remote.open(split, number), "rb", buffering=0) as file:
+                    if file_checksum(file) == split.shard_checksums[number]:
+                        return []
+                split.remote.discard(split, number)
+        except (UserError, OSError) as error:
             return [str(error)]
+        return [f"{split.remote.shown(split, number)}: the kept copy is damaged, and in use by others."]
     path = Path(split.folder, split.files[number])
     try:
         size = path.stat().st_size

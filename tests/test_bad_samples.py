@@ -107,7 +107,7 @@ def test_ranks_count_together(capsys):
     for rank, samples in zip(ranks, ((1, 2), (2, 3)), strict=True):
         for sample in samples:
             rank.condemn(sample, _fault(sample), 10)
-    together = [rank.reasons for rank in ranks]
+    together = [rank.noted() for rank in ranks]
     assert BadSamples(3).news(together) == ["sample 1", "sample 2", "sample 3"]
     with pytest.raises(UserError, match="3 pictures cannot be decoded; data.max_bad allows 2"):
         ranks[0].news(together)

@@ -1,7 +1,9 @@
 """The stream: the same batches on any number of ranks and threads, from any step; the pixels as well."""
 
+import errno
 import itertools
 import os
+import resource
 import threading
 import time
 
@@ -15,7 +17,7 @@ from dist_train.config import AugmentConfig
 from dist_train.data import open_evaluation, to_device
 from dist_train.errors import UserError
 from dist_train.index import load_index
-from dist_train.store import Store
+from dist_train.store import MAX_FILES, Store
 
 
 def take(stream, count):
@@ -119,6 +121,23 @@ def copied(digits, tmp_path):
     import shutil
 
     return shutil.copytree(digits, tmp_path / "digits")
+
+
+def test_too_few_open_files_are_asked_for_and_then_named(digits, monkeypatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        store = Store(load_index(digits).split("train"))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, MAX_FILES), hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    def refuse(*args):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match=r"Too many open files.\n  Ask for more \(ulimit -Hn\), or lower data.window_shards"):
+        store.payload(0)
 
 
 def test_a_flipped_bit_stops_the_stream_with_the_sample_named(copied):

@@ -47,6 +47,11 @@ def test_the_shards_are_those_of_the_samples(capsys):
         assert row["shards"] == [f"train-{k:06d}.tar" for k in np.unique(numbers // 50)]
 
 
+def test_nodes_that_do_not_divide_the_batch_get_a_summary(capsys):
+    plan.main("--simulate samples=1000,shards=10 --global-batch-size 640 --world-size 20".split())
+    assert "20 ranks (3 nodes)" in capsys.readouterr().out
+
+
 def test_a_billion_samples_on_4096_ranks_answer_at_once(capsys):
     start = time.process_time()
     plan.main("--simulate samples=1e9,shards=1e5 --global-batch-size 8192 --world-size 4096 --steps 0:100".split())

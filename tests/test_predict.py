@@ -10,6 +10,7 @@ from dist_train import shard
 from dist_train.errors import UserError
 from dist_train.export import export
 from dist_train.predict import eval_main, main
+from dist_train.report import main as report_main
 from dist_train.train import run_training
 
 COLUMNS = ("x", "y", "z")
@@ -84,6 +85,25 @@ def test_the_rows_of_a_table_are_not_augmented(table_run, tmp_path):
     argv = ["--data.shards", str(table_run[1] / "set"), "--run", str(tmp_path / "run"), "--model.name", "mlp"]
     with pytest.raises(UserError, match="augment.mixup: the rows of a table are not augmented"):
         run_training([*argv, "--augment.mixup", "0.4"])
+
+
+def test_another_sets_figures_do_not_take_the_place_of_the_runs_own(table_run, tmp_path, capsys):
+    run, folder = table_run
+    own = (run / "evaluation-test.json").read_text()
+    rows = (folder / "set.csv").read_text().splitlines()
+    (tmp_path / "other.csv").write_text("\n".join(rows[:60]) + "\n")
+    shard.main(["--source", "csv", "--path", str(tmp_path / "other.csv"), "--target", "kind", "--out", str(tmp_path / "other"),
+                "--workers", "1"])  # fmt: skip
+    eval_main([str(run), "--split", "test", "--data.shards", str(tmp_path / "other")])
+    assert "left as it is, of another set" in capsys.readouterr().err and (run / "evaluation-test.json").read_text() == own
+    (run / "evaluation-test.json").unlink()
+    eval_main([str(run), "--split", "test", "--data.shards", str(tmp_path / "other")])
+    report_main([str(run)])
+    page = (run / "report.html").read_text()
+    assert "Test split of another set" in page and json.loads((run / "evaluation-test.json").read_text())["samples"] < 10
+    (run / "evaluation-test.json").unlink()
+    eval_main([str(run), "--split", "test"])
+    assert json.loads((run / "evaluation-test.json").read_text())["fingerprint"] == json.loads(own)["fingerprint"]
 
 
 def test_a_table_with_other_columns_is_not_evaluated(table_run, tmp_path):

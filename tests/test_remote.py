@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import http.server
+import itertools
 import json
 import os
 import re
@@ -387,6 +388,23 @@ def test_verify_and_inspect_work_on_a_url(server, tmp_path, monkeypatch, capsys)
         main([server.url])
 
 
+def test_verify_fetches_a_damaged_copy_again(server, tmp_path, monkeypatch, capsys):
+    from dist_train.verify import main
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    main([server.url])
+    split = load_index(server.url).split("test")
+    kept = tmp_path / "dist_train" / f"{split.shard_checksums[0]}.tar"
+    whole = kept.read_bytes()
+    kept.write_bytes(bytes(len(whole)))  # as a power cut may leave it
+    reader = split.remote.open(split, 0)
+    with pytest.raises(UserError, match=f"kept as {kept}.: the kept copy is damaged, and in use by others"):
+        main([server.url])
+    os.close(reader)
+    main([server.url])
+    assert kept.read_bytes() == whole
+
+
 def test_damage_in_the_cache_names_the_url_and_the_kept_file(many, server, tmp_path):
     store = Store(load_index(server.url, str(tmp_path)).split("test"))
     store.locate(np.array([0]))
@@ -419,6 +437,17 @@ def test_reading_ahead_keeps_its_distance_and_its_order(many, server, tmp_path):
         store.locate(samples)
     time.sleep(0.3)
     assert len(server.requests) == done  # its threads have ended
+
+
+def test_batches_that_are_kept_are_not_looked_at_without_end(many, server, tmp_path):
+    store, num_looked = Store(load_index(server.url, str(tmp_path)).split("train"), 2), itertools.count()
+    with ReadAhead(store, (np.zeros(0, np.int64) for _ in num_looked), 1 << 20) as ahead:
+        time.sleep(0.3)
+        looked = next(num_looked)
+        assert looked < 2_000
+        ahead.num_read = 500  # by so much the reader has moved on
+        time.sleep(0.3)
+        assert 400 < next(num_looked) - looked < 600
 
 
 def test_another_set_at_the_same_url_is_noticed(many, server, tmp_path):

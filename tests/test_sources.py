@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import pickle
 import struct
 from pathlib import Path
@@ -16,6 +17,7 @@ from dist_train.decode import decode_into
 from dist_train.errors import UserError
 from dist_train.index import load_index
 from dist_train.sources import open_source
+from dist_train.tables import _classes
 
 
 def picture(path: Path, seed=0, size=(9, 7), **options) -> bytes:
@@ -233,6 +235,11 @@ CSV_FAULTS = {
     "all rows holed": ("x,y,kind\n1,,a\n,2,b\n", "none of the 2 rows is complete"),
     "quotes": ('x,kind\n"1,a\n', "not a CSV file"),
 }
+
+
+def test_classes_that_are_one_number_written_differently_have_an_order():
+    orders = {tuple(_classes(Path("t.csv"), "k", labels)[0]) for labels in itertools.permutations(["01", "1", "+1", "2", "-3"])}
+    assert orders == {("-3", "+1", "01", "1", "2")}
 
 
 def test_words_for_nothing_may_be_classes(tmp_path):

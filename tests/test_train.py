@@ -19,7 +19,7 @@ from dist_train.index import load_index
 from dist_train.predict import eval_main, load_run
 from dist_train.predict import main as predict_main
 from dist_train.settings import read_config
-from dist_train.sizes import check_sizes, micro_batch_size
+from dist_train.sizes import check_sizes, micro_batch_size, whole_steps
 from dist_train.train import its_time, parse, run_training
 
 
@@ -371,3 +371,10 @@ def _first_picture(folder: Path, out: Path) -> Path:
     path = out / "picture.jpg"
     path.write_bytes(Store(load_index(folder).split("train")).payload(0))
     return path
+
+
+@pytest.mark.parametrize("epochs, samples, batch, steps", [
+    (30.0, 25, 3, 250), (54.0, 14, 6, 126), (1.1, 10, 1, 11), (0.7, 10, 1, 7), (2.5, 10, 4, 7), (0.01, 100, 64, 1), (0.0, 9, 2, 0),
+])  # fmt: skip
+def test_a_run_has_no_step_more_than_its_epochs_take(epochs, samples, batch, steps):
+    assert whole_steps(epochs, samples, batch) == steps
