@@ -2,7 +2,7 @@
 # make test   install, run the tests
 # make study-demo   what early stopping, folds, schedules, BatchNorm, dropout, activations and optimizers do on a table
 # make test-cluster   the tests on a real SLURM and on separate hosts; as root, it fetches their Debian packages
-# make clean   removes what install made; shards/ and runs/ stay
+# make clean   removes what install made, but for the native core; shards/ and runs/ stay
 # make gpu-check   everything that only a GPU can show, in under eight minutes, into benchmarks/results/<card>-<date>.json
 
 PYTHON ?= python3

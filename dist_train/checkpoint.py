@@ -71,6 +71,10 @@ class Checkpoints:
                 f"  The previous one is untouched. Make room or mend the disk, then go on with --resume."
             ) from error
 
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait_together(self, world: World) -> None:
         """`wait` for rank zero on every rank, which all raise what it raises.
 
@@ -78,7 +82,7 @@ class Checkpoints:
         """
         is_writing = torch.ones((), device=world.device)
         while world.world_size > 1 and is_writing:
-            is_writing.fill_(float(self._thread is not None and self._thread.is_alive()))
+            is_writing.fill_(float(self.is_writing()))
             torch.distributed.all_reduce(is_writing, torch.distributed.ReduceOp.MAX)
             if is_writing:
                 time.sleep(0.1)  # one collective that lasts would time out

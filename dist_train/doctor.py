@@ -80,7 +80,7 @@ def look_around(accelerate_file: str | None, cache_dir: str) -> Iterator[Finding
     yield processor(_read("/proc/cpuinfo"))
     yield memory(_read("/proc/meminfo"), memory_limit(Path("/sys/fs/cgroup")))
     yield allocator(hasattr(_libc(), "mallopt"), _read("/sys/kernel/mm/transparent_hugepage/enabled"))
-    yield open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
+    yield open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     yield from decoding()
     yield cache_folder(default_folder(cache_dir), _read("/proc/mounts"))
     yield from optional_packages(lambda name: importlib.util.find_spec(name) is not None)
@@ -184,11 +184,11 @@ def allocator(has_mallopt: bool, huge_pages: str) -> Finding:
     return Finding("good", "allocator: glibc, tuned by the run" + ", with huge pages" * bool(huge_pages))
 
 
-def open_files(soft: int, hard: int) -> Finding:
-    """Limits of open files for a process: a reader raises the soft one, and keeps up to MAX_OPEN shards open."""
+def open_files(hard: int) -> Finding:
+    """The limit of open files up to which a reader raises its own; it keeps up to MAX_OPEN shards open."""
     least = 4 * MAX_OPEN  # batches ahead hold theirs besides
-    if resource.RLIM_INFINITY in (soft, hard) or hard >= least:
-        return Finding("good", f"{'any number of' if resource.RLIM_INFINITY in (soft, hard) else f'{hard:,}'} open files allowed")
+    if hard == resource.RLIM_INFINITY or hard >= least:
+        return Finding("good", f"{'any number of' if hard == resource.RLIM_INFINITY else f'{hard:,}'} open files allowed")
     what = f"{hard:,} open files allowed; sets of many shards need {least:,}"
     return Finding("broken", what, "ask for a higher hard limit (ulimit -Hn)")
 

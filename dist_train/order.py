@@ -167,8 +167,8 @@ def evaluation_share(num_samples: int, rank: int, world_size: int) -> range:
 def sample_keys(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
     """The 64-bit key of everything random that happens to a sample in an epoch. (n,) int64 each; returns (n,) int64.
 
-    63 bits are drawn anew each epoch. The sign is a sample's own in epoch 0 and changes from epoch to epoch, for what
-    shall alternate and not be left to chance (augment.flip_alternates).
+    63 bits are drawn anew each epoch. The sign is a sample's own in epoch 0, whatever the seed, and changes from epoch to
+    epoch, for what shall alternate and not be left to chance (augment.flip_alternates).
     """
     by_epoch, keys = (np.array(numbers, np.uint64, order="C") for numbers in (epochs, samples))
     by_epoch ^= fold(seed, _KEYS)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 
 import numpy as np
 
@@ -33,11 +34,11 @@ def main(argv: list[str]) -> None:
 def command(config: RunConfig, step: int) -> str:
     """What names the samples of a training's step."""
     data, usual = config.data, DataConfig()
-    places = [f"--{name} {its}" for name, its, default in (
-        ("window-shards", data.window_shards, usual.window_shards), ("lanes", data.lanes, usual.lanes)) if its != default
-    ]  # fmt: skip
-    return " ".join([f"dist-train plan --json --shards {data.shards} --global-batch-size {data.global_batch_size}",
-                     f"--seed {config.seed} --steps {step}:{step + 1}", *places])  # fmt: skip
+    settings = {"split": "train_split", "window-shards": "window_shards", "lanes": "lanes"}
+    more = [f"--{option} {getattr(data, name)}" for option, name in settings.items() if getattr(data, name) != getattr(usual, name)]
+    words = [f"dist-train plan --json --shards {shlex.quote(data.shards)} --global-batch-size {data.global_batch_size}",
+             f"--seed {config.seed} --steps {step}:{step + 1}", *more]  # fmt: skip
+    return "known with data.folds 0 only: a fold's order is its own" if data.folds else " ".join(words)
 
 
 def _print_json(order: Order, split: SplitIndex, options) -> None:

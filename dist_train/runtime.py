@@ -1,8 +1,9 @@
 """The process among others: start-up guards, device, ranks, stop requests, the record of the environment.
 
-The only file that reads what a launcher put into the environment.
+The only file that reads what a launcher put into the environment, but for the rank that an error names.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -156,7 +157,8 @@ def leave(kind, error: BaseException | None, trace) -> None:
 
     if error is not None and dist.is_available() and dist.is_initialized() and "nccl" in dist.get_backend():
         code = tell(error)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a reader that is gone
+            sys.stdout.flush()
         os._exit(code)
     end()
 

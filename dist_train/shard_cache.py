@@ -60,9 +60,9 @@ class RemoteShards:
         url, num_bytes = join(self.url, split.files[shard]), int(split.shard_bytes[shard])
         return self.cache.open(url, split.shard_checksums[shard], num_bytes, is_wanted, let_go)
 
-    def discard(self, split: SplitIndex, shard: int) -> None:
-        """Remove the local copy, unless somebody reads it."""
-        _remove_unused(self.cache.folder / f"{split.shard_checksums[shard]}.tar")
+    def discard(self, split: SplitIndex, shard: int) -> bool:
+        """Remove the local copy, unless somebody reads it; says whether it is gone."""
+        return _remove_unused(self.cache.folder / f"{split.shard_checksums[shard]}.tar")
 
     def is_kept(self, split: SplitIndex, shard: int) -> bool:
         """Whether the shard is on the local disk."""
@@ -161,7 +161,8 @@ class ShardCache:
         self._reserve(fd, partial, url, num_bytes, is_wanted, let_go)
         with open(partial, "r+b", buffering=0) as file:
             download(url, file, num_bytes, checksum, is_wanted=is_wanted)
-            os.fsync(file.fileno())  # it has its size already, by which it is taken for whole later on
+            with writing(partial):
+                os.fsync(file.fileno())  # it has its size already, by which it is taken for whole later on
         with (
             self.locked("room.lock"),
             writing(whole),
@@ -260,7 +261,7 @@ class ReadAhead:
 
     def __init__(self, store, upcoming: Iterator[np.ndarray], ahead_bytes: int, num_threads: int = 4):
         self.store, self.upcoming, self.ahead_bytes = store, upcoming, ahead_bytes
-        self.num_read = 0  # batches; the reader counts them
+        self.num_read = self.num_looked = 0  # batches; the reader counts the former
         self._first = store.num_located
         self._ahead: list[tuple[int, int]] = []  # (samples before its first use, bytes) of shards fetched
         self._open: OrderedDict[int, None] = OrderedDict()  # the shards that the store will have open by then
@@ -282,8 +283,8 @@ class ReadAhead:
     def _shards(self) -> Iterator[tuple[int, int]]:
         """(samples located before its first use, shard) of every shard that the store will have to open."""
         place, fits = 0, self.store.split.num_shards <= self.store.max_open
-        for number, samples in enumerate(self.upcoming):
-            self._wait_for_reader(place, 0 if len(samples) else number)
+        for samples in self.upcoming:
+            self._wait_for_reader(place, is_kept=not len(samples))
             if self._stopped.is_set() or (fits and len(self._open) == self.store.split.num_shards):
                 return  # nothing is left to fetch
             for shard in dict.fromkeys(self.store.split.shard_of(samples).tolist()):
@@ -294,6 +295,7 @@ class ReadAhead:
                 if len(self._open) > self.store.max_open:
                     self._open.popitem(last=False)
             place += len(samples)
+            self.num_looked += 1
 
     def _work(self) -> None:
         split = self.store.split
@@ -308,13 +310,13 @@ class ReadAhead:
             with contextlib.suppress(UserError, InterruptedError):
                 os.close(split.remote.open(split, job[1], self._is_wanted))
 
-    def _wait_for_reader(self, place: int, number: int) -> None:
-        """Stay within an epoch of the reading, and within _IDLE_BATCHES of batch `number`, of which all samples are kept:
-        perhaps no shard will ever be asked for any more, and the batches have no end."""
-        num_samples = self.store.split.num_samples
-        while self._is_wanted() and (
-            place - (self.store.num_located - self._first) > num_samples or number - self.num_read > _IDLE_BATCHES
-        ):
+    def _wait_for_reader(self, place: int, is_kept: bool) -> None:
+        """Stay within an epoch of the reading, and within _IDLE_BATCHES of it where all of a batch is kept: perhaps no shard
+        will ever be asked for any more, and the batches have no end."""
+        while self._is_wanted():
+            is_far = place - (self.store.num_located - self._first) > self.store.split.num_samples
+            if not is_far and not (is_kept and self.num_looked - self.num_read > _IDLE_BATCHES):
+                return
             self._stopped.wait(0.05)
 
     def _wait_for_room(self, num_bytes: int) -> None:

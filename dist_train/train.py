@@ -6,6 +6,7 @@ accelerate launch --config_file accelerate_config.yaml -m dist_train.train --con
 import contextlib
 import math
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -234,7 +235,9 @@ def run_training(argv: list[str]) -> int:
         goes_on = resume and (folder / "metrics.jsonl").exists()
         run.tracker = open_tracker(folder, config, world.is_main, run.num_steps, state.step if goes_on else None)
         leaving.push(lambda kind, error, trace: run.tracker.finish(kind is None))
-        leaving.callback(watch.expect_the_end)
+        is_leaving = threading.Event()
+        leaving.callback(is_leaving.set)
+        watch.is_busy = lambda: is_leaving.is_set() or run.checkpoints.is_writing()
         if runtime.is_slow(config.train.precision, world.device):
             complaints.append("train.precision is bf16, which this CPU has no instructions for: fp32 is far faster here.")
         for complaint in complaints:

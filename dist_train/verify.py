@@ -95,10 +95,13 @@ def _check_shard(split: SplitIndex, number: int) -> list[str]:
                 with open(split.remote.open(split, number), "rb", buffering=0) as file:
                     if file_checksum(file) == split.shard_checksums[number]:
                         return []
-                split.remote.discard(split, number)
-        except (UserError, OSError) as error:
+                if not split.remote.discard(split, number):
+                    return [f"{split.remote.shown(split, number)}: the kept copy is damaged, and in use by others."]
+        except UserError as error:
             return [str(error)]
-        return [f"{split.remote.shown(split, number)}: the kept copy is damaged, and in use by others."]
+        except OSError as error:
+            return [f"{split.remote.shown(split, number)}: cannot be read: {error.strerror}."]
+        return [f"{split.remote.shown(split, number)}: the kept copy is damaged, fetched anew as well: its disk fails."]
     path = Path(split.folder, split.files[number])
     try:
         size = path.stat().st_size

@@ -29,7 +29,8 @@ class Watch:
 
     world: runtime.World. timeout_s: silence that ends the job, with exit code EXIT_LOST_RANK. address: a name or number
     of rank zero's host that every rank can reach, as in MASTER_ADDR. read_step: set it to a function that tells how far
-    this rank is. Used as a context, it turns the error of a collective into RankLost, and tells the others how it left.
+    this rank is; is_busy: to one that tells whether it has something to finish though another rank has failed. Used as a
+    context, it turns the error of a collective into RankLost, and tells the others how it left.
     """
 
     def __init__(self, world, timeout_s: float, address: str):
@@ -38,7 +39,7 @@ class Watch:
         # sooner than the collectives' own time-out, whose message does not say who
         self.limit_s = timeout_s - 4 * self.period_s
         self._closed, self._broken, self._verdict = threading.Event(), threading.Event(), ""
-        self._is_leaving, self._waits_on = False, False
+        self._waits_on, self.is_busy = False, lambda: False
         self._ended: dict[int, str] = {}
         if self.world_size == 1:
             return
@@ -66,10 +67,6 @@ class Watch:
     @property
     def step(self) -> int:
         return self.read_step()
-
-    def expect_the_end(self) -> None:
-        """This rank is on its way out: what it still has to write is not cut short because others are gone."""
-        self._is_leaving = True
 
     def explain(self, error: BaseException | None) -> None:
         """Raise RankLost, naming the rank, if error is that of a collective; return if it is something else."""
@@ -133,7 +130,7 @@ class Watch:
         limit_s = 3 * self.period_s if self._broken.is_set() else self.limit_s
         for rank, reason in self._ended.items():
             # a collective of NCCL's does not fail where a rank is missing: it waits on
-            is_missed = self._waits_on and not self._is_leaving and now - self._heard[rank] > 5 * self.period_s
+            is_missed = self._waits_on and now - self._heard[rank] > 5 * self.period_s and not self.is_busy()
             if reason and (self._broken.is_set() or is_missed):
                 return f"step {self.step}: {self._name(rank)} ended: {reason}"
         silent = [rank for rank, heard in self._heard.items() if now - heard > limit_s and rank not in self._ended]

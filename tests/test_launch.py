@@ -202,12 +202,14 @@ def test_a_job_gives_every_task_its_rank_and_the_run_folder_of_its_number(machin
 
 @pytest.mark.parametrize("given, expected", [
     ({}, "true"), ({"GPUS_PER_NODE": "4"}, "true"), ({"SLURM_GPUS_ON_NODE": "0"}, "true"), ({"SLURM_GPUS_ON_NODE": "4"}, "false"),
+    ({"SLURM_JOB_GPUS": "0"}, "false"),  # the number of a GPU
     ({"ACCELERATE_USE_CPU": "false"}, "false"), ({"SLURM_GPUS_ON_NODE": "4", "ACCELERATE_USE_CPU": "true"}, "true"),
 ])  # fmt: skip
 def test_the_gpus_a_job_holds_decide_unless_the_user_does(machine, given, expected):
     code, out, err = run("train.sbatch", [machine["RECIPE"]], in_job(machine) | {"DRY_RUN": "1"} | given)
     assert code == 0, err
     assert f"ACCELERATE_USE_CPU={expected}" in out
+    assert ("as the shell has it" in err) == ("ACCELERATE_USE_CPU" in given)
 
 
 @pytest.mark.parametrize("code_after_usr1, requeued", [(85, True), (7, False), (0, False)])

@@ -76,14 +76,15 @@ def test_ranks_that_do_not_meet_say_so(digits, tmp_path):
 def test_a_rank_that_failed_is_named_where_collectives_wait_on_for_it():
     watch = Watch.__new__(Watch)  # as rank zero of two holds it under NCCL
     watch.rank, watch.hosts, watch.period_s, watch.limit_s, watch.read_step = 0, ["a", "b"], 1.0, 292.0, lambda: 7
-    watch._broken, watch._steps, watch._unheard, watch._waits_on, watch._is_leaving = threading.Event(), {1: 7}, set(), True, False
+    watch._broken, watch._steps, watch._unheard = threading.Event(), {1: 7}, set()
+    watch._waits_on, watch.is_busy = True, lambda: False
     watch._heard, watch._ended = {1: time.monotonic()}, {1: "train-000003.tar: checksum differs"}
     assert watch._judge() == ""  # this rank may be on its way out with the same error
     watch._heard[1] -= 6
     assert watch._judge() == "step 7: rank 1 on b ended: train-000003.tar: checksum differs"
-    watch.expect_the_end()  # what it still writes is not cut short
+    watch.is_busy = lambda: True  # what it still writes is not cut short
     assert watch._judge() == ""
-    watch._is_leaving, watch._ended = False, {1: ""}  # it was done
+    watch.is_busy, watch._ended = lambda: False, {1: ""}  # it was done
     assert watch._judge() == ""
 
 
@@ -92,7 +93,7 @@ def test_a_rank_whose_datagrams_never_came_is_not_taken_for_dead(capsys):
     watch.rank, watch.hosts, watch.period_s, watch.limit_s, watch.read_step = 0, ["a", "b", "c"], 1.0, 6.0, lambda: 52
     watch._broken, watch._ended, watch._steps, watch._is_said = threading.Event(), {}, {1: 0, 2: 40}, False
     watch._heard = dict.fromkeys((1, 2), time.monotonic() - 10)
-    watch._unheard, watch._waits_on, watch._is_leaving = {1}, False, False
+    watch._unheard, watch._waits_on = {1}, False
     assert "rank 2 on c no longer answers" in watch._judge() and "rank 1" not in watch._judge()
     watch._heard[2] = time.monotonic()
     assert watch._judge() == ""
