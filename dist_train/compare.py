@@ -164,10 +164,10 @@ def write_comparison(out: Path, groups: list[Group], table: Table) -> None:
              for group in groups]  # fmt: skip
     charts.append(Chart("Running time, seconds", bar_chart(times, lambda s: f"{s:g}")))
     curves = [
-        plots.Curve(group.name, *group.runs[0].curve, colour) for colour, group in enumerate(groups[: len(_COLOURS)])
+        plots.Curve(group.runs[0].name, *group.runs[0].curve, colour) for colour, group in enumerate(groups[: len(_COLOURS)])
     ]
     if svg := plots.line_chart(curves, "epoch", lambda y: f"{y * 100:g}%"):
-        names = [(group.name, colour) for group, colour in zip(groups, _COLOURS, strict=False)]
+        names = [(group.runs[0].name, colour) for group, colour in zip(groups, _COLOURS, strict=False)]
         charts.append(
             Chart("Validation accuracy" + (" of the first three" if len(groups) > len(_COLOURS) else ""), svg, names)
         )

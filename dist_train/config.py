@@ -108,7 +108,8 @@ class ModelConfig:
     name: str = "alexnet"
     """alexnet, alexnet_bn (the notebooks', with BatchNorm), vgg11 to vgg19 (and _bn), mlp, any torchvision classifier"""
     pretrained: str = ""
-    """torchvision's weights by name ("DEFAULT", "IMAGENET1K_V1"), or a .pth or .safetensors file; empty starts fresh"""
+    """torchvision's weights by name ("DEFAULT", "IMAGENET1K_V1"), with the mean and deviation of pixels they were trained with,
+    or a .pth or .safetensors file; empty starts fresh"""
     dropout: float = 0.5
     """dropout in the classifier of alexnet and vgg, after each hidden layer of the mlp; torchvision's others keep theirs"""
     stem: Literal["auto", "imagenet", "small"] = "auto"

@@ -9,6 +9,7 @@ from dist_train.errors import UserError
 from dist_train.index import ShardIndex, SplitIndex
 from dist_train.page import Section, write_page
 from dist_train.picture_plots import draw_gallery, histogram_chart, sample_gallery
+from dist_train.plots import without_formulas
 from dist_train.table_plots import read_rows, table_section
 
 _CLASSES, _PER_CLASS = 24, 10  # rows and columns: a picture that still fits a screen
@@ -79,8 +80,8 @@ def _feature_spread(index: ShardIndex, split: SplitIndex):
     figure = Figure(figsize=(14, 2.4 * lines), layout="constrained")
     for k, (axes, feature) in enumerate(zip(figure.subplots(lines, 4, squeeze=False).flat, features, strict=False)):
         axes.boxplot([values[:, k] for values in by_class], sym=".")
-        axes.set_xticks(range(1, len(by_class) + 1), [name[:12] for name in index.classes[: len(by_class)]])
-        axes.set_title(feature, fontsize=9)
+        axes.set_xticks(range(1, len(by_class) + 1), [without_formulas(name[:12]) for name in index.classes[: len(by_class)]])
+        axes.set_title(without_formulas(feature), fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=80)
     return Image.open(buffer)

@@ -22,6 +22,7 @@ from dist_train.folds import fold_view
 from dist_train.index import ShardIndex, load_index
 from dist_train.models import build_model
 from dist_train.predict import Trained, check_fits, load_run
+from dist_train.pretrained import put_weights
 from dist_train.runtime import write_json
 from dist_train.settings import from_dict, read_config, to_dict
 
@@ -201,7 +202,7 @@ def load_exported(path: Path) -> Callable[[Tensor], Tensor]:
     size = None if columns else tuple(about["input"]["shape"][2:])
     model = from_dict(ModelConfig, about["model"])
     network = build_model(model, len(about["classes"]), size, columns and len(columns), 0)
-    network.load_state_dict(weights)
+    put_weights(network, weights)
     return Deployed(network, rule["mean"], rule["std"], size)
 
 

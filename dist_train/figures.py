@@ -14,6 +14,7 @@ from dist_train.index import ShardIndex
 from dist_train.mistakes import worst_mistakes
 from dist_train.page import Cell, Gallery
 from dist_train.picture_plots import draw_gallery, filter_gallery, first_filters, sample_gallery
+from dist_train.plots import without_formulas
 from dist_train.settings import from_dict
 
 
@@ -29,7 +30,7 @@ def draw_figures(run: Path, index: ShardIndex) -> tuple[dict[str, Path], list[st
     for name, draw in _parts(run, index):
         try:
             picture = draw()
-        except (UserError, OSError) as error:  # a run is not lost for a picture
+        except (ValueError, OSError) as error:  # a run is not lost for a picture
             complaints.append(f"the picture {name} is missing: {str(error).splitlines()[0]}")
             continue
         if picture is not None:
@@ -84,7 +85,7 @@ def draw_confusion(counts: np.ndarray, classes: list[str]):
     from PIL import Image
 
     shown = most_confused(counts) if len(classes) > MAX_MATRIX_CLASSES else np.arange(len(classes))
-    names, counts = [classes[k][:20] for k in shown], counts[np.ix_(shown, shown)]
+    names, counts = [without_formulas(classes[k][:20]) for k in shown], counts[np.ix_(shown, shown)]
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = max(4.0, 0.42 * len(shown) + 1.6)
     figure = Figure(figsize=(side, side), layout="constrained")

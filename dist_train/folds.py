@@ -51,8 +51,16 @@ class Part(SplitIndex):
 
 
 def open_index(config: RunConfig) -> ShardIndex:
-    """The index that a run trains on: that of data.shards, or its fold, with the statistics of the fold's training part."""
+    """The index that a run trains on: that of data.shards, or its fold, with the statistics of the fold's training part.
+
+    Where torchvision's weights are named, the statistics are those with which they were trained.
+    """
     index = fold_view(load_index(config.data.shards, config.data.cache_dir, config.data.cache_gb), config)
+    if config.model.pretrained and index.features is None:
+        from dist_train.pretrained import published_statistics
+
+        if found := published_statistics(config.model):
+            return replace(index, mean=found[0], std=found[1])
     if not config.data.folds:
         return index
     mean, std = statistics(index, index.split(config.data.train_split), config.data.threads)

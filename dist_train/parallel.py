@@ -16,6 +16,7 @@ from dist_train.config import RunConfig
 from dist_train.errors import UserError
 from dist_train.hybrid import split_classifier
 from dist_train.networks import ConvNet
+from dist_train.pretrained import put_weights
 from dist_train.runtime import World
 
 OWN_FSDP_GROUP = 2**20  # weights from which on a layer is gathered and let go by itself
@@ -122,7 +123,7 @@ class _Parted(Replicated):
     def whole(self):
         network = copy.deepcopy(self._form)
         state = self.network.state_dict()
-        network.load_state_dict({name: self._everywhere(name, t.detach()) for name, t in state.items()}, assign=True)
+        put_weights(network, {name: self._everywhere(name, t.detach()) for name, t in state.items()}, assign=True)
         yield network
 
     def parts(self, tensors):

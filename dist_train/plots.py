@@ -4,6 +4,7 @@ The page defines --ink, --faint, --line, --paper and each of COLOURS. Sizes are 
 """
 
 import math
+import unicodedata
 from dataclasses import dataclass
 from html import escape
 
@@ -72,6 +73,16 @@ def line_chart(curves: list[Curve], x_name: str, y_text, zero: bool = False, mar
     return "".join([*parts, "</svg>"])
 
 
+def text_width(text: str) -> float:
+    """Pixels that a line of text takes in the pages' font, about."""
+    return sum(12.0 if unicodedata.east_asian_width(letter) in "WF" else 6.6 for letter in text)
+
+
+def without_formulas(text: str) -> str:
+    """Text for matplotlib, which takes what stands between two dollars for mathematics."""
+    return text.replace("$", r"\$")
+
+
 def heat_map(counts: np.ndarray, names: list[str]) -> str:
     """Draw a confusion matrix. counts: (K, K) int, rows the true class; names: K. Colour is the share of the row.
 
@@ -80,10 +91,10 @@ def heat_map(counts: np.ndarray, names: list[str]) -> str:
     k = len(names)
     cell = 76 if k <= 4 else 46 if k <= 6 else 34 if k <= 12 else 22 if k <= 24 else 16
     labels = [name if len(name) <= 16 else name[:15] + "…" for name in names]
-    margin = 14 + 6.6 * max(len(label) for label in labels)
+    margin = 14 + max(map(text_width, labels))
     left, top, size = margin + 18, margin + 18, cell * k
     width, height = left + size + 4, top + size + 4
-    slant = max(map(len, labels)) * 7 > cell
+    slant = max(map(text_width, labels)) > cell - 2
     if not slant:
         top, height = 40, 40 + size + 4
     shrink = ";max-width:100%" if k <= 14 else ""  # a larger one would become unreadable: it is scrolled instead

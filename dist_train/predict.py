@@ -23,6 +23,7 @@ from dist_train.index import ShardIndex, load_index
 from dist_train.layers import use_keyed_dropout
 from dist_train.metrics import class_table
 from dist_train.models import build_model
+from dist_train.pretrained import put_weights
 from dist_train.settings import from_dict, read_config, to_dict
 from dist_train.sizes import shift_problems
 from dist_train.tables import number_in, read_csv
@@ -66,7 +67,7 @@ def load_run(folder: str | Path) -> Trained:
     network = build_model(fresh, len(about["classes"]), size, num_features, config.seed)
     use_keyed_dropout(network)
     try:
-        network.load_state_dict(load_file(folder / "weights.safetensors"))
+        put_weights(network, load_file(folder / "weights.safetensors"))
     except Exception as error:
         raise UserError(f"{folder}/weights.safetensors: the weights cannot be loaded: {error}") from None
     return Trained(

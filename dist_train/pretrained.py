@@ -1,6 +1,8 @@
 """Weights trained before: torchvision's by name, or a .pth or .safetensors file."""
 
 import os
+import re
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -9,17 +11,19 @@ from torch import Tensor, nn
 from dist_train.config import ModelConfig
 from dist_train.errors import UserError
 
+_FILES = (".pth", ".pt", ".safetensors")
+
 
 def load_pretrained(model: nn.Module, config: ModelConfig, head: str) -> None:
     """Load config.pretrained into model. head: name of the last layer, which stays as drawn if its class count differs.
 
     Raises UserError if the weights cannot be had or fit the network nowhere but there.
     """
-    if config.pretrained.endswith((".pth", ".pt", ".safetensors")):
+    if config.pretrained.endswith(_FILES):
         weights, where = _read(config.pretrained), config.pretrained
     else:
         weights, where = _published(config), f"model.pretrained: {config.pretrained}"
-    weights = {name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in weights.items()}
+    weights = {present_name(name): t for name, t in weights.items()}
     own = model.state_dict()
     aside = ("aux1.", "aux2.", "AuxLogits.")  # GoogLeNet's and Inception's side heads, which are not built
     weights = {name: t for name, t in weights.items() if name in own or not name.startswith(aside)}
@@ -40,7 +44,37 @@ def load_pretrained(model: nn.Module, config: ModelConfig, head: str) -> None:
             f"{where}: these are not the weights of this {config.name}:\n  " + "\n  ".join(faults[:6]) + more
             + "\n  Set model.name, model.width and model.stem as they were in training (torchvision's: stem imagenet)."
         )  # fmt: skip
-    model.load_state_dict({**own, **{name: t for name, t in weights.items() if name not in fresh}})
+    put_weights(model, {**own, **{name: t for name, t in weights.items() if name not in fresh}})
+
+
+def put_weights(network: nn.Module, weights: dict[str, Tensor], assign: bool = False) -> None:
+    """`network.load_state_dict` of tensors that come from a file of tensors alone.
+
+    What state_dict() gives besides, the version of each module's layout, some modules ask for (MNASNet).
+    """
+    state = OrderedDict(weights)
+    state._metadata = network.state_dict()._metadata
+    network.load_state_dict(state, assign=assign)
+
+
+def published_statistics(config: ModelConfig) -> tuple[list[float], list[float]] | None:
+    """(mean, std) by channel with which torchvision normalised what the named weights learned from; None for a file or none.
+
+    GoogLeNet and Inception move what they get so that it has 0.5 and 0.5: the weights' own statistics.
+    """
+    if not config.pretrained or config.pretrained.endswith(_FILES):
+        return None
+    if config.name in ("googlenet", "inception_v3"):
+        return [0.5] * 3, [0.5] * 3
+    rule = _version(config).transforms()
+    return list(rule.mean), list(rule.std)
+
+
+def present_name(name: str) -> str:
+    """What a tensor is called now: without a wrapper's name; DenseNet's and ViT's published files have names of long ago."""
+    name = name.removeprefix("module.").removeprefix("_orig_mod.")
+    name = re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", name)
+    return name.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3.")
 
 
 def _read(path: str) -> dict[str, Tensor]:
@@ -66,7 +100,8 @@ def _read(path: str) -> dict[str, Tensor]:
     return weights
 
 
-def _published(config: ModelConfig) -> dict[str, Tensor]:
+def _version(config: ModelConfig):
+    """torchvision's entry of the named weights."""
     from torchvision.models import get_model_weights, list_models
 
     if config.name not in list_models():
@@ -80,7 +115,11 @@ def _published(config: ModelConfig) -> dict[str, Tensor]:
             f"model.pretrained is {config.pretrained!r}; for {config.name} there are "
             f"{', '.join(versions.__members__)}, or a .pth or .safetensors file."
         )
-    url = versions[config.pretrained].url
+    return versions[config.pretrained]
+
+
+def _published(config: ModelConfig) -> dict[str, Tensor]:
+    url = _version(config).url
     path = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     try:
         return torch.hub.load_state_dict_from_url(

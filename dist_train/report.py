@@ -344,7 +344,8 @@ def _number(value) -> float:
 
 
 def _rate(value: float) -> str:
-    return "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-") if value < 1e-3 else f"{value:g}"
+    small = f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
+    return "0" if value == 0 else small if value < 1e-3 else f"{value:g}"
 
 
 def _shown(value) -> str:

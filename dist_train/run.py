@@ -31,6 +31,7 @@ from dist_train.metrics import flops_per_sample, peak_flops
 from dist_train.models import build_model, head_name
 from dist_train.optim import Plateau, WeightAverage, build_optimizer, lr_at
 from dist_train.parallel import spread
+from dist_train.pretrained import put_weights
 from dist_train.progressive import Progressive
 from dist_train.settings import from_dict, read_written, to_dict
 from dist_train.sizes import check_sizes, decoder_crop, eval_crop, input_size, micro_batch_size, whole_steps
@@ -295,7 +296,7 @@ class Run:
 
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Give the network these weights; whole tensors by name."""
-        self.network.load_state_dict(self.parallel.parts({"model": weights})["model"])
+        put_weights(self.network, self.parallel.parts({"model": weights})["model"])
 
 
 @dataclass
@@ -333,7 +334,7 @@ class State:
     def restore(self, saved: Saved, scaler) -> None:
         """The inverse of `to_saved`. Raises UserError if the checkpoint is of another network."""
         try:
-            self.network.load_state_dict(saved.tensors["model"])
+            put_weights(self.network, saved.tensors["model"])
         except RuntimeError as error:
             raise UserError(f"the checkpoint of step {saved.step} does not fit this network:\n  {error}") from None
         parameters = dict(self.network.named_parameters())

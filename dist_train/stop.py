@@ -42,7 +42,7 @@ def was_here(folder: Path) -> bool:
 def is_training(folder: Path) -> bool:
     """Whether a process holds the run folder's lock (runtime.RunLock), on any host where the file system shares locks."""
     try:
-        with open(folder / "lock", "a") as lock:
+        with open(folder / "lock") as lock:  # for reading: NFSv4 gives a shared lock to none else
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

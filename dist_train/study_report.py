@@ -147,18 +147,18 @@ def importance(study) -> dict[str, float]:
     if len(done) < 4 or len(searched) < 2 or len({t.value for t in done}) < 2:
         return {}
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    return optuna.importance.get_param_importances(study, evaluator=evaluator, params=sorted(searched))
+    shares = evaluator.evaluate(study, params=sorted(searched))  # get_param_importances would make their sum 1
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
 def mean_curve(row: Row, metric: str) -> tuple[list[float], list[float]]:
     """Epochs, and the metric's mean over the folds that were still trained then."""
-    at = {}
+    folds = []
     for fold in range(len(row.folds)):
-        for line in read_metrics(row.folder / f"fold-{fold}" / "metrics.jsonl"):
-            if line["kind"] == "eval" and line.get(metric) is not None:
-                at.setdefault(round(line["epoch"], 1), []).append(line[metric])
-    epochs = [epoch for epoch in sorted(at) if len(at[epoch]) == len(row.folds)]
-    return epochs, [statistics.fmean(at[epoch]) for epoch in epochs]
+        lines = read_metrics(row.folder / f"fold-{fold}" / "metrics.jsonl")
+        folds.append([(line["epoch"], line[metric]) for line in lines if line["kind"] == "eval" and line.get(metric) is not None])
+    together = [tuple(zip(*evaluations, strict=True)) for evaluations in zip(*folds, strict=False)]
+    return [epochs[0] for epochs, _ in together], [statistics.fmean(values) for _, values in together]
 
 
 def _cards(rows: list[Row], metric: str) -> list[tuple[str, str]]:
@@ -193,7 +193,7 @@ def _sections(
     shares = importance(study) if rows else {}
     if shares:
         bars = [Bar(name, share, 0.0, f"{share:.0%}", "three") for name, share in shares.items()]
-        note = "The share of the figure's variance over all finished trials that each setting explains (fANOVA)."
+        note = "The share of the figure's variance over all finished trials that each setting explains by itself (fANOVA)."
         sections.append(
             Section("Which settings matter", note, [Chart("Importance", bar_chart(bars, lambda y: f"{y:.0%}"))])
         )

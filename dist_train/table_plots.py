@@ -6,7 +6,7 @@ import numpy as np
 
 from dist_train.index import ShardIndex, SplitIndex
 from dist_train.page import Chart, Section
-from dist_train.plots import COLOURS, nice_ticks, segment, text_at
+from dist_train.plots import COLOURS, nice_ticks, segment, text_at, text_width
 from dist_train.store import Store
 
 MAX_ROWS = 4000  # drawn, evenly over the split
@@ -98,7 +98,7 @@ def box_plot(values: np.ndarray, labels: np.ndarray, classes: list[str]) -> str:
     """One feature's spread, a box for each of the first ten classes. values, labels: (n,). Returns an <svg> element."""
     shown = [label for label in range(min(len(classes), 10)) if (labels == label).any()]
     spoken = [_cut(classes[label], 14) for label in shown]
-    left, right, row, top = 8 + 6.6 * max(map(len, spoken), default=0), 12, 26, 4
+    left, right, row, top = 8 + max(map(text_width, spoken), default=0), 12, 26, 4
     height = top + row * len(shown) + 22
     ticks = nice_ticks(float(values.min()), float(values.max()), 4)
     low, high = min(ticks[0], float(values.min())), max(ticks[-1], float(values.max()))
@@ -133,7 +133,7 @@ def correlation_map(together: np.ndarray, names: list[str]) -> str:
     """Draw correlations (K, K) in -1..1: the first colour together, the second against each other. An <svg> element."""
     k, labels = len(names), [_cut(name, 24) for name in names]
     cell = 40 if k <= 8 else 26 if k <= 14 else 17
-    left = 12 + 6.4 * max(map(len, labels))
+    left = 12 + max(map(text_width, labels))
     width, height = left + cell * k + 4, cell * k + left + 4
     style = f"width:{width:.0f}px" + (";max-width:100%" if width < 420 else "")
     view = f'viewBox="0 0 {width:.0f} {height:.0f}" style="{style}"'

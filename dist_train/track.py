@@ -203,8 +203,8 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def series(line: dict) -> str:
-    """The series a line belongs to: train, restart, or the name of the evaluated split."""
-    return line["split"] if line["kind"] == "eval" else line["kind"]
+    """The series a line belongs to: its kind, or that of the evaluated split, which may be called train as well."""
+    return f"eval {line['split']}" if line["kind"] == "eval" else line["kind"]
 
 
 class PlainLines:

@@ -156,6 +156,8 @@ class WandbRun:
             self._shown |= fresh.keys()
             return
         name = value["kind"] if value["kind"] in ("train", "profile") else value.get("split")
+        if name in ("train", "profile") and value["kind"] == "eval":
+            name = f"eval-{name}"
         if name is None or value["step"] <= self._sent.get(name, -1):
             return
         self._sent[name] = value["step"]

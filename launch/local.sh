@@ -57,7 +57,8 @@ trap 'signal_ranks TERM' TERM INT HUP  # ranks save at a step boundary and end b
 trap 'signal_ranks USR1' USR1
 trap 'signal_ranks KILL' EXIT
 for ((rank = 0; rank < count; rank++)); do
-  RANK=$rank LOCAL_RANK=$rank "${command[@]}" &
+  # a terminal that goes away sends HUP to all: the ranks leave that to the trap above, which asks them to save
+  (trap '' HUP; RANK=$rank LOCAL_RANK=$rank exec "${command[@]}") &
   ranks+=($!)
 done
 

@@ -43,6 +43,9 @@ def test_seeds_and_folds_count_together_and_differences_are_shown(tmp_path):
     spread = statistics.stdev([0.9, 0.92, 0.94])
     assert rows[0]["test accuracy"] == f"92.00% ± {spread:.2%}" and rows[1]["test accuracy"] == "85.00%"
     assert rows[0]["run"] == "a0 and 2 more" and rows[1]["time"] == "4.0 s" and rows[1]["samples/s"] == "500"
+    main([*map(str, [*a, b]), "--out", str(tmp_path / "page.html")])  # a curve is one run's, and says whose
+    (legend,) = re.findall(r'<div class="legend">(.*?)</div>', (tmp_path / "page.html").read_text())
+    assert re.findall(r">([^<]+)</span>", legend) == ["a0", "b"]
 
 
 def test_the_page_stands_alone(tmp_path, capsys):

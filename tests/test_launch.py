@@ -62,12 +62,12 @@ def machine(tmp_path):
     }  # fmt: skip
 
 
-def start(script, words, env):
+def start(script, words, env, **more):
     command = [str(PROJECT / "launch" / script), *words]
     return subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=PROJECT,
         # a test run in the background inherits SIGINT as ignored, and a shell cannot trap what it inherits so
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **more,
     )  # fmt: skip
 
 
@@ -137,6 +137,16 @@ def test_local_passes_signals_to_every_rank(machine, number, name):
         process.communicate(timeout=30)
     assert process.returncode == 85
     assert Path(env["LOG"], "signals").read_text().split() == [name, name]
+
+
+def test_a_terminal_that_goes_away_lets_every_rank_save(machine):
+    env = machine | {"DO": "while true; do sleep 0.05; done"}
+    with start("local.sh", ["--cpu", "2", machine["RECIPE"]], env, start_new_session=True) as process:
+        ranks(env, 2)
+        os.killpg(process.pid, signal.SIGHUP)  # as the kernel does, to all at once
+        process.communicate(timeout=30)
+    assert process.returncode == 85
+    assert Path(env["LOG"], "signals").read_text().split() == ["TERM", "TERM"]
 
 
 @pytest.mark.parametrize("words, complaint", [

@@ -1,5 +1,6 @@
 """Networks against torchvision's on the same weights; heads, stems, sizes, weights from files."""
 
+import re
 import urllib.error
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from dist_train import models, networks
 from dist_train.config import ModelConfig
 from dist_train.errors import UserError
 from dist_train.models import build_model, head_name, uses_small_stem
+from dist_train.pretrained import present_name, published_statistics, put_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -279,3 +281,34 @@ def test_published_weights_load_from_the_cache(tmp_path, monkeypatch):
     model = build("resnet18", 3, (224, 224), pretrained="IMAGENET1K_V1")
     assert torch.equal(model.layer4[1].conv2.weight, trained.layer4[1].conv2.weight)
     assert model.fc.out_features == 3
+
+
+@pytest.mark.parametrize("name, now, then", [
+    ("densenet121", r"(denselayer\d+\.(?:norm|relu|conv))([12]\.)", r"\1.\2"),
+    ("vit_b_16", r"\.mlp\.([03])\.", lambda found: f".mlp.linear_{'1' if found[1] == '0' else '2'}."),
+])  # fmt: skip
+def test_names_of_long_ago_are_known(name, now, then):
+    import torchvision
+
+    with torch.device("meta"):
+        names = list(torchvision.models.get_model(name, weights=None).state_dict())
+    published = [re.sub(now, then, name) for name in names]
+    assert published != names and [present_name(name) for name in published] == names
+
+
+def test_named_weights_bring_the_statistics_they_were_trained_with():
+    def found(name, pretrained):
+        return published_statistics(ModelConfig(name=name, pretrained=pretrained))
+
+    assert found("resnet18", "DEFAULT") == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert found("googlenet", "IMAGENET1K_V1") == ([0.5] * 3, [0.5] * 3)
+    assert found("resnet18", "") is None and found("resnet18", "runs/other/weights.safetensors") is None
+
+
+def test_tensors_alone_fill_a_network_that_asks_for_its_version():
+    trained, fresh = build("mnasnet0_5", seed=1), build("mnasnet0_5", seed=2)
+    weights = {name: t.clone() for name, t in trained.state_dict().items()}
+    with pytest.raises(ValueError, match="version"):
+        fresh.load_state_dict(weights)
+    put_weights(fresh, weights)
+    assert all(torch.equal(t, weights[name]) for name, t in fresh.state_dict().items())

@@ -28,7 +28,7 @@ from dist_train import mistakes, plots, report
 from dist_train.config import DataConfig, ModelConfig, RunConfig
 from dist_train.confusion import class_table, confused_pairs, most_confused
 from dist_train.errors import UserError
-from dist_train.figures import draw_figures
+from dist_train.figures import draw_confusion, draw_figures
 from dist_train.index import load_index
 from dist_train.models import build_model
 from dist_train.settings import to_dict
@@ -356,3 +356,22 @@ def test_a_chart_is_well_formed_and_keeps_inside_its_frame():
         points = [tuple(map(float, p.split(","))) for p in line.get("points").split()]
         assert all(0 <= x <= plots.WIDTH and 0 <= y <= plots.HEIGHT for x, y in points)
     assert plots.line_chart([plots.Curve("x", [1], [math.nan])], "step", str) == ""
+
+
+def test_small_rates_have_labels_of_their_own():
+    for peak in (1.5e-4, 2e-4, 2.4e-5, 8e-6, 0.3):
+        labels = [report._rate(tick) for tick in plots.nice_ticks(0, peak, 4)]
+        assert len(set(labels)) == len(labels), labels
+    assert [report._rate(rate) for rate in (0, 1.5e-4, 1e-4, 0.05)] == ["0", "1.5e-4", "1e-4", "0.05"]
+
+
+def test_dollars_in_names_are_dollars():
+    counts = np.array([[3, 1], [2, 4]])
+    assert draw_confusion(counts, ["$1_$5", "x$^$"]).size == draw_confusion(counts, ["a", "b"]).size
+
+
+def test_wide_letters_have_room():
+    wide = "漢字仮名交じり文十字"
+    picture = ElementTree.fromstring(plots.heat_map(np.eye(2, dtype=int), [wide, "b"]))
+    (place,) = {float(label.get("x")) for label in picture.iter() if label.text == wide and label.get("text-anchor") == "end"}
+    assert place >= plots.text_width(wide) == 120

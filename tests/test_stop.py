@@ -54,6 +54,12 @@ def test_a_training_that_does_not_end_is_told(run):
     lock.close()
 
 
+def test_a_copied_run_without_a_lock_is_left_as_it_is(run):
+    with pytest.raises(UserError, match="no process trains in this folder"):
+        main([str(run)])
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml"]
+
+
 def test_where_nothing_trains_there_is_nothing_to_stop(run):
     runtime.RunLock(run).close()
     with pytest.raises(UserError, match="no process trains in this folder"):

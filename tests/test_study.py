@@ -19,7 +19,7 @@ from dist_train.errors import UserError
 from dist_train.search import Space
 from dist_train.settings import read_config, setting_names
 from dist_train.study import main, open_study, queue_abandoned, read_plan
-from dist_train.study_report import Row, trial_table
+from dist_train.study_report import Row, importance, mean_curve, trial_table
 from dist_train.train import run_training
 from dist_train.trial import best_line, mean_figures
 
@@ -335,3 +335,22 @@ def test_the_table_shows_mean_and_sample_deviation():
     folds = [{"best_epoch": 1.0, "train_s": 2.0}, {"best_epoch": 2.0, "train_s": 3.0}]
     row = Row(7, {"optim.lr": 0.0123456}, folds, [0.9, 0.94], Path())
     assert trial_table([row], "top1").rows == [["7", "92.00%", "2.83%", "1.5", "5.0", "0.01235"]]
+
+
+def test_settings_that_matter_together_alone_are_not_said_to_matter_by_themselves():
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.GridSampler({"a": [0, 1], "b": [0, 1], "c": [0, 1, 2, 3]}))
+    study.optimize(lambda t: float(t.suggest_int("a", 0, 1) ^ t.suggest_int("b", 0, 1)) + 1e-6 * t.suggest_int("c", 0, 3), 16)
+    shares = importance(study)
+    assert set(shares) == {"a", "b", "c"} and sum(shares.values()) < 0.5
+
+
+def test_a_trials_curve_is_the_mean_of_evaluations_however_close_they_are(tmp_path):
+    for fold in range(2):
+        (tmp_path / f"fold-{fold}").mkdir()
+        lines = [{"kind": "eval", "split": "val", "step": k, "epoch": k / 11.2, "top1": 0.1 * k + 0.02 * fold} for k in range(1, 9)]
+        (tmp_path / f"fold-{fold}" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[: 8 - fold]))
+    epochs, means = mean_curve(Row(0, {}, [{}, {}], [0.1, 0.2], tmp_path), "top1")
+    assert epochs == [k / 11.2 for k in range(1, 8)] and means == pytest.approx([0.1 * k + 0.01 for k in range(1, 8)])

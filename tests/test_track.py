@@ -46,6 +46,16 @@ def test_every_line_reads_back_as_it_was_given(tmp_path):
     assert second == {"kind": "eval", "split": "val", "step": 10, "epoch": 0.2, "loss": 0.5, "time_s": 7.5}
 
 
+def test_an_evaluation_of_the_training_split_has_a_line_of_its_own(tmp_path):
+    tracker = open_tracker(tmp_path, OFF, True, 100, None)
+    for step in (10, 20):
+        tracker.train(step, values(step))
+        tracker.evaluation(step, "train", {"epoch": 0.2, "loss": 0.5, "time_s": 7.5})
+    tracker.finish(True)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert steps_of(lines, "train") == steps_of(lines, "eval") == [10, 20]
+
+
 def test_no_step_stands_twice_after_a_resume(tmp_path):
     tracker = open_tracker(tmp_path, OFF, True, 100, None)
     train(tracker, range(10, 61, 10))
