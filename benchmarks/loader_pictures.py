@@ -43,7 +43,7 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def photographs(into: Path, options, least: int = 1000) -> None:
+def photographs(into: Path, options, least: int = 4000) -> None:
     """At least so many files: what there is, again under other names."""
     payloads = list(jpegs(asked_for(options.images, "--images")))
     for k, payload in enumerate(itertools.islice(itertools.cycle(payloads), max(least, len(payloads)))):
@@ -98,8 +98,8 @@ def write(path: Path, payload: bytes) -> None:
 
 
 def ratio(values: list[float], others: list[float] | None) -> float | None:
-    """Median of the rounds' own ratios: what slowed a whole round down is not in it."""
-    return round(statistics.median(a / b for a, b in zip(values, others, strict=True)), 2) if others else None
+    """Of the medians: of the rounds' own ratios, one round in which the other was disturbed would make the best the median."""
+    return round(statistics.median(values) / statistics.median(others), 2) if others else None
 
 
 def asked_for(path: Path | None, option: str) -> Path:

@@ -137,7 +137,7 @@ def _webdataset(folder: Path, size: int, batch_size: int, augmented: bool):
     transform = _transforms(size, augmented)
     tars = sorted(map(str, (folder / "shards").glob("train-*.tar")))
     pictures = (wds.WebDataset(tars, shardshuffle=True, resampled=False, nodesplitter=None).shuffle(1000).decode("pil")
-                .to_tuple("jpg", "cls").map_tuple(transform, int).batched(batch_size, partial=False))  # fmt: skip
+                .to_tuple("jpg", "cls").map_tuple(transform, int).repeat().batched(batch_size))  # fmt: skip
     return _endless(wds.WebLoader(pictures, batch_size=None, num_workers=WORKERS, persistent_workers=True))
 
 
@@ -252,8 +252,8 @@ def _tf_data(folder: Path, size: int, batch_size: int, augmented: bool):
         return tf.cast(tf.image.random_flip_left_right(picture), tf.uint8)
 
     paths = [str(path) for path, _ in labelled(folder)]
-    pictures = tf.data.Dataset.from_tensor_slices(paths).shuffle(len(paths)).map(load, WORKERS)
-    for batch in pictures.batch(batch_size, drop_remainder=True).prefetch(2).repeat().as_numpy_iterator():
+    pictures = tf.data.Dataset.from_tensor_slices(paths).shuffle(len(paths)).repeat().map(load, WORKERS, deterministic=False)
+    for batch in pictures.batch(batch_size, drop_remainder=True).prefetch(2).as_numpy_iterator():
         yield torch.from_numpy(batch)
 
 

@@ -8,7 +8,7 @@ W1: photographs in original sizes -> random resized crop 224 and flip, batch 64.
 in a process of its own; they are measured in turns, round by round, so that what else the machine does falls on all alike.
 Peers that are not installed are left out by name; --peer-python names interpreters that have those which this one lacks.
 "conversion" is of the CIFAR files, beside webdataset's ShardWriter; "conversion-photographs" of 8,000 photographs, beside a copy.
---quick takes about 9 minutes. Writes benchmarks/results/loaders.json.
+--quick takes about 15 minutes. Writes benchmarks/results/loaders.json.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
                         default=[*WORKLOADS, *CONVERSIONS])  # fmt: skip
     parser.add_argument("--peers", nargs="*", default=list(PEERS), help=", ".join(PEERS))
     parser.add_argument("--peer-python", nargs="+", default=[], help="interpreters for peers that this one has not got")
-    parser.add_argument("--quick", action="store_true", help="--rounds 3 --seconds 1 --small 20000, two of each conversion")
+    parser.add_argument("--quick", action="store_true", help="--rounds 5 --seconds 1 --small 20000, two of each conversion")
     parser.add_argument("--small", type=int, default=100_000, help="pictures of W3")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement")
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="the last line is the results as one JSON object")
     options = parser.parse_args()
     if options.quick:
-        options.rounds, options.seconds, options.small = 3, 1.0, 20_000
+        options.rounds, options.seconds, options.small = 5, 1.0, 20_000
     missing = [name for name in options.peers if not python_of(name, options)]
     peers = [name for name in options.peers if name not in missing]
     if missing:
@@ -81,13 +81,14 @@ def measure(workload: str, names: list[str], source: Path, options) -> dict:
             opened[name], rates[name] = json.loads(answer), []
         else:
             failed[name] = last_words(workload, name, options)
-    for _ in range(options.rounds):
-        for name in list(rates):
+    for turn in range(options.rounds + 1):  # the first is a warm-up, and not counted
+        order = list(rates)
+        for name in order[turn % len(order) :] + order[: turn % len(order)]:
             children[name].stdin.write("go\n")
             children[name].stdin.flush()
             answer = children[name].stdout.readline()
             if answer:
-                rates[name].append(json.loads(answer))
+                rates[name] += [json.loads(answer)] if turn else []
             else:
                 failed[name] = last_words(workload, name, options)
                 del rates[name]
@@ -119,7 +120,7 @@ def described(rates: list, others: list | None) -> dict:
     wall, cpu = zip(*others, strict=True) if others else (None, None)
     return {
         "images_per_s": round(statistics.median(values)), "lowest": round(min(values)), "highest": round(max(values)),
-        "images_per_cpu_s": round(statistics.median(per_cpu)), "n": len(values),
+        "images_per_cpu_s": round(statistics.median(per_cpu)), "n": len(values), "rounds": [round(value) for value in values],
         "per_imagefolder": ratio(values, wall), "per_imagefolder_cpu": ratio(per_cpu, cpu),
     }  # fmt: skip
 

@@ -9,7 +9,7 @@ arithmetic: the convolutions and matrix products of a step by themselves, in the
 inputs that lie ready: what no trainer on these kernels exceeds, so dist_train's share of it says what is left to win. keras
 (Keras 3 on TensorFlow, mixed_bfloat16, AlexNet only) and lightning (bf16-mixed): on one batch in memory, run by a Python of
 an environment that has them. Each is a process of its own, and they compute one at a time. Writes
-benchmarks/results/step-<model>-<size>-<device>.json.
+benchmarks/results/step-<model>-<size>-[<precision>-]<device>.json.
 """
 
 import argparse
@@ -59,7 +59,8 @@ def main() -> None:
         shards = make_shards(Path(scratch), options.size, max(1024, 4 * options.batch_size))
         figures = in_turns(options, shards)
     result = summary(figures) | surroundings(options, figures)
-    out = Path(options.out or f"benchmarks/results/step-{options.model}-{options.size}-{result['device']}.json")
+    precision = "" if options.precision == "fp32" else f"{options.precision}-"
+    out = Path(options.out or f"benchmarks/results/step-{options.model}-{options.size}-{precision}{result['device']}.json")
     out.write_text(json.dumps(result, indent=1) + "\n")
     for kind in options.pythons:
         rates = [f["images_per_s"] for f in figures[kind]]
