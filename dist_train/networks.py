@@ -6,6 +6,7 @@ keeps resolution (no stride of 4, no pooling that a small picture cannot bear) a
 
 from collections import OrderedDict
 
+import torch
 from torch import Tensor, nn
 
 ALEXNET_CHANNELS = (64, 192, 384, 256, 256)  # Krizhevsky, "One weird trick", 2014: torchvision's
@@ -26,6 +27,31 @@ class ConvNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images: (N, 3, H, W) float. Returns logits (N, num_classes)."""
         return self.classifier(self.avgpool(self.features(images)).flatten(1))
+
+
+class GridPool(nn.AdaptiveAvgPool2d):
+    """The mean over the windows of a grid, as a matrix product where that is exact: where windows have 1, 2, 4, ... pixels.
+
+    torch's own takes 4% of AlexNet's step at 64 px on a CPU, and adds up in bf16 where the features are (2.15).
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features: (N, C, H, W) float. Returns (N, C, *output_size)."""
+        sides = tuple(zip(features.shape[2:], self.output_size, strict=True))
+        if all(there == wanted for there, wanted in sides):
+            return features
+        counts = {-(-(k + 1) * there // wanted) - k * there // wanted for there, wanted in sides for k in range(wanted)}
+        if any(count & count - 1 for count in counts):
+            return super().forward(features)
+        shares = torch.kron(*(_window_shares(there, wanted, features.device) for there, wanted in sides))
+        return (features.flatten(2) @ shares.to(features.dtype)).unflatten(2, self.output_size)
+
+
+def _window_shares(there: int, wanted: int, device: torch.device) -> Tensor:
+    """(there, wanted) float32: by how much each pixel of a side counts in each window; made where it is used."""
+    pixel, window = torch.arange(there, device=device)[:, None], torch.arange(wanted, device=device)
+    inside = (pixel >= window * there // wanted) & (pixel * wanted < (window + 1) * there)
+    return inside / inside.sum(0)
 
 
 def alexnet(
@@ -58,7 +84,7 @@ def alexnet(
         nn.Dropout(dropout), nn.Linear(hidden, hidden), nn.ReLU(inplace=True),
         nn.Linear(hidden, num_classes),
     )  # fmt: skip
-    return ConvNet(features, nn.AdaptiveAvgPool2d(grid), classifier)
+    return ConvNet(features, GridPool(grid), classifier)
 
 
 def vgg(
@@ -101,7 +127,7 @@ def vgg(
             nn.Linear(hidden, hidden), nn.ReLU(inplace=True), nn.Dropout(dropout),
             nn.Linear(hidden, num_classes),
         )  # fmt: skip
-    return ConvNet(nn.Sequential(*layers), nn.AdaptiveAvgPool2d(grid), classifier)
+    return ConvNet(nn.Sequential(*layers), GridPool(grid), classifier)
 
 
 def mlp(

@@ -312,3 +312,20 @@ def test_tensors_alone_fill_a_network_that_asks_for_its_version():
         fresh.load_state_dict(weights)
     put_weights(fresh, weights)
     assert all(torch.equal(t, weights[name]) for name, t in fresh.state_dict().items())
+
+
+@pytest.mark.parametrize("grid", [(6, 6), (1, 1), (2, 2), (3, 5), (4, 1), (7, 13), (12, 12), (24, 24)])
+@pytest.mark.parametrize("wanted", [(6, 6), (7, 7), (1, 1), (3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_pool_to_a_grid_is_torchs(grid, wanted, dtype):
+    torch.manual_seed(0)
+    features = torch.randn(3, 5, *grid).to(dtype).contiguous(memory_format=torch.channels_last)
+    ours, theirs = features.clone().requires_grad_(), features.float().requires_grad_()
+    found, expected = networks.GridPool(wanted)(ours), nn.AdaptiveAvgPool2d(wanted)(theirs)
+    change = torch.randn(found.shape).to(dtype)
+    found.backward(change), expected.backward(change.float())
+    if grid in (wanted, (1, 1)):
+        assert torch.equal(found, expected.to(dtype))
+    torch.testing.assert_close(found, expected.to(dtype))
+    rounding = {"rtol": 2e-2, "atol": 4e-3} if dtype == torch.bfloat16 else {}  # torch's own adds up in bf16 where it is left to
+    torch.testing.assert_close(ours.grad, theirs.grad.to(dtype), **rounding)
