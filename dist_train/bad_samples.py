@@ -1,11 +1,14 @@
 """Samples that cannot be decoded: named, counted, limited, and who takes their place."""
 
+import itertools
 import threading
 from pathlib import Path
 
 import numpy as np
 
 from dist_train.errors import UserError
+
+_NAMED = 20  # in an error
 
 
 class Undecodable(UserError):
@@ -26,7 +29,8 @@ class BadSamples:
     def __init__(self, limit: int):
         self.limit = limit
         self.reasons: dict[int, str] = {}  # number in the split -> shard, name and why
-        self._told: set[int] = set()
+        self._told: dict[int, str] = {}  # of any rank, returned by `news`
+        self._noted = 0  # of the reasons, handed out
         self._lock = threading.Lock()
 
     def stand_ins(self, samples: np.ndarray, num_samples: int) -> np.ndarray:
@@ -41,9 +45,11 @@ class BadSamples:
         return samples
 
     def noted(self) -> dict[int, str]:
-        """The reasons so far, as they stand: other threads go on noting."""
+        """The reasons that were not handed out before."""
         with self._lock:
-            return dict(self.reasons)
+            fresh = dict(itertools.islice(self.reasons.items(), self._noted, None))
+            self._noted += len(fresh)
+            return fresh
 
     def condemn(self, sample: int, fault: Undecodable, num_samples: int) -> None:
         """Note a bad sample. Raises UserError, the fault with the count, where the limit does not allow another."""
@@ -60,11 +66,13 @@ class BadSamples:
         Raises UserError, naming them, where the ranks together have more than the limit.
         """
         together = {sample: reason for reasons in everyone for sample, reason in reasons.items()}
-        if len(together) > self.limit:
-            names = "".join(f"\n  {together[sample]}" for sample in sorted(together))
-            raise UserError(f"{len(together)} pictures cannot be decoded; data.max_bad allows {self.limit}:{names}")
-        new = sorted(together.keys() - self._told)
-        self._told |= set(new)
+        new = sorted(together.keys() - self._told.keys())
+        self._told |= together
+        if len(self._told) > self.limit:
+            names = [f"\n  {self._told[sample]}" for sample in sorted(self._told)]
+            more = f"\n  and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+            what = f"{len(names):,} pictures cannot be decoded; data.max_bad allows {self.limit:,}"
+            raise UserError(f"{what}:{''.join(names[:_NAMED])}{more}")
         return [together[sample] for sample in new]
 
     def _advice(self) -> str:

@@ -29,7 +29,7 @@ from dist_train.errors import UserError
 from dist_train.folds import open_index
 from dist_train.order import Order, sample_keys
 from dist_train.settings import read_config
-from dist_train.sizes import decoder_crop, input_size
+from dist_train.sizes import decoder_crop, input_size, on_device_crop
 from dist_train.store import Store
 
 MOST_MB = 256  # payloads kept in memory, so that decoding can be measured without reading
@@ -173,7 +173,7 @@ def _parts(config: RunConfig, device: torch.device, threads: int) -> dict[str, I
     if device.type != "cpu":
         parts["device"] = map(len, to_device(stream(), device))
     if not is_table:
-        on_device = "none" if crop == "random_resized" else config.augment.crop
+        on_device = on_device_crop(config, crop)
         augment = Augment(
             dataclasses.replace(config.augment, crop=on_device),
             input_size(config, index),

@@ -30,7 +30,8 @@ class DataConfig:
     """what the decoder cuts out for training: a random box (keyed by the sample) or the whole picture; auto takes the
     random box where augment.crop asks for one and pictures differ in size, and leaves one-size sets to the device"""
     eval_crop: float = 0.875
-    """share of the shorter side kept by the central crop in evaluation, where pictures differ in size"""
+    """share of the shorter side kept by the central crop in evaluation, where random crops are cut while decoding (pictures of
+    different sizes); elsewhere, and with 0, the whole picture is taken, whatever its shape"""
     window_shards: int = 16
     """samples are shuffled inside windows of this many shards; at least the number of shards is a full shuffle"""
     lanes: int = 0
@@ -95,8 +96,9 @@ class AugmentConfig:
     cutmix: float = 0.0
     """alpha of cutmix's Beta distribution; 0 is off, 1.0 is usual; with mixup on, each pair does one of them"""
     start_size: int = 0
-    """pixels of the shorter side that enter the network at first; then they grow by eighths of the full size (progressive
-    resizing), and the first steps cost less; with train.compile each size is compiled; 0 is full size throughout"""
+    """pixels of the shorter side that enter the network at first, rounded up to an eighth of the full size; then they grow by
+    eighths (progressive resizing), and the first steps cost less; with train.compile each size is compiled; 0 is full size
+    throughout"""
     full_size_from: float = 0.7
     """share of the run after which pictures are at full size, where start_size is set"""
 
@@ -183,7 +185,8 @@ class TrainConfig:
     max_steps: int = 0
     """stop after this many steps whatever the epochs say; 0 is no limit. The schedule is that of the whole run"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """arithmetic of the forward and backward pass; weights stay fp32. fp16 needs a GPU"""
+    """arithmetic of the forward and backward pass; weights stay fp32. fp16 needs a GPU; fp32 is TF32 in products and convolutions
+    where the GPU has it"""
     parallel: Literal["ddp", "hybrid", "fsdp"] = "ddp"
     """how several ranks share the network: ddp, whole on each; hybrid, the fully connected layers of alexnet and vgg split over
     the ranks, so that activations travel and not their gradients; fsdp, every weight split, for networks too large for one"""
@@ -202,7 +205,8 @@ class TrainConfig:
     shift_test: int = 0
     """pixels: evaluate the mean of each picture's logits and those of it moved so far both ways along its diagonal; 0 is off"""
     sync_batchnorm: bool = True
-    """BatchNorm over the global batch, so that the figures do not depend on the number of ranks"""
+    """BatchNorm over what all ranks take through at once, so that the figures do not depend on the number of ranks: the global
+    batch, unless micro_batch_size cuts it"""
     channels_last: bool = True
     """memory format of kernels; pictures lie channels-last in any case"""
     compile: bool = False
@@ -286,7 +290,8 @@ class ShardConfig:
     drop: tuple[str, ...] = ()
     """csv: columns left out, such as a row number"""
     missing: Literal["drop", "mean", "error"] = "drop"
-    """csv: what happens to rows with missing or non-numeric values"""
+    """csv: what happens to rows with missing or non-numeric values; mean is that of the column in the whole file, validation and
+    test rows included"""
     extra: bool = False
     """torchvision: add the set's extra training samples, where it has some (SVHN)"""
     download: bool = False
@@ -336,7 +341,8 @@ class StudyConfig:
     folds: int = 0
     """trainings per trial, one for each fold of the training split; 0 is one training against the validation split"""
     metric: Literal["top1", "loss"] = "top1"
-    """validation figure that is optimised: the highest top1 or the lowest loss; each training's best evaluation counts"""
+    """validation figure that is optimised: the highest top1 or the lowest loss; each training's best evaluation counts. It
+    takes the place of train.monitor"""
     prune: bool = True
     """end trials that fall behind the median of those before"""
     seed: int = 0

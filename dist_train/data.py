@@ -73,7 +73,7 @@ def open_stream(
     crop: str = "resize",
     seed: int = 0,
     threads: int = 0,
-    world: tuple[int, int] = (0, 1),
+    world: tuple[int, ...] = (0, 1),
     start_step: int = 0,
     stop_step: int | None = None,
     scale: tuple[float, float] = (0.08, 1.0),
@@ -89,19 +89,18 @@ def open_stream(
 ) -> Iterator[Batch]:
     """The shuffled, endless stream of batches of a split: every sample exactly once an epoch, any step at once.
 
-    shards: a folder with an index.json, or a loaded index. batch_size: the global batch, over all ranks; this rank
-    gets batch_size / world_size of it. world: (rank, world_size). image_size: height and width of the output, pixels;
-    0 keeps the stored size, which must then be the same for all. crop: "random_resized" cuts the random box of the
-    sample's key (scale, ratio: share of the area and aspect, Szegedy et al. 2015), "resize" takes the whole picture.
-    Steps start_step, start_step + 1, ... come until stop_step, or without end; the state of the stream is that number.
-    cache: where decoded samples are kept from epoch to epoch (cache.DecodedCache, or one of its modes for this stream alone);
-    with "device" the images come on its device. It changes no pixel. bad_samples: takes note of pictures that cannot be
-    decoded, and says what comes in their place; without it the first one ends the stream. gpu_decoder: decodes what is cut at
-    random, and leaves it on its device.
+    shards: a folder with an index.json, or a loaded index. batch_size: the global batch, over all ranks. world: (rank,
+    world_size), this rank's equal part, and how many ranks share this machine. image_size: height and width, pixels; 0 keeps
+    the stored size, which must then be the same for all. crop: "random_resized" cuts the random box of the sample's key
+    (scale, ratio: share of the area and aspect, Szegedy et al. 2015), "resize" takes the whole picture. Steps start_step,
+    start_step + 1, ... come until stop_step, or without end; the state of the stream is that number.
+    cache: where decoded samples are kept from epoch to epoch (cache.DecodedCache, or one of its modes); it changes no pixel;
+    with "device" the images come on its device. bad_samples: takes note of pictures that cannot be decoded, and says what comes
+    in their place; without it the first one ends the stream. gpu_decoder: decodes random boxes, and leaves them on its device.
     Raises UserError if the split, the sizes or a sample cannot be had.
     """
     index = shards if isinstance(shards, ShardIndex) else load_index(shards)
-    rank, world_size = world
+    rank, world_size, machine_ranks = (*world, 1)[:3]
     source = index.split(split)
     try:
         order = Order(source.shard_samples, batch_size, seed, window_shards, lanes)
@@ -148,7 +147,8 @@ def open_stream(
     upcoming = (
         load.not_kept(source.stored_numbers(walk.rank_batch(step, rank, world_size)[0])) for step in copy.copy(steps)
     )
-    return read_ahead(load.store, upcoming, shards_in_play(order, world_size), batches)
+    together = shards_in_play(order, -(-world_size // machine_ranks))
+    return read_ahead(load.store, upcoming, shards_in_play(order, world_size), batches, machine_ranks, together)
 
 
 def open_evaluation(
@@ -158,7 +158,7 @@ def open_evaluation(
     image_size: int = 0,
     eval_crop: float = 0.875,
     threads: int = 0,
-    world: tuple[int, int] = (0, 1),
+    world: tuple[int, ...] = (0, 1),
     prefetch_mb: int = 256,
     verify: bool = True,
     pin_memory: bool = False,
@@ -172,7 +172,7 @@ def open_evaluation(
     """
     size = _output_size(index, image_size)
     source = index.split(split)
-    share = evaluation_share(source.num_samples, *world)
+    share = evaluation_share(source.num_samples, *world[:2])
 
     def central_boxes(rows, keys):
         return crop_boxes.central_boxes(rows["height"], rows["width"], size, eval_crop)
@@ -195,7 +195,7 @@ def open_evaluation(
         load.not_kept(source.stored_numbers(np.array(share[s * batch_size : (s + 1) * batch_size], np.int64)))
         for s in steps
     )
-    return read_ahead(load.store, upcoming, 4, batches)
+    return read_ahead(load.store, upcoming, 4, batches, (*world, 1)[2])
 
 
 def to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

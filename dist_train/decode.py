@@ -307,6 +307,11 @@ def _decoded(payload, height: int, width: int, scale: int, colours: str, room: n
     try:
         return simplejpeg.decode_jpeg(payload, colours, buffer=room, **smallest)
     except ValueError as error:
+        at = bytes(payload[:_HEADER_BYTES]).find(b"JFIF\0") + 5
+        if "unknown JFIF revision" in str(error) and at >= 5 and payload[at] != 1:
+            # libjpeg keeps its first warning alone, and what is worse may stand behind that one
+            known = bytes(payload[:at]) + b"\1" + bytes(payload[at + 1 :])
+            return _decoded(known, height * scale, width * scale, scale, colours, room)
         if not _HARMLESS.search(str(error)):
             raise
     return room[: height * width * len(colours)].reshape(height, width, len(colours))  # it was written all the same
@@ -327,7 +332,8 @@ def _room(num_bytes: int, use: str = "pixels") -> np.ndarray:
 _kept = threading.local()
 
 # The picture is complete all the same: what the well-known dogs and cats set has by the dozen.
-_HARMLESS = re.compile("extraneous bytes before marker 0xd9|unknown JFIF revision")
+_HARMLESS = re.compile("extraneous bytes before marker 0xd9")
+_HEADER_BYTES = 1 << 16  # where the JFIF marker is looked for
 
 
 def _cmyk_to_rgb(pixels: np.ndarray) -> np.ndarray:

@@ -41,22 +41,23 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     config: RunConfig, index: ShardIndex, split: str, network: torch.nn.Module, accelerator, world: World, crop: float,
-    is_asked_to_stop: Callable[[], bool] = lambda: False, cache: str | DecodedCache = "none",
+    is_asked_to_stop: Callable[[], bool] = lambda: False, cache: str | DecodedCache = "none", confusion: bool = True,
 ) -> Evaluation:  # fmt: skip
     """Evaluate a network on a split; every rank returns the same figures.
 
     network: without the wrapper of data parallelism, so that ranks with different numbers of batches never wait for
     each other. crop, cache: see `open_evaluation`. is_asked_to_stop: asked about once a second; where it is true on any rank, all
-    raise Interrupted. Raises UserError if a sample cannot be read.
+    raise Interrupted. confusion: keep the (K, K) table too. Raises UserError if a sample cannot be read.
     """
     was_training = network.training
     network.eval()
-    sums = Sums(index.num_classes, world.device, confusion=True)
+    sums = Sums(index.num_classes, world.device, confusion)
     per_sample = []
     data, num_samples = config.data, index.split(split).num_samples
     batch_size = max(1, data.global_batch_size // world.world_size)
+    batch_size = min(batch_size, config.train.micro_batch_size or batch_size)
     batches = open_evaluation(
-        index, split, batch_size, data.image_size, crop, data.threads, (world.rank, world.world_size), data.prefetch_mb,
+        index, split, batch_size, data.image_size, crop, data.threads, world.place, data.prefetch_mb,
         data.verify, world.device.type == "cuda", cache,
     )  # fmt: skip
     largest_share = -(-num_samples // world.world_size)
@@ -145,7 +146,7 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     write_json(folder / f"evaluation-{evaluation.split}.json", {
         "split": evaluation.split, "fingerprint": evaluation.fingerprint, **result.figures(),
         "confusion": result.confusion.tolist(), "mistakes": evaluation.mistakes,
-    })  # fmt: skip
+    }, indent=None)  # a line a cell would take minutes where there are thousands of classes  # fmt: skip
 
 
 def _worst(per_sample: list, world: World) -> list[dict]:

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,18 +16,10 @@ from dist_train.index import ShardIndex, SplitIndex, load_index, save_index, sav
 from dist_train.read_foreign import Sums, read_tars
 from dist_train.remote import is_remote, shown
 from dist_train.shard_cache import DEFAULT_GB, ShardCache, default_folder
-from dist_train.sources import SPLITS, printable
+from dist_train.sources import SPLIT_WORDS, SPLITS, printable
 from dist_train.tar_lists import NamedTar, named_tars
 from dist_train.tars import writing
 
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}
 _STATISTICS_SAMPLES = 20_000  # decoded a split for mean and std: the third digit is settled far earlier
 
 
@@ -78,6 +71,10 @@ def index_tars(
     _check_own(folder)
     cache = cache or ShardCache(default_folder(), int(DEFAULT_GB * 1e9))
     of_split = [_split_of(tar.words) for tar in tars]
+    if unnamed := [shown(tar.place) for tar, split in zip(tars, of_split, strict=True) if not split and any(of_split)]:
+        more = f" and {len(unnamed) - 3} more" if unnamed[3:] else ""
+        print(f"{', '.join(unnamed[:3])}{more}: no split in the name, taken for train", file=sys.stderr)
+    of_split = [split or "train" for split in of_split]
     most_decoded = [-(-_STATISTICS_SAMPLES // of_split.count(split)) for split in of_split]
     parsed, sums = zip(*read_tars(tars, most_decoded, cache), strict=True)
     files = [_file_name(tar.place, folder) for tar in tars]
@@ -221,7 +218,7 @@ def _class_names(what: str, path: Path | None, labels: list[int | str]) -> list[
 
 def _split_of(path: str) -> str:
     words = re.split(r"[^a-z]+", path.lower())
-    return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "train")
+    return next((SPLITS[SPLIT_WORDS[word]] for word in words if word in SPLIT_WORDS), "")
 
 
 def _statistics(what: str, sums: list[Sums], vectors: bool) -> tuple[list[float], list[float], list[str] | None]:

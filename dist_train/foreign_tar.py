@@ -65,6 +65,9 @@ def parse_tar(path: Path, place: str) -> Parsed:
             file.seek(tar.offset)
             if file.read(512).strip(b"\0"):  # tarfile takes whatever is no header for the end
                 raise tarfile.ReadError(f"no header where one belongs, at byte {tar.offset:,}")
+            while rest := file.read(1 << 20):
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError(f"it goes on after its end at byte {tar.offset:,}, as tars do that cat has joined")
     except (tarfile.TarError, EOFError) as error:
         with open(path, "rb") as file:
             packed = file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
@@ -87,10 +90,22 @@ def parse_tar(path: Path, place: str) -> Parsed:
                 rows.append(row)
                 keys.append(group.key)
                 labels.append(group.label)
+    bad += [(key, "a dot before its extension, which webdataset takes for the key's end") for key in _dotted(members)]
     return Parsed(
         np.array(rows, SAMPLE), keys, labels, bad, repeated=len(keys) - len(set(keys)), checksum=file_checksum(path),
         num_bytes=size, key_counts=_key_counts(members), lengths=lengths,
     )  # fmt: skip
+
+
+def _dotted(members: list[Member]) -> list[str]:
+    """Samples by all but their names: a.b.jpg beside a.b.cls. Alone, a.seg.png is something else of sample a."""
+    kinds: dict[str, set] = {}
+    for name, _, _ in members:
+        key, extension = _split_name(name)
+        rest, dot, last = extension.lower().rpartition(".")
+        if key and dot:
+            kinds.setdefault(f"{key}.{rest}", set()).add("payload" if last in _PAYLOADS else last)
+    return [key for key, found in kinds.items() if {"payload", "cls"} <= found]
 
 
 def _key_counts(members: list[Member]) -> set[int]:

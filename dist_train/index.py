@@ -139,6 +139,12 @@ class ShardIndex:
             raise UserError(f"{self.folder}: there is no split {name!r}; it has {', '.join(self.splits)}.")
         return self.splits[name]
 
+    def check_tables(self, names: set[str]) -> None:
+        """`SplitIndex.check_table` of those of the splits that there are; of a part, its whole's."""
+        stored = {id(split): split for split in (self.splits[name].stored for name in sorted(names & self.splits.keys()))}
+        for split in stored.values():
+            split.check_table()
+
 
 def load_index(folder: str | os.PathLike, cache_dir: str = "", cache_gb: float = 100.0) -> ShardIndex:
     """Read shards/NAME/index.json. Raises UserError if it is missing, damaged, or of another format.

@@ -5,12 +5,13 @@ import io
 
 from dist_train.errors import UserError
 from dist_train.index import SplitIndex
-from dist_train.picture_plots import HARD_PIXELS
+from dist_train.picture_plots import HARD_PIXELS, cell, thumbnail
 from dist_train.store import Store
 
 MAX_MISTAKES = 24  # shown
 EMBED_BYTES = 40_000  # larger pictures are embedded as small copies
 THUMBNAIL = 256  # pixels, longer side of such a copy
+_ORIENTATION = 0x0112  # EXIF
 
 
 def worst_mistakes(evaluation: dict, classes: list[str], split: SplitIndex | None) -> tuple[list[dict], str]:
@@ -52,18 +53,17 @@ def worst_mistakes(evaluation: dict, classes: list[str], split: SplitIndex | Non
 def picture_uri(data: bytes) -> tuple[str | None, bool]:
     """(data URI of a picture, whether it is small enough to be shown with hard pixels); (None, False) if it is none.
 
-    JPEG, PNG and WebP pass through; other kinds and large files become small JPEG copies.
+    JPEG, PNG and WebP pass through; other kinds, large files, turned ones and those of 16 bits become small copies, decoded as for
+    the network.
     """
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(data)) as image:
             small, kind = max(image.size) <= HARD_PIXELS, image.format
-            if kind not in ("JPEG", "PNG", "WEBP") or len(data) > EMBED_BYTES:
-                image.thumbnail((THUMBNAIL, THUMBNAIL))
-                copy = io.BytesIO()
-                image.convert("RGB").save(copy, "JPEG", quality=85)
-                data, kind = copy.getvalue(), "JPEG"
+            is_plain = image.getexif().get(_ORIENTATION, 1) == 1 and not image.mode.startswith("I")
+            if kind not in ("JPEG", "PNG", "WEBP") or len(data) > EMBED_BYTES or not is_plain:
+                return cell(thumbnail(data, THUMBNAIL)).uri, small
     except Exception:  # whatever PIL cannot open is not shown
         return None, False
     return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}", small

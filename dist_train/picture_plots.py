@@ -3,6 +3,7 @@ layer looks for."""
 
 import base64
 import io
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,10 +42,12 @@ def some_of_each_class(split: SplitIndex, num_classes: int, per_class: int) -> l
     Of a set behind a URL, from its first two shards: samples from everywhere would fetch all of it.
     """
     reach = int(split.first[2]) if split.stored.remote and split.num_shards > 2 else split.num_samples
-    labels = split.table()["label"][:reach]
+    labels = np.ascontiguousarray(split.table()["label"][:reach])
+    by_class = np.argsort(labels, kind="stable")
+    ends = np.searchsorted(labels[by_class], np.arange(num_classes + 1))
     chosen = []
-    for label in range(num_classes):
-        members = np.flatnonzero(labels == label)
+    for first, last in itertools.pairwise(ends.tolist()):
+        members = by_class[first:last]
         chosen.append(members[np.linspace(0, len(members) - 1, min(per_class, len(members))).astype(int)])
     return chosen
 

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dist_train import boxes, runtime
-from dist_train.config import RunConfig
+from dist_train.config import RunConfig, conflicts
 from dist_train.decode import DecodeError, decode_into, picture_size
 from dist_train.errors import UserError
 from dist_train.evaluate import Evaluation, evaluate, predict_logits, write_evaluation
@@ -26,9 +26,9 @@ from dist_train.models import build_model
 from dist_train.pretrained import put_weights
 from dist_train.settings import from_dict, read_config, to_dict
 from dist_train.sizes import shift_problems
+from dist_train.sources import PICTURES, files_below, printable
 from dist_train.tables import number_in, read_csv
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 BATCH_SIZE = 64
 
 
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
     for names, values, complaints in inputs:
         for name, reason in complaints:
             num_bad += 1
-            print(json.dumps({"path": name, "error": reason}) if options.json else f"{name}: {reason}")
+            print(json.dumps({"path": name, "error": reason}) if options.json else f"{printable(name)}: {reason}")
         if not names:
             continue
         with torch.no_grad():
@@ -112,7 +112,7 @@ def main(argv: list[str]) -> int:
             if options.json:
                 print(json.dumps({"path": name, **top[0], "top": top}))
             else:
-                print(f"{name:40}  " + "  ".join(f"{t['class']} {t['probability']:.1%}" for t in top))
+                print(f"{printable(name):40}  " + "  ".join(f"{t['class']} {t['probability']:.1%}" for t in top))
     runtime.end()
     return 2 if num_bad else 0
 
@@ -128,15 +128,18 @@ def eval_main(argv: list[str]) -> None:
     config = read_config(RunConfig, overrides, "dist-train eval", [str(trained.folder / "config.yaml")])
     index = fold_view(load_index(config.data.shards, config.data.cache_dir, config.data.cache_gb), config)
     check_fits(index, trained)
+    if changed := conflicts({"model": to_dict(trained.config.model)}, {"model": to_dict(config.model)}):
+        raise UserError(f"dist-train eval: the network is the run's.\n  {'; '.join(changed)}\n  Leave it out.")
     if problems := shift_problems(config, index):
         raise UserError("\n".join(problems))
     accelerator, world = runtime.start(config.train.precision, config.runtime.threads, config.runtime.timeout_s)
     trained.network.to(world.device)
     as_trained = _with_statistics(index, trained)
-    evaluation = evaluate(config, as_trained, options.split, trained.network, accelerator, world, trained.eval_crop)
+    evaluation = evaluate(config, as_trained, options.split, trained.network, accelerator, world,
+                          config.data.eval_crop if trained.eval_crop else 0.0)  # fmt: skip
     figures = evaluation.result.figures()
     if world.is_main:
-        _keep(trained.folder, evaluation)
+        _keep(trained, config, evaluation)
         if not options.json:
             for row in class_table(evaluation.result.confusion, trained.classes):
                 print(f"{row['class']:24} {row['samples']:7,} samples   precision {row['precision']:.4f}   "
@@ -145,14 +148,17 @@ def eval_main(argv: list[str]) -> None:
     runtime.end()
 
 
-def _keep(folder: Path, evaluation: Evaluation) -> None:
-    """Write the figures into the run, unless its figures of a split of that name are another set's."""
-    path = folder / f"evaluation-{evaluation.split}.json"
+def _keep(trained: Trained, config: RunConfig, evaluation: Evaluation) -> None:
+    """Write the figures into the run, unless other settings made them or those of a split of that name are another set's."""
+    path = trained.folder / f"evaluation-{evaluation.split}.json"
+    if changed := conflicts(to_dict(trained.config), to_dict(config)):
+        print(f"{path}: left as it is; these figures are of other settings: {'; '.join(changed)}.", file=sys.stderr)
+        return
     with contextlib.suppress(OSError, ValueError, AttributeError):
         if json.loads(path.read_text()).get("fingerprint", evaluation.fingerprint) != evaluation.fingerprint:
             print(f"{path}: left as it is, of another set; remove it to keep these figures there.", file=sys.stderr)
             return
-    write_evaluation(folder, evaluation)
+    write_evaluation(trained.folder, evaluation)
 
 
 def check_fits(index: ShardIndex, trained: Trained) -> None:
@@ -174,7 +180,7 @@ def _picture_paths(paths: list[str]) -> list[str]:
     found = []
     for path in paths:
         if os.path.isdir(path):
-            inside = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in PICTURES)
+            inside = [str(file) for file in files_below(Path(path), PICTURES)]
             if not inside:
                 raise UserError(f"{path}: no pictures in this folder; expected {', '.join(PICTURES)}.")
             found += inside

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from dist_train import messages, plan, runtime
+from dist_train import messages, plan, runtime, sizes
 from dist_train.augment import Augment, mix
 from dist_train.bad_samples import BadSamples, record
 from dist_train.cache import DecodedCache
@@ -34,7 +34,6 @@ from dist_train.parallel import spread
 from dist_train.pretrained import put_weights
 from dist_train.progressive import Progressive
 from dist_train.settings import from_dict, read_written, to_dict
-from dist_train.sizes import check_sizes, decoder_crop, eval_crop, input_size, micro_batch_size, whole_steps
 from dist_train.step_parts import StepParts
 
 
@@ -44,18 +43,18 @@ class Run:
     def __init__(self, config: RunConfig, folder: Path, accelerator, world: runtime.World):
         self.config, self.folder, self.accelerator, self.world = config, folder, accelerator, world
         self.index = open_index(config)
-        check_sizes(config, self.index, world)
+        sizes.check_sizes(config, self.index, world)
         num_samples = self.index.split(config.data.train_split).num_samples
         self.steps_per_epoch = num_samples / config.data.global_batch_size
-        self.num_steps = whole_steps(config.train.epochs, num_samples, config.data.global_batch_size)
-        self.freeze_steps = whole_steps(config.optim.freeze_epochs, num_samples, config.data.global_batch_size)
+        self.num_steps = sizes.whole_steps(config.train.epochs, num_samples, config.data.global_batch_size)
+        self.freeze_steps = sizes.whole_steps(config.optim.freeze_epochs, num_samples, config.data.global_batch_size)
         self.halt_step = config.train.max_steps or math.inf
         self.checkpoints = Checkpoints(folder, config.train.keep_checkpoints)
         self.stop_requests = runtime.StopRequests(folder)
         self.tracker = None
         self._peak_flops = None
 
-        self.input_size = input_size(config, self.index)
+        self.input_size = sizes.input_size(config, self.index)
         network = build_network(config, self.index)
         self.progressive = Progressive(config.augment, self.input_size, self.num_steps) if self.input_size else None
         # size of what enters -> operations of the whole network, before it is spread over the ranks
@@ -76,16 +75,15 @@ class Run:
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.parts = self.new_parts(config.train.profile_steps)
         self.guard = Guard(world.device, world.world_size)
-        crop = "none" if decoder_crop(config, self.index)[0] == "random_resized" else config.augment.crop
+        crop = sizes.on_device_crop(config, sizes.decoder_crop(config, self.index)[0])
         on_device = dataclasses.replace(config.augment, crop=crop)  # what the decoder cuts is not cut again
         self.augment = None if self.index.features else Augment(
             on_device, self.input_size, self.index.mean, self.index.std, world.device)  # fmt: skip
         self.augmented = torch.compile(self._augmented, dynamic=False) if config.train.compile else self._augmented
-        self.micro_batch_size = micro_batch_size(config, world.world_size)
+        self.micro_batch_size = sizes.micro_batch_size(config, world.world_size)
         data = config.data
         if data.verify:
-            for split in self.index.splits.values():
-                split.stored.check_table()
+            self.index.check_tables({data.train_split, data.val_split, data.test_split})
         self.bad_samples = BadSamples(data.max_bad)
         self.gpu_decoder = GpuDecoder(world.device) if data.decode == "gpu" else None
         self.decoded = DecodedCache(data.cache, data.decoded_gb, data.cache_dir, world.device, data.verify, data.cache_gb)
@@ -104,10 +102,10 @@ class Run:
     def stream(self, first_step: int):
         """This rank's batches from first_step to the end of the run."""
         data, augment = self.config.data, self.config.augment
-        crop, size = decoder_crop(self.config, self.index)
+        crop, size = sizes.decoder_crop(self.config, self.index)
         return open_stream(
             self.index, data.train_split, data.global_batch_size, size, crop, self.config.seed, data.threads,
-            (self.world.rank, self.world.world_size), first_step, self.num_steps, augment.scale, augment.ratio,
+            self.world.place, first_step, self.num_steps, augment.scale, augment.ratio,
             data.window_shards, data.lanes, data.prefetch_mb, data.verify, self.world.device.type == "cuda", self.decoded,
             self.bad_samples, self.gpu_decoder,
         )  # fmt: skip
@@ -253,12 +251,13 @@ class Run:
             return False
         return state.step >= self.num_steps or state.has_lost_patience(self.config.train.patience)
 
-    def evaluate(self, split: str) -> Evaluation:
+    def evaluate(self, split: str, confusion: bool = True) -> Evaluation:
         """Evaluate the network as it is on a split. Raises Interrupted, on every rank, if the run is asked to stop."""
         self.prove()
-        crop, asked = eval_crop(self.config, self.index), lambda: bool(self.stop_requests)
+        crop, asked = sizes.eval_crop(self.config, self.index), lambda: bool(self.stop_requests)
         with self.parallel.whole() as network:
-            return evaluate(self.config, self.index, split, network, self.accelerator, self.world, crop, asked, self.decoded)
+            more = crop, asked, self.decoded, confusion
+            return evaluate(self.config, self.index, split, network, self.accelerator, self.world, *more)
 
     def save(self, state: "State", is_best: bool) -> None:
         self.prove()
@@ -353,7 +352,7 @@ class State:
 def build_network(config: RunConfig, index: ShardIndex) -> torch.nn.Module:
     """The network of a recipe on a set of shards, with keyed dropout; on the CPU, weights drawn from config.seed."""
     num_features = len(index.features) if index.features else None
-    network = build_model(config.model, index.num_classes, input_size(config, index), num_features, config.seed)
+    network = build_model(config.model, index.num_classes, sizes.input_size(config, index), num_features, config.seed)
     use_keyed_dropout(network)
     return network
 
@@ -383,7 +382,7 @@ def inference(config: RunConfig, index: ShardIndex, size: tuple[int, int] | None
     return {
         "classes": index.classes, "mean": index.mean, "std": index.std, "features": index.features,
         "image_size": size and list(size), "one_size": index.image_size is not None,
-        "eval_crop": eval_crop(config, index),
+        "eval_crop": sizes.eval_crop(config, index),
     }  # fmt: skip
 
 

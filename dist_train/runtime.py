@@ -4,6 +4,7 @@ The only file that reads what a launcher put into the environment, but for the r
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -30,6 +31,11 @@ class World:
     local_rank: int
     local_world_size: int
     device: object
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """(rank, world size, ranks of this machine), as `data.open_stream` takes it."""
+        return self.rank, self.world_size, self.local_world_size
 
     @property
     def is_main(self) -> bool:
@@ -110,7 +116,7 @@ def start(precision: str, threads: int, timeout_s: int):
         raise UserError(
             f"the {world_size} ranks did not meet at {master_address()}:{env.get('MASTER_PORT')} within {timeout_s} s: "
             f"{str(error).splitlines()[0]}\n  Look for the last words of the rank that is missing, and whether that port "
-            f"can be reached from every host."
+            f"can be reached from every host. Slow starts of many ranks: raise runtime.timeout_s."
         ) from error
     if accelerator.num_processes != world_size:
         raise UserError(
@@ -238,7 +244,10 @@ class RunLock:
         self._file = open(run_folder / "lock", "a+")  # noqa: SIM115
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):  # a file system without locks: nobody can be told from another
+                print(f"{run_folder}: cannot be locked ({error.strerror}): see to it that one training uses it.", file=sys.stderr)
+                return
             self._file.seek(0)
             holder = self._file.read().strip() or "unknown"
             self._file.close()
@@ -280,10 +289,10 @@ def environment(world: World) -> dict:
     }
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value, indent: int | None = 1) -> None:
     """Write JSON whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.write_text(json.dumps(value, indent=indent) + "\n")
     os.replace(partial, path)
 
 

@@ -70,6 +70,11 @@ def check_settings(config: ShardConfig) -> None:
                                bool(config.part) + config.join + config.repair <= 1, "one of them at a time"),
     }  # fmt: skip
     problems = [f"{name} is {value}; expected {what}." for name, (value, good, what) in limits.items() if not good]
+    usual, hint = ShardConfig(), {"classes": "; merge picks and joins classes of any source"}
+    for name, source in (("classes", "folder"), ("target", "csv"), ("drop", "csv"), ("missing", "csv"), ("extra", "torchvision"),
+                         ("download", "torchvision")):  # fmt: skip
+        if getattr(config, name) != getattr(usual, name) and config.source != source:
+            problems.append(f"{name} is for source: {source}, and this is {config.source}{hint.get(name, '')}.")
     if problems:
         raise UserError("\n".join(problems))
 

@@ -224,21 +224,25 @@ def shards_in_play(order: Order, world_size: int) -> int:
     return min(order.num_shards, lanes * (order.window_shards + 2))
 
 
-def read_ahead(store, upcoming: Iterator[np.ndarray], num_in_play: int, batches: Iterator) -> Iterator:
+def read_ahead(
+    store, upcoming: Iterator[np.ndarray], num_in_play: int, batches: Iterator, machine_ranks: int, num_on_machine: int = 0
+) -> Iterator:
     """The batches, while the shards that they need are fetched ahead of them.
 
-    upcoming: the sample numbers that will be asked of the store, (n,) int64 arrays, in order. Raises UserError if the
-    shards in play at once do not fit the cache.
+    upcoming: the sample numbers that will be asked of the store, (n,) int64 arrays, in order. num_in_play: shards in use at once
+    by this rank; num_on_machine: by the machine_ranks that share its cache, each its own if not given. Raises UserError if they
+    do not fit it.
     """
+    num_on_machine = num_on_machine or min(num_in_play * machine_ranks, store.split.num_shards)
     limit, mean_bytes = store.split.remote.cache.limit_bytes, float(store.split.shard_bytes.mean())
-    in_play_bytes = int(num_in_play * mean_bytes)
+    in_play_bytes = int(num_on_machine * mean_bytes)
     if in_play_bytes > limit:
         raise UserError(
-            f"data.cache_gb is {limit / 1e9:g}, but {num_in_play} shards of {mean_bytes / 1e6:,.1f} MB are in use at once on each "
-            f"rank: {in_play_bytes / 1e9:,.3g} GB.\n  Raise data.cache_gb, or lower data.window_shards."
+            f"data.cache_gb is {limit / 1e9:g}, but {num_on_machine} shards of {mean_bytes / 1e6:,.1f} MB are in use at once on "
+            f"each machine: {in_play_bytes / 1e9:,.3g} GB.\n  Raise data.cache_gb, or lower data.window_shards."
         )
     store.max_open, store.is_read_ahead = min(store.max_open, num_in_play), True
-    ahead_bytes = min(max(in_play_bytes, int(4 * mean_bytes)), (limit - in_play_bytes) // 2)
+    ahead_bytes = min(max(int(num_in_play * mean_bytes), int(4 * mean_bytes)), (limit - in_play_bytes) // 2 // machine_ranks)
 
     def generate():
         try:

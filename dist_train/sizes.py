@@ -3,7 +3,7 @@
 import math
 from fractions import Fraction
 
-from dist_train.config import AugmentConfig, RunConfig
+from dist_train.config import AugmentConfig, ModelConfig, RunConfig
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex
 from dist_train.runtime import World
@@ -49,6 +49,11 @@ def decoder_crop(config: RunConfig, index: ShardIndex) -> tuple[str, int]:
     return ("random_resized" if config.augment.crop == "random_resized" else "resize"), config.data.image_size
 
 
+def on_device_crop(config: RunConfig, decoded: str) -> str:
+    """What is left of augment.crop to do on the device, where the decoder's crop is `decoded`: no random box twice."""
+    return "none" if decoded == config.augment.crop == "random_resized" else config.augment.crop
+
+
 def eval_crop(config: RunConfig, index: ShardIndex) -> float:
     """Share of the picture's shorter side that is evaluated: the central crop only where training crops at random."""
     return config.data.eval_crop if decoder_crop(config, index)[0] == "random_resized" else 0.0
@@ -79,9 +84,12 @@ def split_problems(config: RunConfig, index: ShardIndex) -> list[str]:
         split = getattr(data, name)
         if split not in (usual, "", "none", *index.splits):
             problems.append(f"data.{name} is {split!r}; {index.folder} has {', '.join(index.splits)}. \"none\" is without.")
+    needs = [f"optim.schedule {config.optim.schedule}"] * (config.optim.schedule == "plateau")
+    needs += [f"train.patience {config.train.patience}"] * (config.train.patience > 0)
+    if needs and not config.train.eval_every_epochs:
+        problems.append(f"{' and '.join(needs)} go by evaluations, and train.eval_every_epochs 0 leaves one, at the end.\n"
+                        f"  Set train.eval_every_epochs.")  # fmt: skip
     if data.val_split not in index.splits:
-        needs = [f"optim.schedule {config.optim.schedule}"] * (config.optim.schedule == "plateau")
-        needs += [f"train.patience {config.train.patience}"] * (config.train.patience > 0)
         if needs:
             problems.append(f"{' and '.join(needs)} go by the validation split, and {index.folder} has none.\n"
                             f"  Set data.val_split to one of {', '.join(index.splits)}, or leave it out.")  # fmt: skip
@@ -91,6 +99,32 @@ def split_problems(config: RunConfig, index: ShardIndex) -> list[str]:
 def _shorter_side(config: RunConfig, index: ShardIndex) -> int:
     """Pixels of what enters the network; 0 of a table, and where pictures differ and no size is set."""
     return config.data.image_size or min(index.image_size or (0,))
+
+
+def network_problems(config: RunConfig) -> list[str]:
+    """Settings of a network that this one has not got: they would stand in every table and change nothing."""
+    model, usual = config.model, ModelConfig()
+    own = model.name.startswith(("alexnet", "vgg"))
+    idle = ["width"] if not own else []
+    idle += ["hidden", "activation", "batchnorm"] if model.name != "mlp" else []
+    changed = [f"model.{name} {getattr(model, name)}" for name in idle if getattr(model, name) != getattr(usual, name)]
+    if not changed:
+        return []
+    return [f"{', '.join(changed)}: {model.name} has no such setting; width is of alexnet and vgg, the others of mlp.\n"
+            f"  Leave out what is set there."]  # fmt: skip
+
+
+def misgivings(config: RunConfig, world_size: int, network) -> list[str]:
+    """What is allowed, and rarely meant."""
+    found, at_once = [], micro_batch_size(config, world_size)
+    if config.optim.warmup_epochs >= config.train.epochs:
+        found.append(f"optim.warmup_epochs {config.optim.warmup_epochs:g} is no less than train.epochs {config.train.epochs:g}: "
+                     f"the learning rate rises to the end.")  # fmt: skip
+    has_batchnorm = any("BatchNorm" in type(module).__name__ for module in network.modules())
+    if has_batchnorm and config.train.sync_batchnorm and at_once * world_size < config.data.global_batch_size:
+        found.append(f"train.micro_batch_size {config.train.micro_batch_size}: BatchNorm sees {at_once * world_size} samples at "
+                     f"once, which depends on the number of ranks.")  # fmt: skip
+    return found
 
 
 def growth_problems(config: RunConfig, index: ShardIndex) -> list[str]:
@@ -134,7 +168,8 @@ def check_sizes(config: RunConfig, index: ShardIndex, world: World) -> None:
         what = f"data.folds {config.data.folds}" if config.data.folds else "data.cache disk"
         problems.append(f"data.max_bad is {config.data.max_bad} and {what}, which needs every picture.\n"
                         f"  Convert the set again without the bad ones (--max-bad), or leave one of the two out.")  # fmt: skip
-    problems += shift_problems(config, index) + growth_problems(config, index) + split_problems(config, index)
+    problems += network_problems(config) + split_problems(config, index)
+    problems += shift_problems(config, index) + growth_problems(config, index)
     if index.features is not None and config.augment != AugmentConfig():
         usual = to_dict(AugmentConfig())
         names = [f"augment.{name}" for name, value in to_dict(config.augment).items() if value != usual[name]]

@@ -5,6 +5,7 @@
 
 import difflib
 import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from dist_train.config import ShardConfig
 from dist_train.errors import UserError
 
 SPLITS = ("train", "val", "test")
-_SPLIT_FOLDERS = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
+SPLIT_WORDS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
 _SMALL_FILE = 1 << 16  # bytes read at once; most pictures are smaller
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def merged(source: Source, groups: tuple[str, ...]) -> Source:
 
 
 def folder_source(config: ShardConfig) -> Source:
-    """Pictures in DIR/<class>/**, or in DIR/train/<class>/** with val (valid, validation) and test beside it.
+    """Pictures in DIR/<class>/**, or in DIR/train/<class>/** with val (valid, validation) and test beside it,
+    or folders all named so in part, such as seg_train and seg_test.
 
     config.classes picks class folders and their order. Links to folders are followed, but not in circles. Hidden
     files and files that are no pictures by their name are left aside and counted in the notes.
@@ -154,7 +156,7 @@ def folder_source(config: ShardConfig) -> Source:
             files, skipped = _pictures_below(base / name)
             aside += skipped
             if not files:
-                problems.append(f"{base / name}: no picture in this class folder; expected {', '.join(_PICTURES)}.")
+                problems.append(f"{base / name}: no picture in this class folder; expected {', '.join(PICTURES)}.")
             below = f"{part}/{name}" if part else name
             found += [(classes.index(name), split, f"{below}/{file}", *state) for file, *state in files]
     if not problems and not found:
@@ -251,7 +253,12 @@ def _hashes(array: np.ndarray) -> list[str]:
 
 def _split_folders(root: Path, folders: list[str], classes: tuple[str, ...]) -> dict[str, int]:
     """{folder name: number in SPLITS} if the folders are splits, else {}."""
-    named = {name: _SPLIT_FOLDERS[name.lower()] for name in folders if name.lower() in _SPLIT_FOLDERS}
+    named = {name: SPLIT_WORDS[name.lower()] for name in folders if name.lower() in SPLIT_WORDS}
+    if 0 not in named.values():  # seg_train beside seg_test
+        words = {name: [word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLIT_WORDS] for name in folders}
+        named = {name: SPLIT_WORDS[found[0]] for name, found in words.items() if len(found) == 1}
+        if len(named) < len(folders):
+            return {}
     if 0 not in named.values() or (classes and set(classes) <= set(folders)):
         return {}
     train = next(name for name, split in named.items() if split == 0)
@@ -268,16 +275,49 @@ def _split_folders(root: Path, folders: list[str], classes: tuple[str, ...]) -> 
     return dict(sorted(named.items(), key=lambda item: item[1]))
 
 
+def files_below(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    """The files below a folder with one of the endings, sorted; links are followed, but not in circles, and what is hidden
+    is left aside."""
+    found, todo = [], [(Path(folder), frozenset())]
+    while todo:
+        here, above = todo.pop()
+        state = os.stat(here)
+        if (state.st_dev, state.st_ino) in above:
+            continue
+        for entry in _scan(here):
+            if entry.name.startswith("."):
+                continue
+            if _is_folder(entry):
+                todo.append((here / entry.name, above | {(state.st_dev, state.st_ino)}))
+            elif entry.name.lower().endswith(endings):
+                found.append(here / entry.name)
+    return sorted(found)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
 def _list_folder(folder: Path) -> tuple[list[str], list[str], int]:
     """Names of the folders and of the pictures right inside, sorted, and the number of other files. Hidden ones are
     neither."""
     folders, pictures, others = [], [], 0
     for entry in _scan(folder):
         if entry.name.startswith("."):
-            others += not entry.is_dir()
-        elif entry.is_dir():
+            others += not _is_folder(entry)
+        elif _is_folder(entry):
             folders.append(entry.name)
-        elif entry.name.lower().endswith(_PICTURES):
+        elif entry.name.lower().endswith(PICTURES):
             pictures.append(entry.name)
         else:
             others += 1
@@ -293,11 +333,11 @@ def _pictures_below(folder: Path) -> tuple[list[tuple[str, int, int]], int]:
         below, above = todo.pop()
         for entry in _scan(folder / below):
             path = f"{below}/{entry.name}" if below else entry.name
-            if entry.is_dir():
+            if _is_folder(entry):
                 state = entry.stat()
                 if not entry.name.startswith(".") and (state.st_dev, state.st_ino) not in above:
                     todo.append((path, above | {(state.st_dev, state.st_ino)}))
-            elif entry.name.startswith(".") or not entry.name.lower().endswith(_PICTURES) or not entry.is_file():
+            elif entry.name.startswith(".") or not entry.name.lower().endswith(PICTURES) or not _is_file(entry):
                 others += 1
             else:
                 state = entry.stat()

@@ -22,7 +22,8 @@ def csv_source(config: ShardConfig) -> Source:
     The delimiter (comma, semicolon, tab or bar) is the one the header line has most of. Classes are sorted, as numbers
     if all are whole numbers. A row with a cell that is empty, no number or not finite is, by config.missing, left out,
     or given the column's mean over the whole file, or refused; a row without a class (an empty cell, NA, N/A, NaN, null or ?)
-    is left out or refused. Dropped and named: columns in config.drop, columns without a single number, columns that never change.
+    is left out or refused. Dropped and named: columns in config.drop, without a name, without a single number, that never change.
+    Raises UserError where numbers are written with a decimal comma.
     """
     path = Path(config.path)
     header, rows, lines = read_csv(path)
@@ -30,10 +31,13 @@ def csv_source(config: ShardConfig) -> Source:
     unknown = [name for name in config.drop if name not in header]
     if unknown:
         raise UserError(f"{path}: drop names {', '.join(unknown)}; the columns are {', '.join(header)}.")
-    features = [c for c, name in enumerate(header) if c != target and name not in config.drop]
+    features = [c for c, name in enumerate(header) if c != target and name.strip() and name not in config.drop]
+    nameless = sum(not name.strip() for name in header)
     values = np.array([[number_in(row[c]) for c in features] for row in rows], np.float32).reshape(len(rows), -1)
+    _refuse_decimal_commas(path, header, rows, lines, features, values)
     texts = [k for k in range(len(features)) if np.isnan(values[:, k]).all()]
     notes = _note("columns without a single number, dropped", [header[features[k]] for k in texts])
+    notes += [f"{nameless} columns without a name, dropped: often the rows' numbers"] if nameless else []
     values, features = np.delete(values, texts, axis=1), [f for k, f in enumerate(features) if k not in texts]
 
     labels = [row[target].strip() for row in rows]
@@ -70,6 +74,19 @@ def csv_source(config: ShardConfig) -> Source:
     classes, numbers = _classes(path, config.target, [labels[r] for r in keep])
     return _table(classes, numbers, values, [header[f] for f in features], [f"line {lines[r]}" for r in keep],
                   left_out=left_out, notes=notes)  # fmt: skip
+
+
+def _refuse_decimal_commas(path: Path, header, rows, lines, features: list[int], values: np.ndarray) -> None:
+    """Raise UserError where 1,5 stands in a column of numbers: it would count as a hole. values: NaN where there is no number."""
+    for k, c in enumerate(features):
+        cells = [(r, rows[r][c].strip()) for r in np.flatnonzero(np.isnan(values[:, k])).tolist()]
+        found = [(r, cell) for r, cell in cells if re.fullmatch(r"[+-]?\d+,\d+", cell)]
+        if found and (len(cells) < len(rows) or len(found) == sum(bool(cell) for _, cell in cells)):
+            r, cell = found[0]
+            raise UserError(
+                f"{path}, line {lines[r]}: column {header[c]!r} has {cell!r}, and {len(found) - 1} more with a comma; expected "
+                f"{cell.replace(',', '.')!r}.\n  Write numbers with a point, or leave the column out with --drop."
+            )
 
 
 def sklearn_source(config: ShardConfig) -> Source:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dist_train.errors import UserError
 from dist_train.remote import is_remote, join, read_small, shown
+from dist_train.sources import files_below
 
 _WIDS = "wids-shard-index-v1"
 
@@ -74,9 +75,9 @@ def _named(place: str, **claims) -> NamedTar:
 
 
 def _below(folder: Path) -> list[NamedTar]:
-    paths = sorted(folder.rglob("*.tar"))
+    paths = files_below(folder, (".tar",))
     if not paths:
-        packed = sorted(folder.rglob("*.tar.*"))
+        packed = files_below(folder, (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"))
         hint = (
             f"{packed[0].name} is compressed: unpack it to .tar first" if packed else "expected WebDataset tars in it"
         )

@@ -14,7 +14,7 @@ import xxhash
 from dist_train.config import ShardConfig
 from dist_train.errors import UserError
 from dist_train.pictures import encode_png
-from dist_train.sources import Files, Pixels, Source, printable
+from dist_train.sources import PICTURES, Files, Pixels, Source, printable
 
 # What the sets call their splits, first choice first. `extra` is more training data (SVHN), read when asked for.
 _SPLITS = {
@@ -176,7 +176,8 @@ def _store(part: str, dataset, root: str) -> tuple[object, list[str], np.ndarray
     shown = [np.asarray(dataset[i][0].convert("RGB")) for i in ends] if _gives_pictures(dataset) else []
     if not shown:
         raise UserError(f"{type(dataset).__name__}: gives no (picture, class) pairs; it is no set for classification.")
-    if paths and all(_same(_read_rgb(paths[i]), picture) for i, picture in zip(ends, shown, strict=True)):
+    known = bool(paths) and all(str(path).lower().endswith(PICTURES) for path in paths)  # what shards take
+    if known and all(_same(_read_rgb(paths[i]), picture) for i, picture in zip(ends, shown, strict=True)):
         states = [os.stat(path) for path in paths]
         names = [os.path.relpath(path, root) for path in paths]
         store = Files(root, names, [state.st_mtime_ns for state in states])

@@ -26,6 +26,7 @@ from dist_train.optim import set_lr
 from dist_train.order import fold
 from dist_train.run import Run, State, inference, open_run_folder
 from dist_train.settings import read_config
+from dist_train.sizes import misgivings
 from dist_train.step_parts import StepParts
 from dist_train.track import open_tracker
 from dist_train.watch import Watch
@@ -104,7 +105,7 @@ def judge(run: Run, state: State) -> bool:
         state.judged_step = state.step
         return True  # nothing to compare with: the newest is the best
     with state.average.swapped(run.network) if state.average else contextlib.nullcontext():
-        result = run.evaluate(run.config.data.val_split).result
+        result = run.evaluate(run.config.data.val_split, confusion=False).result
     run.tracker.evaluation(
         state.step, run.config.data.val_split, {"epoch": run.epoch_of(state.step), **result.figures()}
     )
@@ -238,6 +239,7 @@ def run_training(argv: list[str]) -> int:
         is_leaving = threading.Event()
         leaving.callback(is_leaving.set)
         watch.is_busy = lambda: is_leaving.is_set() or run.checkpoints.is_writing()
+        complaints += misgivings(config, world.world_size, run.network)
         if runtime.is_slow(config.train.precision, world.device):
             complaints.append("train.precision is bf16, which this CPU has no instructions for: fp32 is far faster here.")
         for complaint in complaints:

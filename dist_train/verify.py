@@ -1,6 +1,7 @@
 """`dist-train verify` and `dist-train inspect`: is every byte of a set as it was written, and what is in it."""
 
 import argparse
+import functools
 import shlex
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -55,8 +56,8 @@ def find_damage(index: ShardIndex) -> list[str]:
     for split in index.splits.values():
         problems += _check_table(index, split)
         with ThreadPoolExecutor(num_cores()) as pool:  # reading and hashing leave the interpreter lock alone
-            problems += [line for lines in pool.map(lambda k, s=split: _check_shard(s, k), range(split.num_shards))
-                         for line in lines]  # fmt: skip
+            check = functools.partial(_check_shard, split, is_foreign=bool(index.source.get("foreign")))
+            problems += [line for lines in pool.map(check, range(split.num_shards)) for line in lines]
     return problems + [f"{path}: not in the index; expected only the shards it lists." for path in _strays(index)]
 
 
@@ -88,7 +89,7 @@ def _check_table(index: ShardIndex, split: SplitIndex) -> list[str]:
     return problems
 
 
-def _check_shard(split: SplitIndex, number: int) -> list[str]:
+def _check_shard(split: SplitIndex, number: int, is_foreign: bool) -> list[str]:
     if split.remote:
         try:
             for _ in range(2):  # a kept copy may have been damaged since it was fetched and compared: fetch it again
@@ -115,7 +116,7 @@ def _check_shard(split: SplitIndex, number: int) -> list[str]:
     what = f"{size:,} bytes long; expected {expected:,}" if size != expected else "checksum differs from the index"
     try:
         damage = [
-            f"{part} of sample {sample:08d}{name} at byte {at:,}" for part, sample, name, at in _damaged(split, number)
+            f"{part} of sample {sample:08d}{name} at byte {at:,}" for part, sample, name, at in _damaged(split, number, is_foreign)
         ]
     except UserError:
         return [f"{path}: {what}. Which samples are hit cannot be told without the table."]
@@ -124,8 +125,11 @@ def _check_shard(split: SplitIndex, number: int) -> list[str]:
     return [f"{path}: {what} ({where})."]
 
 
-def _damaged(split: SplitIndex, number: int) -> Iterator[tuple[str, int, str, int]]:
-    """(what, sample number, its name, position in the file) of every payload, header and label that was changed."""
+def _damaged(split: SplitIndex, number: int, is_foreign: bool) -> Iterator[tuple[str, int, str, int]]:
+    """(what, sample number, its name, position in the file) of every payload, header and label that was changed.
+
+    is_foreign: labels may stand anywhere and be names; of them nothing is said.
+    """
     first, last = int(split.first[number]), int(split.first[number + 1])
     rows, names = np.asarray(split.table()[first:last], SAMPLE), split.names()
     with open(Path(split.folder, split.files[number]), "rb") as file:
@@ -139,6 +143,8 @@ def _damaged(split: SplitIndex, number: int) -> Iterator[tuple[str, int, str, in
             file.seek(offset - BLOCK)
             if not is_header(file.read(BLOCK)):
                 yield "header", sample, name, offset - BLOCK
+            if is_foreign:
+                continue
             label_at = offset + -(-size // BLOCK) * BLOCK
             file.seek(label_at)
             member = file.read(2 * BLOCK)

@@ -109,6 +109,7 @@ def test_ranks_count_together(capsys):
             rank.condemn(sample, _fault(sample), 10)
     together = [rank.noted() for rank in ranks]
     assert BadSamples(3).news(together) == ["sample 1", "sample 2", "sample 3"]
+    assert ranks[0].noted() == {}  # each is handed out once
     with pytest.raises(UserError, match="3 pictures cannot be decoded; data.max_bad allows 2"):
         ranks[0].news(together)
 

@@ -437,3 +437,18 @@ def test_the_decoders_in_use_are_told(path):
 def test_a_mutated_picture_never_crashes_hangs_or_grows():
     found = fuzz_decode.decode_all(0, 300)
     assert found["decoded"] > 30 and found["growth_mb"] < fuzz_decode.GROWTH_LIMIT_MB
+
+
+@pytest.mark.parametrize("revision", [(2, 0), (0, 0)])
+def test_an_odd_jfif_revision_excuses_no_other_damage(path, revision):
+    pixels = photo(60, 90)
+    whole = bytearray(saved(pixels))
+    whole[11:13] = revision
+    assert whole[6:11] == b"JFIF\0"
+    out, expected = np.empty((60, 90, 3), np.uint8), np.empty((60, 90, 3), np.uint8)
+    decode_into(bytes(whole), out)
+    decode_into(saved(pixels), expected)
+    assert np.array_equal(out, expected)
+    for bad in (whole[: len(whole) // 2], whole[: len(whole) // 2] + b"\xff\xd9"):
+        with pytest.raises(DecodeError):
+            decode_into(bytes(bad), out)

@@ -36,6 +36,10 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], format=tarfile.GNU_F
     return path
 
 
+def four_samples(labels=(b"0", b"1"), seed=0) -> list[tuple[str, bytes]]:
+    return [(f"{i}.{kind}", data) for i in range(4) for kind, data in (("jpg", jpeg(seed + i)), ("cls", labels[i % 2]))]
+
+
 def samples_of(folder, split="train") -> list[tuple[bytes, int]]:
     """(payload, label) of every row of the index, read where it says."""
     part = load_index(folder).split(split)
@@ -130,6 +134,49 @@ def test_splits_follow_the_words_of_the_path(tmp_path):
     found = {file: split.name for split in index.splits.values() for file in split.files}
     assert found == names
     verify.main([str(tmp_path)])
+
+
+def test_tars_without_a_split_in_their_names_are_told(tmp_path, capsys):
+    for name in ("train-0", "eval-0", "testing-0"):
+        write_tar(tmp_path / f"{name}.tar", four_samples())
+    foreign.main([str(tmp_path)])
+    assert "eval-0.tar: no split in the name, taken for train" in capsys.readouterr().err
+    assert {name: split.num_samples for name, split in load_index(tmp_path).splits.items()} == {"train": 8, "test": 4}
+
+
+def test_labelled_samples_with_a_dot_in_their_names_are_counted(tmp_path):
+    members = [(f"{key}.{kind}", jpeg(1) if kind == "jpg" else b"1") for key in ("a.b", "c", "d") for kind in ("jpg", "cls")]
+    write_tar(tmp_path / "train-0.tar", [*members, ("c.seg.jpg", jpeg(2)), ("e.jpg", jpeg(3)), ("e.cls", b"0")])
+    with pytest.raises(UserError, match="a.b: a dot before its extension"):
+        foreign.index_tars(tmp_path)
+    index = foreign.index_tars(tmp_path, max_bad=1)
+    assert index.split("train").num_samples == 3 and [entry["name"] for entry in index.left_out] == ["train-0.tar: a.b"]
+
+
+def test_tars_that_cat_has_joined_are_refused(tmp_path):
+    parts = [write_tar(tmp_path / f"{k}.part", [(f"{k}.jpg", jpeg(k)), (f"{k}.cls", b"%d" % k)]) for k in range(2)]
+    (tmp_path / "train-0.tar").write_bytes(b"".join(part.read_bytes() for part in parts))
+    with pytest.raises(UserError, match="train-0.tar: cannot be read as a tar: it goes on after its end"):
+        foreign.index_tars(tmp_path)
+
+
+def test_tars_in_linked_folders_are_found(tmp_path):
+    for k, name in enumerate(("elsewhere", "set/val")):
+        write_tar(tmp_path / name / "0.tar", four_samples(seed=k))
+    (tmp_path / "set/train").symlink_to(tmp_path / "elsewhere")
+    index = foreign.index_tars(tmp_path / "set")
+    assert {name: split.num_samples for name, split in index.splits.items()} == {"train": 4, "val": 4}
+
+
+def test_damage_in_tars_of_others_is_told_by_its_payload_alone(tmp_path):
+    write_tar(tmp_path / "train-0.tar", four_samples((b"dog", b"cat"))[::-1])  # labels first
+    index = foreign.index_tars(tmp_path)
+    at = int(index.split("train").table()["offset"][2]) + 20
+    whole = bytearray((tmp_path / "train-0.tar").read_bytes())
+    whole[at] ^= 1
+    (tmp_path / "train-0.tar").write_bytes(whole)
+    (line,) = verify.find_damage(load_index(tmp_path))
+    assert "payload of sample 00000002" in line and "label" not in line
 
 
 def test_labels_may_be_names(tmp_path):

@@ -106,6 +106,17 @@ def test_another_sets_figures_do_not_take_the_place_of_the_runs_own(table_run, t
     assert json.loads((run / "evaluation-test.json").read_text())["fingerprint"] == json.loads(own)["fingerprint"]
 
 
+def test_figures_of_other_settings_are_not_kept_and_another_network_is_refused(table_run, capsys):
+    run, _ = table_run
+    own = (run / "evaluation-test.json").read_text()
+    eval_main([str(run), "--split", "test", "--train.shift_test", "0", "--train.flip_test", "true"])
+    told = capsys.readouterr()
+    assert "these figures are of other settings: train.flip_test" in told.err and '"top1"' in told.out
+    assert (run / "evaluation-test.json").read_text() == own
+    with pytest.raises(UserError, match="the network is the run's"):
+        eval_main([str(run), "--model.hidden", "[9]"])
+
+
 def test_a_table_with_other_columns_is_not_evaluated(table_run, tmp_path):
     run, folder = table_run
     before = sorted((path.name, path.stat().st_mtime_ns) for path in run.iterdir())

@@ -313,6 +313,18 @@ def test_most_confused_classes_and_pairs():
     assert confused_pairs(counts, list("abcde")) == [("b", "d", 5, 5 / 15), ("e", "a", 2, 2 / 12)]
 
 
+def test_turned_and_deep_pictures_are_shown_as_the_network_sees_them():
+    turned, file = Image.Exif(), io.BytesIO()
+    turned[0x0112] = 6
+    Image.fromarray(np.full((20, 40, 3), 90, np.uint8)).save(file, "JPEG", exif=turned)
+    uri, _ = mistakes.picture_uri(file.getvalue())
+    assert Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size == (20, 40)
+    deep = io.BytesIO()
+    Image.fromarray(np.linspace(0, 65535, 90_000).reshape(300, 300).astype(np.uint16)).save(deep, "PNG")
+    uri, _ = mistakes.picture_uri(deep.getvalue())
+    assert abs(np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))).mean() - 127) < 3
+
+
 def test_large_pictures_are_embedded_small():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (600, 900, 3), np.uint8))
     file = io.BytesIO()

@@ -1,6 +1,7 @@
 """Start-up guards, stop requests, the run folder's lock: what stands between a wrong launch and a wrong result."""
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -204,3 +205,12 @@ def test_a_run_in_fp16_predicts_in_fp32_on_a_cpu(job):
     assert runtime.precision_here("fp16") == "fp16"
     job(1, ACCELERATE_USE_CPU="true")
     assert runtime.precision_here("fp16") == "fp32"
+
+
+def test_a_disk_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
+    def refuse(*args):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(runtime.fcntl, "flock", refuse)
+    runtime.RunLock(tmp_path).close()
+    assert "cannot be locked (Function not implemented)" in capsys.readouterr().err

@@ -16,7 +16,8 @@ from dist_train.convert import convert
 from dist_train.decode import decode_into
 from dist_train.errors import UserError
 from dist_train.index import load_index
-from dist_train.sources import open_source
+from dist_train.shard import check_settings
+from dist_train.sources import files_below, open_source
 from dist_train.tables import _classes
 
 
@@ -90,6 +91,60 @@ def test_split_folders_are_kept(tmp_path, val_name):
         "train": [8, 8], "val": [2, 2], "test": [3, 3]
     }  # fmt: skip
     assert all(name.startswith("train/") for name in index.splits["train"].names())
+
+
+@pytest.mark.parametrize("names", [("Training", "Testing"), ("seg_train", "seg_test"), ("training_set", "test_set")])
+def test_split_folders_of_other_names_are_no_classes(tmp_path, names):
+    for name, count in zip(names, (8, 3), strict=True):
+        for kind in ("x", "y"):
+            for i in range(count):
+                picture(tmp_path / "raw" / name / kind / f"{i}.png", seed=i)
+    source = open_source(ShardConfig(path=str(tmp_path / "raw")))
+    assert source.classes == ["x", "y"] and np.bincount(source.preset).tolist() == [16, 0, 6]
+
+
+def test_a_class_named_like_a_split_in_part_is_a_class(tmp_path):
+    for name in ("train station", "bus", "test tube"):
+        picture(tmp_path / "raw" / name / "1.png")
+    assert open_source(ShardConfig(path=str(tmp_path / "raw"))).classes == ["bus", "test tube", "train station"]
+
+
+def test_a_link_to_itself_is_one_of_the_others(tmp_path):
+    for name in "ab":
+        picture(tmp_path / "raw" / name / "1.png")
+    (tmp_path / "raw/a/loop").symlink_to("loop")
+    source = open_source(ShardConfig(path=str(tmp_path / "raw")))
+    assert source.names == ["a/1.png", "b/1.png"] and source.notes == ["1 files that are no pictures were left aside"]
+
+
+def test_files_below_follow_links_and_leave_hidden_ones(tmp_path):
+    picture(tmp_path / "elsewhere/2.PNG")
+    picture(tmp_path / "here/1.png")
+    (tmp_path / "here/._1.png").write_bytes(b"x")
+    (tmp_path / "here/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "here")
+    found = files_below(tmp_path / "here", (".png",))
+    assert [str(file.relative_to(tmp_path / "here")) for file in found] == ["1.png", "linked/2.PNG"]
+
+
+@pytest.mark.parametrize("text, hole", [
+    ("a;b;y\n1,5;2;x\n2;3;z\n", "'1,5'"), ('a,b,y\n"0,5",2,x\n"1,5",3,z\n', "'0,5', and 1 more"),
+])  # fmt: skip
+def test_decimal_commas_are_named(tmp_path, text, hole):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(UserError, match=f"line 2: column 'a' has {hole}.*(.|\n)*with a point"):
+        open_source(ShardConfig(source="csv", path=str(tmp_path / "t.csv"), target="y", missing="mean"))
+
+
+def test_text_with_commas_is_text_and_a_column_without_a_name_is_left_out(tmp_path):
+    (tmp_path / "t.csv").write_text(",a,note,y\n0,1,\"red, blue\",x\n1,2,\"3,4\",z\n2,4,green,x\n")
+    source = open_source(ShardConfig(source="csv", path=str(tmp_path / "t.csv"), target="y"))
+    assert source.features == ["a"] and "1 columns without a name, dropped: often the rows' numbers" in source.notes
+
+
+def test_settings_of_other_sources_are_refused(tmp_path):
+    with pytest.raises(UserError, match="classes is for source: folder, and this is sklearn; merge picks(.|\n)*target is for"):
+        check_settings(ShardConfig(source="sklearn", dataset="digits", classes=("1", "2"), target="y"))
 
 
 def test_classes_can_be_picked_and_ordered_and_may_be_called_train(tmp_path):

@@ -13,13 +13,13 @@ from conftest import finish_ranks, start_ranks, tiny_run
 from safetensors.torch import load_file
 
 from dist_train import runtime
-from dist_train.config import RunConfig
+from dist_train.config import AugmentConfig, OptimConfig, RunConfig, TrainConfig
 from dist_train.errors import UserError
 from dist_train.index import load_index
 from dist_train.predict import eval_main, load_run
 from dist_train.predict import main as predict_main
 from dist_train.settings import read_config
-from dist_train.sizes import check_sizes, micro_batch_size, whole_steps
+from dist_train.sizes import check_sizes, micro_batch_size, misgivings, on_device_crop, whole_steps
 from dist_train.train import its_time, parse, run_training
 
 
@@ -378,3 +378,27 @@ def _first_picture(folder: Path, out: Path) -> Path:
 ])  # fmt: skip
 def test_a_run_has_no_step_more_than_its_epochs_take(epochs, samples, batch, steps):
     assert whole_steps(epochs, samples, batch) == steps
+
+
+def test_settings_that_change_nothing_are_refused_and_rarely_meant_ones_are_told(digits):
+    index, world = load_index(digits), runtime.World(0, 1, 0, 1, None)
+
+    def problems(**sections):
+        config = RunConfig(**{name: type(getattr(RunConfig(), name))(**values) for name, values in sections.items()})
+        with pytest.raises(UserError) as caught:
+            check_sizes(config, index, world)
+        return str(caught.value)
+
+    assert "model.width 0.5: resnet18 has no such setting" in problems(model={"name": "resnet18", "width": 0.5})
+    assert "model.batchnorm True: vgg16 has no such setting" in problems(model={"name": "vgg16", "batchnorm": True})
+    assert "train.patience 3 go by evaluations" in problems(train={"patience": 3, "eval_every_epochs": 0})
+    config = RunConfig(optim=OptimConfig(warmup_epochs=5), train=TrainConfig(epochs=5, micro_batch_size=32))
+    told = misgivings(config, 2, torch.nn.Sequential(torch.nn.BatchNorm2d(3)))
+    assert "rises to the end" in told[0] and "BatchNorm sees 64 samples at once" in told[1]
+    assert misgivings(RunConfig(), 2, torch.nn.Sequential(torch.nn.BatchNorm2d(3))) == []
+
+
+def test_padded_crops_stay_beside_boxes_cut_while_decoding():
+    padded, boxes = (RunConfig(augment=AugmentConfig(crop=crop)) for crop in ("padded", "random_resized"))
+    assert [on_device_crop(c, "random_resized") for c in (padded, boxes)] == ["padded", "none"]
+    assert [on_device_crop(c, "resize") for c in (padded, boxes)] == ["padded", "random_resized"]
