@@ -83,7 +83,7 @@ def measure(workload: str, names: list[str], source: Path, options) -> dict:
             failed[name] = last_words(workload, name, options)
     for turn in range(options.rounds + 1):  # the first is a warm-up, and not counted
         order = list(rates)
-        for name in order[turn % len(order) :] + order[: turn % len(order)]:
+        for name in order[turn % max(1, len(order)) :] + order[: turn % max(1, len(order))]:
             children[name].stdin.write("go\n")
             children[name].stdin.flush()
             answer = children[name].stdout.readline()

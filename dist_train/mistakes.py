@@ -5,13 +5,13 @@ import io
 
 from dist_train.errors import UserError
 from dist_train.index import SplitIndex
+from dist_train.picture_header import read_header
 from dist_train.picture_plots import HARD_PIXELS, cell, thumbnail
 from dist_train.store import Store
 
 MAX_MISTAKES = 24  # shown
 EMBED_BYTES = 40_000  # larger pictures are embedded as small copies
 THUMBNAIL = 256  # pixels, longer side of such a copy
-_ORIENTATION = 0x0112  # EXIF
 
 
 def worst_mistakes(evaluation: dict, classes: list[str], split: SplitIndex | None) -> tuple[list[dict], str]:
@@ -61,7 +61,7 @@ def picture_uri(data: bytes) -> tuple[str | None, bool]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             small, kind = max(image.size) <= HARD_PIXELS, image.format
-            is_plain = image.getexif().get(_ORIENTATION, 1) == 1 and not image.mode.startswith("I")
+            is_plain = read_header(data).orientation == 1 and not image.mode.startswith("I")
             if kind not in ("JPEG", "PNG", "WEBP") or len(data) > EMBED_BYTES or not is_plain:
                 return cell(thumbnail(data, THUMBNAIL)).uri, small
     except Exception:  # whatever PIL cannot open is not shown

@@ -25,7 +25,7 @@ from dist_train.metrics import class_table
 from dist_train.models import build_model
 from dist_train.pretrained import put_weights
 from dist_train.settings import from_dict, read_config, to_dict
-from dist_train.sizes import shift_problems
+from dist_train.sizes import range_problems, shift_problems
 from dist_train.sources import PICTURES, files_below, printable
 from dist_train.tables import number_in, read_csv
 
@@ -130,7 +130,7 @@ def eval_main(argv: list[str]) -> None:
     check_fits(index, trained)
     if changed := conflicts({"model": to_dict(trained.config.model)}, {"model": to_dict(config.model)}):
         raise UserError(f"dist-train eval: the network is the run's.\n  {'; '.join(changed)}\n  Leave it out.")
-    if problems := shift_problems(config, index):
+    if problems := range_problems(config) + shift_problems(config, index):
         raise UserError("\n".join(problems))
     accelerator, world = runtime.start(config.train.precision, config.runtime.threads, config.runtime.timeout_s)
     trained.network.to(world.device)

@@ -51,11 +51,12 @@ class Run:
         self.halt_step = config.train.max_steps or math.inf
         self.checkpoints = Checkpoints(folder, config.train.keep_checkpoints)
         self.stop_requests = runtime.StopRequests(folder)
-        self.tracker = None
-        self._peak_flops = None
+        self.tracker = self._peak_flops = None
 
         self.input_size = sizes.input_size(config, self.index)
         network = build_network(config, self.index)
+        if not (folder / "checkpoints").is_dir():
+            sizes.check_new(config)
         self.progressive = Progressive(config.augment, self.input_size, self.num_steps) if self.input_size else None
         # size of what enters -> operations of the whole network, before it is spread over the ranks
         self.sample_flops = (

@@ -84,14 +84,9 @@ def split_problems(config: RunConfig, index: ShardIndex) -> list[str]:
         split = getattr(data, name)
         if split not in (usual, "", "none", *index.splits):
             problems.append(f"data.{name} is {split!r}; {index.folder} has {', '.join(index.splits)}. \"none\" is without.")
-    needs = [f"optim.schedule {config.optim.schedule}"] * (config.optim.schedule == "plateau")
-    needs += [f"train.patience {config.train.patience}"] * (config.train.patience > 0)
-    if needs and not config.train.eval_every_epochs:
-        problems.append(f"{' and '.join(needs)} go by evaluations, and train.eval_every_epochs 0 leaves one, at the end.\n"
-                        f"  Set train.eval_every_epochs.")  # fmt: skip
     if data.val_split not in index.splits:
-        if needs:
-            problems.append(f"{' and '.join(needs)} go by the validation split, and {index.folder} has none.\n"
+        if needs := _evaluations_needed(config):
+            problems.append(f"{needs} go by the validation split, and {index.folder} has none.\n"
                             f"  Set data.val_split to one of {', '.join(index.splits)}, or leave it out.")  # fmt: skip
     return problems
 
@@ -101,17 +96,31 @@ def _shorter_side(config: RunConfig, index: ShardIndex) -> int:
     return config.data.image_size or min(index.image_size or (0,))
 
 
-def network_problems(config: RunConfig) -> list[str]:
-    """Settings of a network that this one has not got: they would stand in every table and change nothing."""
+def check_new(config: RunConfig) -> None:
+    """Raise UserError where settings of a run to be begun would change nothing, and stand in every table all the same.
+
+    What was begun with them goes on. Called when the network's name is known to be one.
+    """
     model, usual = config.model, ModelConfig()
     own = model.name.startswith(("alexnet", "vgg"))
     idle = ["width"] if not own else []
     idle += ["hidden", "activation", "batchnorm"] if model.name != "mlp" else []
     changed = [f"model.{name} {getattr(model, name)}" for name in idle if getattr(model, name) != getattr(usual, name)]
-    if not changed:
-        return []
-    return [f"{', '.join(changed)}: {model.name} has no such setting; width is of alexnet and vgg, the others of mlp.\n"
-            f"  Leave out what is set there."]  # fmt: skip
+    problems = [f"{', '.join(changed)}: {model.name} has no such setting; width is of alexnet and vgg, the others of mlp.\n"
+                f"  Set it as it is by default, or leave it out."] if changed else []  # fmt: skip
+    needs = _evaluations_needed(config)
+    if needs and not config.train.eval_every_epochs:
+        problems.append(f"{needs} go by evaluations, and train.eval_every_epochs 0 leaves one, at the end.\n"
+                        f"  Set train.eval_every_epochs.")  # fmt: skip
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _evaluations_needed(config: RunConfig) -> str:
+    """What goes by the evaluations while training; "" if nothing does."""
+    needs = [f"optim.schedule {config.optim.schedule}"] * (config.optim.schedule == "plateau")
+    needs += [f"train.patience {config.train.patience}"] * (config.train.patience > 0)
+    return " and ".join(needs)
 
 
 def misgivings(config: RunConfig, world_size: int, network) -> list[str]:
@@ -168,8 +177,7 @@ def check_sizes(config: RunConfig, index: ShardIndex, world: World) -> None:
         what = f"data.folds {config.data.folds}" if config.data.folds else "data.cache disk"
         problems.append(f"data.max_bad is {config.data.max_bad} and {what}, which needs every picture.\n"
                         f"  Convert the set again without the bad ones (--max-bad), or leave one of the two out.")  # fmt: skip
-    problems += network_problems(config) + split_problems(config, index)
-    problems += shift_problems(config, index) + growth_problems(config, index)
+    problems += shift_problems(config, index) + growth_problems(config, index) + split_problems(config, index)
     if index.features is not None and config.augment != AugmentConfig():
         usual = to_dict(AugmentConfig())
         names = [f"augment.{name}" for name, value in to_dict(config.augment).items() if value != usual[name]]

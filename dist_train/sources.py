@@ -6,6 +6,7 @@
 import difflib
 import os
 import re
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -276,19 +277,26 @@ def _split_folders(root: Path, folders: list[str], classes: tuple[str, ...]) -> 
 
 
 def files_below(folder: Path, endings: tuple[str, ...]) -> list[Path]:
-    """The files below a folder with one of the endings, sorted; links are followed, but not in circles, and what is hidden
-    is left aside."""
-    found, todo = [], [(Path(folder), frozenset())]
-    while todo:
-        here, above = todo.pop()
-        state = os.stat(here)
-        if (state.st_dev, state.st_ino) in above:
+    """The files below a folder with one of the endings, sorted. Links are followed, each folder is entered once, by its own
+    way before a link's; what is hidden is left aside, and what may not be read is named."""
+    found, entered, own, links = [], set(), [Path(folder)], []
+    while own or links:
+        here = (own or links).pop()
+        try:
+            state, entries = os.stat(here), list(os.scandir(here))
+        except OSError as error:
+            if here == Path(folder):
+                raise UserError(f"{folder}: cannot be listed: {error.strerror}.") from None
+            print(f"{here}: cannot be listed: {error.strerror}; left aside", file=sys.stderr)
             continue
-        for entry in _scan(here):
+        if (state.st_dev, state.st_ino) in entered:
+            continue
+        entered.add((state.st_dev, state.st_ino))
+        for entry in entries:
             if entry.name.startswith("."):
                 continue
             if _is_folder(entry):
-                todo.append((here / entry.name, above | {(state.st_dev, state.st_ino)}))
+                (links if entry.is_symlink() else own).append(here / entry.name)
             elif entry.name.lower().endswith(endings):
                 found.append(here / entry.name)
     return sorted(found)

@@ -1,6 +1,7 @@
 """dist-train stop RUN: ask a training, wherever it runs, to write a checkpoint at its next step and to end."""
 
 import argparse
+import errno
 import fcntl
 import platform
 import time
@@ -20,12 +21,14 @@ def main(argv: list[str]) -> int:
     folder = Path(options.run)
     if not (folder / "config.yaml").exists():
         raise UserError(f"{folder}: not a run folder, it has no config.yaml. Give the folder of a training: runs/NAME.")
-    if not is_training(folder) and was_here(folder):
+    if is_training(folder) is False and was_here(folder):
         raise UserError(f"{folder}: no process trains in this folder, so there is nothing to stop.")
     (folder / "stop").touch()
     print(f"{folder}: asked to stop; go on with --resume")
     deadline = time.monotonic() + (options.wait or 0)
-    while options.wait is not None and is_training(folder):
+    while options.wait is not None and (trains := is_training(folder)) is not False:
+        if trains is None:
+            raise UserError(f"{folder}: this disk has no locks, so whether the training has ended cannot be told; its log tells.")
         if time.monotonic() > deadline:
             raise UserError(f"{folder}: still trains after {options.wait:g} s. A step or an evaluation may take that long; "
                             f"its log tells.")  # fmt: skip
@@ -39,13 +42,14 @@ def was_here(folder: Path) -> bool:
     return not lock.exists() or lock.read_text().endswith(f" on {platform.node()}")
 
 
-def is_training(folder: Path) -> bool:
-    """Whether a process holds the run folder's lock (runtime.RunLock), on any host where the file system shares locks."""
+def is_training(folder: Path) -> bool | None:
+    """Whether a process holds the run folder's lock (runtime.RunLock), on any host where the file system shares locks; None
+    where it has none."""
     try:
         with open(folder / "lock") as lock:  # for reading: NFSv4 gives a shared lock to none else
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except OSError:
-        return True
+    except OSError as error:
+        return True if error.errno in (errno.EAGAIN, errno.EACCES) else None
     return False

@@ -83,9 +83,11 @@ def _refuse_decimal_commas(path: Path, header, rows, lines, features: list[int],
         found = [(r, cell) for r, cell in cells if re.fullmatch(r"[+-]?\d+,\d+", cell)]
         if found and (len(cells) < len(rows) or len(found) == sum(bool(cell) for _, cell in cells)):
             r, cell = found[0]
+            plain = repr(cell.replace(",", "."))
+            plain += f", or {cell.replace(',', '')!r} if the comma parts thousands" if re.search(r",\d{3}$", cell) else ""
             raise UserError(
                 f"{path}, line {lines[r]}: column {header[c]!r} has {cell!r}, and {len(found) - 1} more with a comma; expected "
-                f"{cell.replace(',', '.')!r}.\n  Write numbers with a point, or leave the column out with --drop."
+                f"{plain}.\n  Write numbers with a point, or leave the column out with --drop."
             )
 
 

@@ -67,7 +67,8 @@ def _strays(index: ShardIndex) -> list[str]:
         return []
     known = {str(Path(index.folder, file)) for split in index.splits.values() for file in split.files}
     folders = {Path(index.folder), *(Path(path).parent for path in known)}
-    return sorted(str(path) for folder in folders for path in folder.glob("*.tar") if str(path) not in known)
+    found = (path for folder in folders for path in folder.glob("*.tar") if not path.name.startswith("."))
+    return sorted(str(path) for path in found if str(path) not in known)
 
 
 def _check_table(index: ShardIndex, split: SplitIndex) -> list[str]:

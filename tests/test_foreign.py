@@ -164,6 +164,7 @@ def test_tars_in_linked_folders_are_found(tmp_path):
     for k, name in enumerate(("elsewhere", "set/val")):
         write_tar(tmp_path / name / "0.tar", four_samples(seed=k))
     (tmp_path / "set/train").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/holdout").symlink_to(tmp_path / "set/val")  # there already, under its own name
     index = foreign.index_tars(tmp_path / "set")
     assert {name: split.num_samples for name, split in index.splits.items()} == {"train": 4, "val": 4}
 

@@ -19,7 +19,7 @@ from dist_train.index import load_index
 from dist_train.predict import eval_main, load_run
 from dist_train.predict import main as predict_main
 from dist_train.settings import read_config
-from dist_train.sizes import check_sizes, micro_batch_size, misgivings, on_device_crop, whole_steps
+from dist_train.sizes import check_new, check_sizes, micro_batch_size, misgivings, on_device_crop, whole_steps
 from dist_train.train import its_time, parse, run_training
 
 
@@ -380,13 +380,11 @@ def test_a_run_has_no_step_more_than_its_epochs_take(epochs, samples, batch, ste
     assert whole_steps(epochs, samples, batch) == steps
 
 
-def test_settings_that_change_nothing_are_refused_and_rarely_meant_ones_are_told(digits):
-    index, world = load_index(digits), runtime.World(0, 1, 0, 1, None)
-
+def test_settings_that_change_nothing_are_refused_and_rarely_meant_ones_are_told():
     def problems(**sections):
         config = RunConfig(**{name: type(getattr(RunConfig(), name))(**values) for name, values in sections.items()})
         with pytest.raises(UserError) as caught:
-            check_sizes(config, index, world)
+            check_new(config)
         return str(caught.value)
 
     assert "model.width 0.5: resnet18 has no such setting" in problems(model={"name": "resnet18", "width": 0.5})
