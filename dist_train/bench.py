@@ -5,7 +5,6 @@ dist-train bench data --config recipes/cifar10-alexnet.yaml
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import math
@@ -29,7 +28,7 @@ from dist_train.errors import UserError
 from dist_train.folds import open_index
 from dist_train.order import Order, sample_keys
 from dist_train.settings import read_config
-from dist_train.sizes import decoder_crop, input_size, on_device_crop
+from dist_train.sizes import decoder_crop, input_size, on_device_augment
 from dist_train.store import Store
 
 MOST_MB = 256  # payloads kept in memory, so that decoding can be measured without reading
@@ -173,14 +172,7 @@ def _parts(config: RunConfig, device: torch.device, threads: int) -> dict[str, I
     if device.type != "cpu":
         parts["device"] = map(len, to_device(stream(), device))
     if not is_table:
-        on_device = on_device_crop(config, crop)
-        augment = Augment(
-            dataclasses.replace(config.augment, crop=on_device),
-            input_size(config, index),
-            index.mean,
-            index.std,
-            device,
-        )
+        augment = Augment(on_device_augment(config, index), input_size(config, index), index.mean, index.std, device)
         parts["augment"] = (len(augment(batch.images, batch.random_keys)) for batch in to_device(stream(), device))
     return parts
 

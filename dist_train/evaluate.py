@@ -28,12 +28,10 @@ class Interrupted(Exception):
 class Evaluation:
     """Figures of one pass over a split, and its worst mistakes, worst first.
 
-    fingerprint: the split's, by which another set's figures are known.
     mistakes: {"sample", "label", "predicted", "probability" (of the predicted class), "loss"}.
     """
 
     split: str
-    fingerprint: str
     result: EvalResult
     mistakes: list[dict]
 
@@ -73,7 +71,7 @@ def evaluate(
         sums.reduce()
     result = sums.result()
     assert result.samples == num_samples, f"{result.samples} samples evaluated, the index counts {num_samples}"
-    return Evaluation(split, index.split(split).fingerprint(), result, _worst(per_sample, world))
+    return Evaluation(split, result, _worst(per_sample, world))
 
 
 def until_asked(
@@ -140,11 +138,11 @@ def standardised(values: torch.Tensor, index: ShardIndex) -> torch.Tensor:
     return (values - mean) / std
 
 
-def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
-    """runs/NAME/evaluation-<split>.json, for the report."""
+def write_evaluation(folder: Path, evaluation: Evaluation, fingerprint: str) -> None:
+    """runs/NAME/evaluation-<split>.json, for the report. fingerprint: the split's, by which another set's figures are known."""
     result = evaluation.result
     write_json(folder / f"evaluation-{evaluation.split}.json", {
-        "split": evaluation.split, "fingerprint": evaluation.fingerprint, **result.figures(),
+        "split": evaluation.split, "fingerprint": fingerprint, **result.figures(),
         "confusion": result.confusion.tolist(), "mistakes": evaluation.mistakes,
     }, indent=None)  # a line a cell would take minutes where there are thousands of classes  # fmt: skip
 

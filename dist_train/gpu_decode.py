@@ -64,8 +64,8 @@ class GpuDecoder:
     def decode(self, payloads: list[np.ndarray], boxes: np.ndarray | None, out: Tensor) -> Failures:
         """Decode payloads, uint8 (n,) each, into out (N, h, w, 3); boxes: (N, 4) top, left, height, width, or None."""
         jpegs = [i for i, payload in enumerate(payloads) if _is_plain_jpeg(payload)]
-        here = dict(zip(jpegs, self._decoded([torch.from_numpy(payloads[i]) for i in jpegs]), strict=True))
-        here = {i: picture for i, picture in here.items() if picture is not None}
+        pictures = self._decoded([torch.from_numpy(payloads[i]) for i in jpegs])
+        here = {i: picture for i, picture in zip(jpegs, pictures, strict=True) if picture is not None}
         self.has_decoded |= bool(here)
         for i, picture in here.items():
             box = (0, 0, *picture.shape[1:]) if boxes is None else boxes[i]

@@ -6,12 +6,10 @@ shards/NAME/train.names.txt       one line a sample: where it came from
 shards/NAME/train-000000.tar ...  plain WebDataset
 """
 
-import contextlib
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import xxhash
@@ -238,10 +236,10 @@ def simulated_split(num_samples: int, num_shards: int, sample_bytes: int = 100_0
     return SplitIndex("train", "", files, counts, counts * sample_bytes, [""] * num_shards, np.array([num_samples]))
 
 
-def file_checksum(path: str | os.PathLike | BinaryIO) -> str:
-    """xxh3_128 of a file's bytes, hex; of an open one's from where it stands."""
+def file_checksum(path: str | os.PathLike | int) -> str:
+    """xxh3_128 of a file's bytes, hex; a descriptor is read from where it stands, and closed."""
     digest = xxhash.xxh3_128()
-    with contextlib.nullcontext(path) if hasattr(path, "read") else open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0) as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()

@@ -139,7 +139,7 @@ def eval_main(argv: list[str]) -> None:
                           config.data.eval_crop if trained.eval_crop else 0.0)  # fmt: skip
     figures = evaluation.result.figures()
     if world.is_main:
-        _keep(trained, config, evaluation)
+        _keep(trained, config, evaluation, index.split(options.split).fingerprint())
         if not options.json:
             for row in class_table(evaluation.result.confusion, trained.classes):
                 print(f"{row['class']:24} {row['samples']:7,} samples   precision {row['precision']:.4f}   "
@@ -148,17 +148,17 @@ def eval_main(argv: list[str]) -> None:
     runtime.end()
 
 
-def _keep(trained: Trained, config: RunConfig, evaluation: Evaluation) -> None:
+def _keep(trained: Trained, config: RunConfig, evaluation: Evaluation, fingerprint: str) -> None:
     """Write the figures into the run, unless other settings made them or those of a split of that name are another set's."""
     path = trained.folder / f"evaluation-{evaluation.split}.json"
     if changed := conflicts(to_dict(trained.config), to_dict(config)):
         print(f"{path}: left as it is; these figures are of other settings: {'; '.join(changed)}.", file=sys.stderr)
         return
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        if json.loads(path.read_text()).get("fingerprint", evaluation.fingerprint) != evaluation.fingerprint:
+        if json.loads(path.read_text()).get("fingerprint", fingerprint) != fingerprint:
             print(f"{path}: left as it is, of another set; remove it to keep these figures there.", file=sys.stderr)
             return
-    write_evaluation(trained.folder, evaluation)
+    write_evaluation(trained.folder, evaluation, fingerprint)
 
 
 def check_fits(index: ShardIndex, trained: Trained) -> None:

@@ -1,7 +1,6 @@
 """What the network sees: the same pictures, epoch after epoch, through the stream and the augmentation of training."""
 
 import argparse
-import dataclasses
 import os
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from dist_train.order import Order
 from dist_train.page import Cell, Gallery, Section, write_page
 from dist_train.picture_plots import THUMBNAIL, cell, draw_gallery, some_of_each_class, thumbnails
 from dist_train.settings import read_config
-from dist_train.sizes import decoder_crop, input_size, on_device_crop
+from dist_train.sizes import decoder_crop, input_size, on_device_augment
 
 SHOWN_CLASSES = 10
 _CHUNK = 1 << 20  # places of an epoch that are looked through at once
@@ -101,8 +100,7 @@ def network_inputs(config: RunConfig, index: ShardIndex, samples: np.ndarray, ep
     data, augment = config.data, config.augment
     split, batch_size = index.split(data.train_split), data.global_batch_size
     crop, size = decoder_crop(config, index)
-    on_device = dataclasses.replace(augment, crop=on_device_crop(config, crop))
-    transform = Augment(on_device, input_size(config, index), index.mean, index.std)
+    transform = Augment(on_device_augment(config, index), input_size(config, index), index.mean, index.std)
     is_mixing = bool(augment.mixup or augment.cutmix)
     if is_mixing and batch_size % 2:
         raise UserError(f"mixup and cutmix pair neighbours, so data.global_batch_size ({batch_size}) must be even.")

@@ -188,7 +188,7 @@ def _evaluation(run: Path, inference: dict, index: ShardIndex | None, path: Path
         pairs = confused_pairs(counts, names)
         split = index.splits.get(raw["split"]) if index else None
         name = f"{raw['split']} split"
-        if split is not None and raw.get("fingerprint", split.fingerprint()) != split.fingerprint():
+        if split is not None and raw.get("fingerprint") not in (None, split.fingerprint()):
             name, split = f"{name} of another set", None  # whose pictures are not here
         mistakes, note = worst_mistakes(raw, names, split if split and not index.features else None)
         classes = class_table(counts, names)

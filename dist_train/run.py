@@ -76,8 +76,7 @@ class Run:
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.parts = self.new_parts(config.train.profile_steps)
         self.guard = Guard(world.device, world.world_size)
-        crop = sizes.on_device_crop(config, sizes.decoder_crop(config, self.index)[0])
-        on_device = dataclasses.replace(config.augment, crop=crop)  # what the decoder cuts is not cut again
+        on_device = sizes.on_device_augment(config, self.index)
         self.augment = None if self.index.features else Augment(
             on_device, self.input_size, self.index.mean, self.index.std, world.device)  # fmt: skip
         self.augmented = torch.compile(self._augmented, dynamic=False) if config.train.compile else self._augmented

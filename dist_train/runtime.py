@@ -4,7 +4,6 @@ The only file that reads what a launcher put into the environment, but for the r
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -66,7 +65,7 @@ def start(precision: str, threads: int, timeout_s: int):
     world_size, local_rank = int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
     local_world_size = int(env.get("LOCAL_WORLD_SIZE", world_size))
     _refuse_lonely_launch(world_size)
-    use_cpu = _asks_for_cpu(env) or not torch.cuda.is_available()
+    use_cpu = _computes_on_cpu()
     if not use_cpu and local_world_size > torch.cuda.device_count():
         raise UserError(
             f"{local_world_size} processes on this machine, but {torch.cuda.device_count()} GPUs are visible.\n"
@@ -129,10 +128,13 @@ def start(precision: str, threads: int, timeout_s: int):
 
 def precision_here(precision: str) -> str:
     """A run's precision, or fp32 where that is fp16 and the CPU computes: the weights are fp32 in any case."""
+    return "fp32" if precision == "fp16" and _computes_on_cpu() else precision
+
+
+def _computes_on_cpu() -> bool:
     import torch
 
-    has_gpu = torch.cuda.is_available() and not _asks_for_cpu(os.environ)
-    return precision if has_gpu or precision != "fp16" else "fp32"
+    return _asks_for_cpu(os.environ) or not torch.cuda.is_available()
 
 
 def num_launched() -> int:
@@ -244,10 +246,7 @@ class RunLock:
         self._file = open(run_folder / "lock", "a+")  # noqa: SIM115
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):  # a file system without locks: nobody can be told from another
-                print(f"{run_folder}: cannot be locked ({error.strerror}): see to it that one training uses it.", file=sys.stderr)
-                return
+        except (BlockingIOError, PermissionError):
             self._file.seek(0)
             holder = self._file.read().strip() or "unknown"
             self._file.close()
@@ -255,6 +254,9 @@ class RunLock:
                 f"{run_folder}: another process trains in this folder ({holder}).\n"
                 f"  Wait for it, or take another folder with --run."
             ) from None
+        except OSError as error:  # a file system without locks: nobody can be told from another
+            print(f"{run_folder}: cannot be locked ({error.strerror}): see to it that one training uses it.", file=sys.stderr)
+            return
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {platform.node()}")
         self._file.flush()

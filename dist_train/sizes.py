@@ -1,6 +1,7 @@
 """What follows from settings, shards and ranks together: sizes, crops and shares, and whether they go together."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 from dist_train.config import AugmentConfig, ModelConfig, RunConfig
@@ -49,9 +50,10 @@ def decoder_crop(config: RunConfig, index: ShardIndex) -> tuple[str, int]:
     return ("random_resized" if config.augment.crop == "random_resized" else "resize"), config.data.image_size
 
 
-def on_device_crop(config: RunConfig, decoded: str) -> str:
-    """What is left of augment.crop to do on the device, where the decoder's crop is `decoded`: no random box twice."""
-    return "none" if decoded == config.augment.crop == "random_resized" else config.augment.crop
+def on_device_augment(config: RunConfig, index: ShardIndex) -> AugmentConfig:
+    """What is left of the augmentation to do on the device: a random box that the decoder cuts is not cut again."""
+    is_cut = decoder_crop(config, index)[0] == config.augment.crop == "random_resized"
+    return replace(config.augment, crop="none") if is_cut else config.augment
 
 
 def eval_crop(config: RunConfig, index: ShardIndex) -> float:

@@ -1,7 +1,6 @@
 """dist-train stop RUN: ask a training, wherever it runs, to write a checkpoint at its next step and to end."""
 
 import argparse
-import errno
 import fcntl
 import platform
 import time
@@ -50,6 +49,8 @@ def is_training(folder: Path) -> bool | None:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except OSError as error:
-        return True if error.errno in (errno.EAGAIN, errno.EACCES) else None
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:
+        return None
     return False

@@ -163,7 +163,7 @@ def finish(run: Run, state: State) -> bool:
                 return False
             figures[split] = evaluation.result.figures()
             if run.world.is_main:
-                write_evaluation(folder, evaluation)
+                write_evaluation(folder, evaluation, index.split(split).fingerprint())
                 if split != config.data.val_split:  # whose figures stand in the curve already
                     run.tracker.evaluation(state.step, split, evaluation.result.figures())
     if run.world.is_main:

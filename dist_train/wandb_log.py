@@ -155,9 +155,8 @@ class WandbRun:
                 self._run.log({"step": max(self._sent.values(), default=0), **fresh})
             self._shown |= fresh.keys()
             return
-        name = value["kind"] if value["kind"] in ("train", "profile") else value.get("split")
-        if name in ("train", "profile") and value["kind"] == "eval":
-            name = f"eval-{name}"
+        own, split = ("train", "profile"), value.get("split")
+        name = value["kind"] if value["kind"] in own else f"eval-{split}" if split in own else split
         if name is None or value["step"] <= self._sent.get(name, -1):
             return
         self._sent[name] = value["step"]

@@ -13,13 +13,13 @@ from conftest import finish_ranks, start_ranks, tiny_run
 from safetensors.torch import load_file
 
 from dist_train import runtime
-from dist_train.config import AugmentConfig, OptimConfig, RunConfig, TrainConfig
+from dist_train.config import AugmentConfig, DataConfig, OptimConfig, RunConfig, TrainConfig
 from dist_train.errors import UserError
 from dist_train.index import load_index
 from dist_train.predict import eval_main, load_run
 from dist_train.predict import main as predict_main
 from dist_train.settings import read_config
-from dist_train.sizes import check_new, check_sizes, micro_batch_size, misgivings, on_device_crop, whole_steps
+from dist_train.sizes import check_new, check_sizes, micro_batch_size, misgivings, on_device_augment, whole_steps
 from dist_train.train import its_time, parse, run_training
 
 
@@ -396,7 +396,13 @@ def test_settings_that_change_nothing_are_refused_and_rarely_meant_ones_are_told
     assert misgivings(RunConfig(), 2, torch.nn.Sequential(torch.nn.BatchNorm2d(3))) == []
 
 
-def test_padded_crops_stay_beside_boxes_cut_while_decoding():
-    padded, boxes = (RunConfig(augment=AugmentConfig(crop=crop)) for crop in ("padded", "random_resized"))
-    assert [on_device_crop(c, "random_resized") for c in (padded, boxes)] == ["padded", "none"]
-    assert [on_device_crop(c, "resize") for c in (padded, boxes)] == ["padded", "random_resized"]
+def test_padded_crops_stay_beside_boxes_cut_while_decoding(digits):
+    def left(decoded):
+        configs = (RunConfig(data=DataConfig(crop=decoded), augment=AugmentConfig(crop=crop, flip=0.5)) for crop in
+                   ("padded", "random_resized"))  # fmt: skip
+        found = [on_device_augment(config, load_index(digits)) for config in configs]
+        assert all(augment.flip == 0.5 for augment in found)
+        return [augment.crop for augment in found]
+
+    assert left("random_resized") == ["padded", "none"]
+    assert left("resize") == ["padded", "random_resized"]
