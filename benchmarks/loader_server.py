@@ -252,8 +252,8 @@ def _tf_data(folder: Path, size: int, batch_size: int, augmented: bool):
         return tf.cast(tf.image.random_flip_left_right(picture), tf.uint8)
 
     paths = [str(path) for path, _ in labelled(folder)]
-    pictures = tf.data.Dataset.from_tensor_slices(paths).shuffle(len(paths)).repeat().map(load, WORKERS, deterministic=False)
-    for batch in pictures.batch(batch_size, drop_remainder=True).prefetch(2).as_numpy_iterator():
+    pictures = tf.data.Dataset.from_tensor_slices(paths).shuffle(len(paths)).map(load, WORKERS)  # deterministic=False is slower
+    for batch in pictures.batch(batch_size, drop_remainder=True).repeat().prefetch(2).as_numpy_iterator():
         yield torch.from_numpy(batch)
 
 
