@@ -10,15 +10,17 @@ class OptionalBuild(build_ext):
     """Adds the checksum where xxhash.h is found; without it Python's xxhash package computes the same."""
 
     def build_extension(self, extension):
-        if self._has_header("xxhash.h"):
+        if self._has_xxh3():
             extension.define_macros.append(("HAVE_XXHASH", "1"))
+        self.force = True  # other headers of the system, flags or another compiler make another core of the same sources
         super().build_extension(extension)
 
-    def _has_header(self, name: str) -> bool:
+    def _has_xxh3(self) -> bool:
+        """Whether xxhash.h is there, and XXH3 in it gives the values that it has given since 0.8.0."""
         os.makedirs(self.build_temp, exist_ok=True)
         probe = os.path.join(self.build_temp, "probe.c")
         with open(probe, "w") as file:
-            file.write(f"#include <stddef.h>\n#include <{name}>\n")
+            file.write("#define XXH_INLINE_ALL\n#include <xxhash.h>\n#if XXH_VERSION_NUMBER < 800\n#error too old\n#endif\n")
         try:
             self.compiler.compile([probe], output_dir=self.build_temp)
         except Exception:  # each compiler class raises its own

@@ -221,18 +221,20 @@ static void write_row(const Baseline *b, int y, uint8_t *to) {
 
 /* ---- The wanted rows ------------------------------------------------------------------------------------------- */
 
-/* The scan's bytes up to its first marker, without the zeros stuffed behind 0xFF. */
+/* The scan's bytes up to its first marker, without the zeros stuffed behind 0xFF. NULL where that does not end the picture. */
 static uint8_t *unstuff(const uint8_t *at, const uint8_t *end, uint8_t *to) {
     while (at < end) {
         const uint8_t *mark = memchr(at, 0xFF, end - at);
         size_t plain = (mark ? mark : end) - at;
         memcpy(to, at, plain);
         to += plain;
-        if (!mark || mark + 1 >= end || mark[1]) break;
+        while (mark && mark + 1 < end && mark[1] == 0xFF) mark++;
+        if (!mark || mark + 1 >= end) break;
+        if (mark[1]) return mark[1] == 0xD9 ? to : NULL;
         *to++ = 0xFF;
         at = mark + 2;
     }
-    return to;
+    return NULL;
 }
 
 int baseline_start(Baseline *b, int top, int bottom, int left, int right, int pixel_bytes) {
@@ -269,7 +271,7 @@ int baseline_start(Baseline *b, int top, int bottom, int left, int right, int pi
     uint8_t *at = b->lines[1] + line + 32; /* a sample is written in front of each row, and up to 31 behind */
     for (int i = 0; i < b->num_components; at += sizes[i++]) c[i].plane = at;
     b->begin = at;
-    b->finish = unstuff(b->scan, b->end, at);
+    if (!(b->finish = unstuff(b->scan, b->end, at))) return 0;
     memset((uint8_t *)b->finish, 0, SPARE);
     b->bits = (Bits){0, 0, b->begin};
     return 1;
@@ -307,9 +309,9 @@ int baseline_read(Baseline *b, unsigned char **rows, int wanted) {
 #pragma GCC pop_options
 #endif
 
-Baseline *baseline_new(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") ? calloc(1, sizeof(Baseline)) : NULL;
-}
+int baseline_works(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"); }
+
+Baseline *baseline_new(void) { return baseline_works() ? calloc(1, sizeof(Baseline)) : NULL; }
 
 void baseline_free(Baseline *b) {
     if (b) free(b->memory);
@@ -317,6 +319,7 @@ void baseline_free(Baseline *b) {
 }
 
 #else
+int baseline_works(void) { return 0; }
 Baseline *baseline_new(void) { return NULL; }
 void baseline_free(Baseline *b) { (void)b; }
 const uint8_t *baseline_open(Baseline *b, const uint8_t *jpeg, size_t size, int *height, int *width) { return NULL; }

@@ -12,9 +12,13 @@
 #include "_baseline.h"
 #include "_resize.h"
 
+#if LIBJPEG_TURBO_VERSION_NUMBER < 2000006
+#error "libjpeg-turbo 2.0.6 or newer is needed"
+#endif
+
 enum { DONE = 0, LEFT = 1 };
 
-/* The same figures stand in decode.py, with their reasons. */
+/* The same figures stand in picture_header.py and decode.py, with their reasons. */
 #define MAX_PIXELS 200000000.0
 #define MAX_PIXELS_PER_BYTE 2048.0
 #define MAX_SCANS 200
@@ -46,8 +50,21 @@ static unsigned number(const unsigned char *at, int bytes, int little) {
     return value;
 }
 
-/* Whether an EXIF segment in front of the frame asks for the picture to be turned or mirrored. */
-static int is_turned(const unsigned char *jpeg, size_t size) {
+/* Whether an APP1 segment is EXIF that asks for the picture to be turned or mirrored. */
+static int turns(const unsigned char *segment, size_t length) {
+    if (length < 8 + 12 || memcmp(segment + 4, "Exif\0", 6)) return 0;
+    const unsigned char *tiff = segment + 10;
+    size_t end = length - 8;
+    int little = tiff[0] == 'I';
+    size_t entry = number(tiff + 4, 4, little);
+    unsigned entries = entry <= end - 2 ? number(tiff + entry, 2, little) : 0;
+    for (entry += 2; entries-- && entry + 10 <= end; entry += 12)
+        if (number(tiff + entry, 2, little) == 0x0112 && number(tiff + entry + 8, 2, little) != 1) return 1;
+    return 0;
+}
+
+/* The frame header of an upright JPEG, baseline, extended or progressive. NULL for any other: picture_header.py reads alike. */
+static const unsigned char *find_frame(const unsigned char *jpeg, size_t size) {
     size_t at = 2;
     while (at + 4 <= size && jpeg[at] == 0xFF) {
         unsigned marker = jpeg[at + 1];
@@ -56,25 +73,23 @@ static int is_turned(const unsigned char *jpeg, size_t size) {
             continue;
         }
         size_t length = number(jpeg + at + 2, 2, 0);
-        if (marker == 0xDA || marker == 0xD9 || length < 2 || at + 2 + length > size) return 0;
-        if (marker == 0xE1 && length >= 8 + 14 && !memcmp(jpeg + at + 4, "Exif\0", 6)) {
-            const unsigned char *tiff = jpeg + at + 10;
-            size_t end = length - 8;
-            int little = tiff[0] == 'I';
-            size_t entry = number(tiff + 4, 4, little);
-            unsigned entries = entry <= end - 2 ? number(tiff + entry, 2, little) : 0;
-            for (entry += 2; entries-- && entry + 12 <= end; entry += 12)
-                if (number(tiff + entry, 2, little) == 0x0112 && number(tiff + entry + 8, 2, little) != 1) return 1;
-        }
+        if (!marker || marker == 0xDA || marker == 0xD9 || length < 2 || at + 2 + length > size) return NULL;
+        if (marker >= 0xC0 && marker <= 0xCF && marker != 0xC4 && marker != 0xC8 && marker != 0xCC)
+            return marker <= 0xC2 || marker == 0xC9 || marker == 0xCA ? jpeg + at : NULL;
+        if (marker == 0xE1 && turns(jpeg + at, length)) return NULL;
         at += 2 + length;
     }
-    return 0;
+    return NULL;
 }
 
-/* The portable path reads to the end and so notices where it is missing; this one may stop long before. */
-static int has_end(const unsigned char *from, const unsigned char *end) {
-    for (const unsigned char *at = end - 2; at >= from; at--)
-        if (at[0] == 0xFF && at[1] == 0xD9) return 1;
+/* Whether the first marker in a scan's bytes is the picture's end, restarts aside. The portable path reads up to there, and
+ * refuses another; this one may stop long before. */
+static int ends_the_picture(const unsigned char *at, const unsigned char *end, int has_restarts) {
+    while ((at = memchr(at, 0xFF, end - at))) {
+        while (++at < end && *at == 0xFF);
+        if (at == end || *at == 0xD9) return at < end;
+        if (*at && !(has_restarts && (*at & 0xF8) == 0xD0)) return 0;
+    }
     return 0;
 }
 
@@ -82,6 +97,15 @@ static int count_scans(const unsigned char *at, const unsigned char *end) {
     int scans = 0;
     while ((at = memchr(at, 0xFF, end - at)) && ++at < end) scans += *at == 0xDA;
     return scans;
+}
+
+/* Whether a progressive JPEG came without some of its bits: libjpeg-turbo smooths such pictures, each version in its own way, and
+ * other pixels at the edges of a cut. Looked at: the coefficients that it looks at. */
+static int is_smoothed(const struct jpeg_decompress_struct *jpeg) {
+    for (int i = 0; jpeg->progressive_mode && i < jpeg->num_components; i++)
+        for (int k = 1; k <= 9; k++)
+            if (jpeg->coef_bits[i][k]) return 1;
+    return 0;
 }
 
 static void cmyk_to_rgb(unsigned char *row, int pixels) {
@@ -159,6 +183,9 @@ static int decode_rows(struct jpeg_decompress_struct *jpeg, Resizer *r, const do
     /* pixels beside the cut are upsampled without their neighbours: a few more columns keep ours exact */
     int left = area.left > 2 ? area.left - 2 : 0, right = area.right + 2 < full_width ? area.right + 2 : full_width;
     JDIMENSION begin = left, columns = right - left;
+    /* before 3.0, the chroma of such a cut has parts that nobody wrote */
+    int is_uncut = jpeg->scale_denom > 1 && (jpeg->max_h_samp_factor > 2 || jpeg->max_v_samp_factor > 2);
+    if (is_uncut) begin = 0, columns = full_width;
     if (columns < (JDIMENSION)full_width) jpeg_crop_scanline(jpeg, &begin, &columns);
     if (!lay_rows(r, columns, rows)) return LEFT;
     if (area.top > 0) jpeg_skip_scanlines(jpeg, area.top);
@@ -203,14 +230,18 @@ static int decode_any(const unsigned char *payload, size_t size, const double *b
     int answer = LEFT;
     Wanted w;
     if (!want(&w, jpeg.image_height, jpeg.image_width, size, box, height, width, jpeg.arith_code)) goto end;
-    if (!has_end(jpeg.src->next_input_byte, payload + size)) goto end;
-    if (jpeg.progressive_mode && count_scans(payload, payload + size) > MAX_SCANS) goto end;
+    if (!jpeg_has_multiple_scans(&jpeg) && /* of several, all are read in any case */
+        !ends_the_picture(jpeg.src->next_input_byte, payload + size, jpeg.restart_interval))
+        goto end;
     int cmyk = jpeg.num_components == 4, copies = w.is_whole && !cmyk;
     jpeg.scale_num = 1;
     jpeg.scale_denom = w.scale;
     jpeg.out_color_space = cmyk ? JCS_CMYK : copies ? JCS_EXT_RGB : JCS_EXT_RGBX;
     jpeg_start_decompress(&jpeg);
+    int tall = (jpeg.image_height + w.scale - 1) / w.scale, wide = (jpeg.image_width + w.scale - 1) / w.scale;
+    if ((int)jpeg.output_height != tall || (int)jpeg.output_width != wide || is_smoothed(&jpeg)) goto end;
     answer = copies ? copy_rows(&jpeg, out) : decode_rows(&jpeg, r, w.box, out, height, width);
+    if (answer == DONE && jpeg.output_scanline == jpeg.output_height) jpeg_finish_decompress(&jpeg); /* damage at the end */
 end:
     jpeg_destroy_decompress(&jpeg);
     return answer;
@@ -223,8 +254,7 @@ static int decode_baseline(Baseline *b, const unsigned char *payload, size_t siz
     Wanted w;
     unsigned char *rows[ROWS_AT_ONCE];
     const unsigned char *scan = baseline_open(b, payload, size, &tall, &wide);
-    if (!scan || !want(&w, tall, wide, size, box, height, width, 0) || w.scale > 1 || !has_end(scan, payload + size))
-        return LEFT;
+    if (!scan || !want(&w, tall, wide, size, box, height, width, 0) || w.scale > 1) return LEFT;
     if (w.is_whole) {
         if (!baseline_start(b, 0, height, 0, width, 3)) return LEFT;
         for (int y = 0; y < height; y += got) {
@@ -247,7 +277,9 @@ static int decode_baseline(Baseline *b, const unsigned char *payload, size_t siz
 /* box: (top, left, height, width) or NULL. Answers DONE, or LEFT for whatever the portable path shall look at. */
 static int decode_jpeg(Baseline *b, const unsigned char *payload, size_t size, const double *box, Resizer *r,
                        unsigned char *out, int height, int width, ptrdiff_t *num_baseline) {
-    if (size < 4 || payload[0] != 0xFF || payload[1] != 0xD8 || is_turned(payload, size)) return LEFT;
+    if (size < 4 || payload[0] != 0xFF || payload[1] != 0xD8) return LEFT;
+    const unsigned char *frame = find_frame(payload, size);
+    if (!frame || count_scans(frame, payload + size) > MAX_SCANS) return LEFT;
     if (b && decode_baseline(b, payload, size, box, r, out, height, width) == DONE) {
         ++*num_baseline;
         return DONE;

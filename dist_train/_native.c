@@ -1,7 +1,7 @@
 /* Whole batches of bytes, without the GIL: JPEGs to the pixels of their crops (_jpeg.h), reading, checksums, sums, gathers.
  * And the words of the order (_hash.h).
  *
- * decode.py, pictures.py, cache.py and order.py are the doors to this file; each has a portable twin that gives the same, bit for bit.
+ * decode.py, pictures.py, cache.py and order.py are the doors to this file; each has a portable twin that gives the same bits.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -21,8 +21,9 @@
 #include <xxhash.h>
 #endif
 
-enum { SHORT_READ = 2, READ_FAILED = 3 }; /* after DONE and LEFT */
-enum { STORED_PAST_CACHE = 1 << 21 };     /* bytes */
+enum { CORE_VERSION = 1 }; /* decode.py's: a core of another is not used. Raise both when a function or its pixels change */
+enum { SHORT_READ = 2, READ_FAILED = 3, ERRNO_FROM = 64 }; /* after DONE and LEFT; from the last on, with the error's number */
+enum { STORED_PAST_CACHE = 1 << 21 };                      /* bytes */
 
 static PyObject *wrong_size(const char *what) {
     return PyErr_Format(PyExc_ValueError, "%s has the wrong number of bytes", what);
@@ -84,7 +85,7 @@ PyDoc_STRVAR(read_doc,
 "read(fds, offsets, sizes, into, starts, status)\n\n"
 "Read sizes[i] bytes at offsets[i] of file fds[i] to into[starts[i]:], for all i, without the GIL.\n"
 "fds: (N,) int32, offsets and starts: (N,) uint64, sizes: (N,) uint32, bytes. status: (N,) uint8: 0 read, 2 the file\n"
-"ends before, 3 the system refused.");
+"ends before, 64 + errno the system refused, 3 the same with a number past 191.");
 
 static PyObject *py_read(PyObject *self, PyObject *args) {
     Py_buffer fds, offsets, sizes, into, starts, status;
@@ -108,7 +109,7 @@ static PyObject *py_read(PyObject *self, PyObject *args) {
                 ssize_t got = pread(fd[i], (char *)into.buf + start[i] + done, size[i] - done, offset[i] + done);
                 if (got > 0) done += got;
                 else if (got == 0) state[i] = SHORT_READ;
-                else if (errno != EINTR) state[i] = READ_FAILED;
+                else if (errno != EINTR) state[i] = errno < 256 - ERRNO_FROM ? ERRNO_FROM + errno : READ_FAILED;
             }
         }
         Py_END_ALLOW_THREADS
@@ -362,9 +363,23 @@ static PyMethodDef methods[] = {
 #define TEXT_OF(x) #x
 #define TEXT(x) TEXT_OF(x)
 
+/* XXH3 gave other values before version 0.8.0. Short and long input go different ways. */
+static int has_xxh3(void) {
+#ifdef HAVE_XXHASH
+    static const char zeros[1024];
+    return XXH3_64bits(zeros, 8) == 0xC77B3ABB6F87ACD9 && XXH3_64bits(zeros, sizeof(zeros)) == 0xDE5F15AB6DAF7941;
+#else
+    return 1;
+#endif
+}
+
+/* LIBJPEG_TURBO: of the header; the library that is loaded may be newer. HAS_BASELINE: whether _baseline.c works here. */
 static int fill(PyObject *module) {
-    return PyModule_AddStringConstant(module, "LIBJPEG_TURBO", TEXT(LIBJPEG_TURBO_VERSION)) ||
-           PyModule_AddStringConstant(module, "VECTORS", has_avx2() ? "AVX2" : "portable");
+    return PyModule_AddIntConstant(module, "CORE_VERSION", CORE_VERSION) ||
+           PyModule_AddStringConstant(module, "LIBJPEG_TURBO", TEXT(LIBJPEG_TURBO_VERSION)) ||
+           PyModule_AddStringConstant(module, "VECTORS", has_avx2() ? "AVX2" : "portable") ||
+           PyModule_AddIntConstant(module, "HAS_BASELINE", baseline_works()) ||
+           (!has_xxh3() && PyObject_DelAttrString(module, "checksum"));
 }
 
 static PyModuleDef_Slot slots[] = {

@@ -5,6 +5,7 @@ decodes only the rows and columns the box needs, a whole batch a call: plain bas
 processor has AVX2 (_baseline.c), the others by libjpeg-turbo. The portable one (simplejpeg, torch and Pillow, from wheels)
 decodes the rows down to the box's end. What the native core does not take (PNG, WebP, BMP, rotated or
 damaged JPEGs) goes down the portable path, which also words every refusal, so that a bad sample is named alike on both.
+Of damage below a crop they may judge differently: neither decodes what lies there as long as it need not.
 """
 
 import math
@@ -14,6 +15,7 @@ import struct
 import threading
 from collections.abc import Callable
 from io import BytesIO
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -22,8 +24,11 @@ from PIL import BmpImagePlugin, Image, PngImagePlugin, WebPImagePlugin
 
 from dist_train.picture_header import DecodeError, Header, png_chunks, read_header
 
+CORE_VERSION = 1  # as in _native.c
 try:
     from dist_train import _native as native
+    if getattr(native, "CORE_VERSION", 0) != CORE_VERSION:
+        raise ImportError("the one that is there was built from other sources than these")
 except ImportError as error:
     native, _native_missing = None, str(error)
 
@@ -35,9 +40,10 @@ SCALED_FROM = 512  # pixels of the longer side; smaller pictures gain nothing fr
 SHORT_READ = "the shard ends before the sample does: it is truncated"
 CHECKSUM_DIFFERS = "the sample's checksum differs from the index"
 READ_FAILED = "the shard cannot be read"
-SHARD_FAULTS = (SHORT_READ, CHECKSUM_DIFFERS, READ_FAILED)  # not the picture's fault: reasons that condemn the shard
+SHARD_FAULTS = (SHORT_READ, CHECKSUM_DIFFERS, READ_FAILED)  # so begin the reasons that are not the picture's fault
 
 _FAULTS = [None, None, SHORT_READ, READ_FAILED, CHECKSUM_DIFFERS]  # by the native core's status; 0 is done
+_ERRNO_FROM = 64  # statuses from here on are READ_FAILED, with the system's error number behind it
 _LEFT = 1
 
 Failures = list[tuple[int, str]]  # (place in the batch, reason)
@@ -81,7 +87,7 @@ def decode_from_files(fds, offsets, sizes, checksums, boxes, out: np.ndarray) ->
     """Read, check and decode a batch of samples that lie in open files; return the failures, others are done.
 
     fds: (N,) int32 descriptors; offsets: (N,) uint64 and sizes: (N,) uint32, bytes; checksums: (N,) uint64 xxh3_64,
-    or None to trust the bytes; boxes, out: as in `decode_batch`. A reason found in SHARD_FAULTS is the shard's fault.
+    or None to trust the bytes; boxes, out: as in `decode_batch`. A reason that begins with one of SHARD_FAULTS is the shard's.
     """
     source, starts, status = read_from_files(fds, offsets, sizes, checksums, _reused)
     return _decode(source, starts, np.ascontiguousarray(sizes, np.uint32), boxes, out, status)
@@ -112,30 +118,46 @@ def picture_size(payload: bytes) -> tuple[int, int]:
     return (header.width, header.height) if header.orientation >= 5 else (header.height, header.width)
 
 
+class NativeCore(NamedTuple):
+    """The native core, or why it cannot be loaded. vectors: AVX2 where its own decoder of plain JPEGs is in use, or nothing."""
+
+    missing: str = ""
+    vectors: str = ""
+    libjpeg_turbo: str = ""
+    has_checksum: bool = False  # built where xxhash.h was found
+
+
+def native_core() -> NativeCore:
+    """The native core as it was built."""
+    if not native:
+        return NativeCore(missing=_native_missing)
+    vectors = "AVX2" if native.HAS_BASELINE else ""
+    return NativeCore("", vectors, native.LIBJPEG_TURBO, hasattr(native, "checksum"))
+
+
 def decoders() -> dict[str, str]:
     """Which decoder serves which format, and why the native core is missing where it is, with what would bring it."""
-    pillow = f"Pillow {Image.__version__}"
-    if native:
-        checksum = "its own" if hasattr(native, "checksum") else "the xxhash package (xxhash.h was not found)"
+    core, pillow = native_core(), f"Pillow {Image.__version__}"
+    if core.missing:
         return {
-            "jpeg": f"native core{' (AVX2)' if native.VECTORS == 'AVX2' else ''} and libjpeg-turbo {native.LIBJPEG_TURBO}",
-            "png, webp, bmp": f"{pillow}, resized by the native core",
-            "checksum": checksum,
-            "native": "in use",
+            "jpeg": f"simplejpeg {simplejpeg.__version__}, resized by torch and {pillow}",
+            "png, webp, bmp": pillow,
+            "checksum": "the xxhash package",
+            "native": f"missing ({core.missing}); about twice as fast: install a C compiler and libjpeg-turbo's header "
+            "(Debian, Ubuntu: libjpeg-dev; Fedora: libjpeg-turbo-devel) and run pip install again",
         }
     return {
-        "jpeg": f"simplejpeg {simplejpeg.__version__}, resized by torch and {pillow}",
-        "png, webp, bmp": pillow,
-        "checksum": "the xxhash package",
-        "native": f"missing ({_native_missing}); about twice as fast: install a C compiler and libjpeg-turbo's header "
-        "(Debian, Ubuntu: libjpeg-dev; Fedora: libjpeg-turbo-devel) and run pip install again",
+        "jpeg": f"native core{core.vectors and f' ({core.vectors})'} and libjpeg-turbo (built with {core.libjpeg_turbo})",
+        "png, webp, bmp": f"{pillow}, resized by the native core",
+        "checksum": "its own" if core.has_checksum else "the xxhash package (xxhash.h 0.8 or newer was not found)",
+        "native": "in use",
     }
 
 
 def _decode(source, starts, sizes, boxes, out, status) -> Failures:
     """Decode source[starts[i] :][: sizes[i]] into out[i] where status[i] is 0; others failed already, and say how."""
     assert out.dtype == np.uint8 and out.shape[1:] == (*out.shape[1:3], 3) and out.flags.c_contiguous, out.shape
-    failures = [(int(i), _FAULTS[status[i]]) for i in np.flatnonzero(status)]
+    failures = [(int(i), _fault(int(status[i]))) for i in np.flatnonzero(status)]
     if boxes is not None:
         boxes = np.ascontiguousarray(boxes, np.float64)
     if native:
@@ -153,6 +175,10 @@ def _decode(source, starts, sizes, boxes, out, status) -> Failures:
     return sorted(failures)
 
 
+def _fault(status: int) -> str:
+    return f"{READ_FAILED}: {os.strerror(status - _ERRNO_FROM)}" if status >= _ERRNO_FROM else _FAULTS[status]
+
+
 def _starts(sizes: np.ndarray) -> np.ndarray:
     return np.cumsum(sizes, dtype=np.uint64) - sizes
 
@@ -165,8 +191,10 @@ def _read(fds, offsets, sizes, into, starts, status) -> None:
         try:
             while done < size and (got := os.preadv(fd, [room[done:]], offset + done)):
                 done += got
-        except OSError:
-            status[i] = _FAULTS.index(READ_FAILED)
+        except OSError as error:
+            status[i] = _ERRNO_FROM + error.errno if error.errno < 256 - _ERRNO_FROM else _FAULTS.index(READ_FAILED)
+        except OverflowError:  # of an offset past what files can have
+            status[i] = _FAULTS.index(SHORT_READ)
         else:
             status[i] = _FAULTS.index(SHORT_READ) if done < size else 0
 
@@ -175,14 +203,6 @@ def _checksum(source, starts, sizes, into) -> None:
     """The native core's `checksum`, from the xxhash package."""
     bounds = zip(starts.tolist(), (starts + sizes).tolist(), strict=True)
     into[:] = [xxhash.xxh3_64_intdigest(memoryview(source)[start:end]) for start, end in bounds]
-
-
-def resize_into(pixels: np.ndarray, out: np.ndarray, box: tuple | None = None) -> None:
-    """Resize a box of decoded pixels into `out`, antialiased, as `decode_into` does.
-
-    pixels: (H, W, 3) uint8, or (H, W, 4) whose last channel is left out; out: (h, w, 3) uint8; box as in `decode_into`.
-    """
-    _resize(pixels, _clipped(box, pixels.shape[:2]), out)
 
 
 def decode_portable(payload: bytes, out: np.ndarray, box=None) -> None:
@@ -209,7 +229,7 @@ def decode_portable(payload: bytes, out: np.ndarray, box=None) -> None:
     except Exception as error:  # Pillow's parsers raise whatever damaged bytes lead them to
         raise DecodeError(f"cannot be decoded as {header.format}: {error}") from None
     expected = (-(-header.height // scale), -(-header.width // scale))
-    if pixels.shape[:2] != expected and len(pixels) != -(-rows // scale):
+    if pixels.shape[1] != expected[1] or len(pixels) not in (expected[0], -(-rows // scale)):
         raise DecodeError(f"decoded to {pixels.shape[:2]} pixels but its header says {expected}")
     pixels = _upright(pixels, header.orientation)
     if out.shape[:2] == shown and box == (0, 0, *shown):

@@ -53,7 +53,7 @@ def read_header(payload: bytes) -> Header:
 def _jpeg_header(payload: bytes) -> Header:
     orientation, at = 1, 2
     while True:
-        if payload[at] != 0xFF:
+        if payload[at] != 0xFF or payload[at + 1] == 0:  # what decoders look for behind a zero need not be what is read here
             raise DecodeError(f"no JPEG marker where one belongs, at byte {at}")
         marker = payload[at + 1]
         if marker == 0xFF:  # fill byte
@@ -70,19 +70,29 @@ def _jpeg_header(payload: bytes) -> Header:
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             break
         at += 2 + length
+    if marker not in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA):  # a lossless one is not reduced while decoding: it would outgrow its room
+        raise DecodeError(
+            f"a lossless or hierarchical JPEG (frame marker ff {marker:02x}): only baseline and progressive ones are taken"
+        )
     height, width, channels = struct.unpack_from(">HHB", payload, at + 5)
     is_huffman = marker < 0xC8  # arithmetic coding has no such limit
     if is_huffman and height * width > MAX_PIXELS_PER_BYTE * len(payload):
         raise DecodeError(f"the header says {height} x {width} pixels, too many for {len(payload)} bytes")
-    if marker & 3 == 2 and payload.count(b"\xff\xda") > MAX_SCANS:
-        raise DecodeError(f"a progressive JPEG of more than {MAX_SCANS} scans")
+    if payload.count(b"\xff\xda", at) > MAX_SCANS:
+        raise DecodeError(f"a JPEG of more than {MAX_SCANS} scans")
     return Header("jpeg", height, width, orientation, channels, at if marker in (0xC0, 0xC1) else 0)
 
 
 def _png_header(payload: bytes) -> Header:
     width, height = struct.unpack_from(">II", payload, 16)
-    orientation = next((_exif_orientation(body) for name, body in png_chunks(payload) if name == b"eXIf"), 1)
-    return Header("png", height, width, orientation)
+    orientation, num_headers = 0, 0
+    for name, body in png_chunks(payload):
+        num_headers += name == b"IHDR"
+        if name == b"eXIf" and not orientation:
+            orientation = _exif_orientation(body)
+    if payload[8:16] != b"\0\0\0\rIHDR" or num_headers > 1:  # Pillow takes the last one, wherever it stands
+        raise DecodeError("a PNG that does not begin with its header, or has two")
+    return Header("png", height, width, orientation or 1)
 
 
 def _webp_header(payload: bytes) -> Header:
@@ -107,7 +117,7 @@ def _webp_header(payload: bytes) -> Header:
 
 def _bmp_header(payload: bytes) -> Header:
     old = payload[14] == 12  # the 12-byte header of OS/2 has 16-bit sides
-    width, height = struct.unpack_from("<hh" if old else "<ii", payload, 18)
+    width, height = struct.unpack_from("<HH" if old else "<ii", payload, 18)
     return Header("bmp", abs(height), width)
 
 

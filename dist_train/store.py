@@ -138,9 +138,14 @@ class Store:
     def fault(self, sample: int, reason: str) -> UserError:
         """The error for a sample that cannot be used, naming shard, sample, byte, and what to do."""
         path = self.path(int(self.split.shard_of(np.array([sample]))[0]))
+        advice = (
+            "The system refused the read: look to the disk or the file system, then start again."
+            if reason.startswith("the shard cannot be read: ")
+            else f"See all that is wrong with: dist-train verify {self.split.folder}"
+        )
         return UserError(
             f"{path}: {reason} (sample {sample_name(self.split.name, sample)} at byte "
-            f"{int(self.table[sample]['offset']):,}).\n  See all that is wrong with: dist-train verify {self.split.folder}"
+            f"{int(self.table[sample]['offset']):,}).\n  {advice}"
         )
 
     def path(self, shard: int) -> str:

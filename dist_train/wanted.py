@@ -10,7 +10,7 @@ import xxhash
 from dist_train.errors import UserError
 from dist_train.index import SplitIndex
 
-_VERSION = 2  # part of every key: raise it when the same bytes come to be decoded to other pixels
+_VERSION = 3  # part of every key: raise it when the same bytes come to be decoded to other pixels
 
 
 @dataclass(frozen=True)

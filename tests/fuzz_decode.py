@@ -1,4 +1,4 @@
-"""Damaged pictures against the decoder: no crash, no hang, no growth, and no error but DecodeError.
+"""Damaged pictures against the decoder: no crash, no hang, no growth, no error but DecodeError, and one verdict.
 
     python tests/fuzz_decode.py --inputs 10000
 
@@ -84,7 +84,8 @@ def damaged(number: int, valid: list[bytes]) -> bytes:
 def decode_all(first: int, num_inputs: int, verbose: bool = False) -> dict[str, float]:
     """Decode inputs first..first+num_inputs-1 on both paths; return counts, the slowest input and the growth in MB.
 
-    Raises whatever but DecodeError the decoder lets through, and AssertionError on a slow input.
+    Raises whatever but DecodeError the decoder lets through, and AssertionError where a path gives no reason, or the paths other
+    pixels; and where one alone refuses a whole picture. Damage below a box may go unseen.
     """
     valid = seeds()
     taken, slowest, resident = 0, 0.0, []
@@ -95,13 +96,17 @@ def decode_all(first: int, num_inputs: int, verbose: bool = False) -> dict[str, 
         box = None if number % 2 else (*rng.uniform(-20, 200, 2), *rng.uniform(0.01, 300, 2))
         began = time.monotonic()
         faulthandler.dump_traceback_later(TIME_LIMIT_S, exit=True)
+        pixels = []
         for function in (decode.decode_into, decode.decode_portable):
             try:
                 function(payload, out[0], box)
-                taken += 1
+                pixels.append(out.tobytes())
             except decode.DecodeError as error:
                 assert str(error), f"input {number}: no reason given"
         faulthandler.cancel_dump_traceback_later()
+        taken += len(pixels)
+        assert len(set(pixels)) <= 1, f"input {number}: the paths differ in their pixels"
+        assert box or len(pixels) != 1, f"input {number}: one of the paths takes it, and the other does not"
         slowest = max(slowest, time.monotonic() - began)
         if number % max(num_inputs // 20, 1) == 0:
             resident.append(_resident_mb())

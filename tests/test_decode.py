@@ -1,11 +1,18 @@
 """Decoding: the same pixels as Pillow's decode, crop and antialiased resize, on both paths, and clear refusals."""
 
+import errno
+import importlib.util
 import io
 import os
+import runpy
+import shutil
 import struct
+import subprocess
 import sys
+import sysconfig
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +29,7 @@ from dist_train.decode import DecodeError, decode_batch, decode_from_files, deco
 sys.path.insert(0, str(Path(__file__).parent))
 import fuzz_decode  # noqa: E402  a script beside the tests
 
+ROOT = Path(__file__).parents[1]
 SAMPLINGS = ("444", "422", "420", "440", "411")
 
 
@@ -80,7 +88,7 @@ def test_a_whole_jpeg_is_equal_to_pillows(path, sampling, progressive):
     assert (decoded(payload, 83, 117) == np.asarray(Image.open(io.BytesIO(payload)))).all()
 
 
-@pytest.mark.skipif(decode.native is None or decode.native.VECTORS != "AVX2", reason="the native core is without AVX2")
+@pytest.mark.skipif(not getattr(decode.native, "HAS_BASELINE", 0), reason="the native core's own decoder does not work here")
 @pytest.mark.parametrize("kind", ["444", "422", "420", "grey", "440", "411", "progressive", "restarts", "cmyk"])
 def test_plain_baseline_jpegs_are_decoded_without_libjpeg_and_are_equal_to_its_pixels(kind):
     rng = np.random.default_rng(11)
@@ -119,7 +127,7 @@ def test_the_resize_is_pillows_within_one_grey_level(path):
     for _ in range(60):
         top, left, height, width = *rng.uniform(0, 60, 2), *rng.uniform(2, 80, 2)
         out = np.zeros((*rng.integers(1, 120, 2), 3), np.uint8)
-        decode.resize_into(pixels, out, (top, left, height, width))
+        decode._resize(pixels, (top, left, height, width), out)
         area = (left, top, left + width, top + height)
         expected = Image.fromarray(pixels).resize(out.shape[1::-1], Image.Resampling.BILINEAR, area)
         # Pillow rounds the box to 32 bits and may go down before across: the last bit of a few pixels
@@ -133,7 +141,7 @@ def test_a_box_of_whole_pixels_is_cut_and_resized_as_torchvision_does(path):
         top, left = rng.integers(0, 139), rng.integers(0, 159)
         height, width = rng.integers(1, 140 - top + 1), rng.integers(1, 160 - left + 1)
         out = np.zeros((rng.integers(1, 200), rng.integers(2, 200), 3), np.uint8)
-        decode.resize_into(pixels, out, (top, left, height, width))
+        decode._resize(pixels, (top, left, height, width), out)
         channels_first = torch.from_numpy(pixels).permute(2, 0, 1)
         box = (int(side) for side in (top, left, height, width))
         expected = resized_crop(channels_first, *box, list(out.shape[:2]), antialias=True)
@@ -166,6 +174,70 @@ def test_the_native_core_and_the_portable_path_give_equal_pixels(kind, size, mon
                 decode.decode_portable(payload, portable, box)
             assert status[0] == 0, "the native core left a plain JPEG to the portable path"
             assert (native == portable).all(), box
+
+
+@pytest.mark.skipif(decode.native is None, reason="there is no native core")
+def test_a_picture_cut_off_between_its_scans_has_equal_pixels_on_both_paths(monkeypatch):
+    """libjpeg-turbo smooths what lacks bits, each version in its own way, and at the edges of a cut in another."""
+    payload = saved(photo(150, 170), progressive=True)
+    scans = [at for at in range(len(payload)) if payload[at : at + 2] == b"\xff\xda"]
+    assert len(scans) > 5
+    for end in scans[1:]:
+        cut = payload[:end] + b"\xff\xd9"
+        for box in (None, (31, 40, 70, 60), (20.5, 7.25, 90, 120)):
+            found = verdict(cut, box)
+            assert found
+            with monkeypatch.context() as without:
+                without.setattr(decode, "native", None)
+                assert found == verdict(cut, box), (end, box)
+
+
+def verdict(payload: bytes, box=None) -> bytes | None:
+    """The pixels, or nothing of a picture that is refused."""
+    try:
+        return decoded(payload, 33, 37, box).tobytes()
+    except DecodeError:
+        return None
+
+
+def means_only(height: int, width: int, across: int, down: int) -> bytes:
+    """A colour JPEG whose brightness is sampled `across` x `down` times as finely; each block is of one random value."""
+
+    def segment(marker: int, body: bytes) -> bytes:
+        return bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
+
+    rng, bits, last = np.random.default_rng(0), [], [0, 0, 0]
+    for _ in range(-(-height // (8 * down)) * -(-width // (8 * across))):
+        for component in [0] * (across * down) + [1, 2]:
+            value = int(rng.integers(-60, 61))
+            step, last[component] = value - last[component], value
+            size = abs(step).bit_length()  # 4 bits of code, the step, and one bit that ends the block
+            bits.append(f"{size:04b}" + (f"{step + (step < 0) * ((1 << size) - 1):0{size}b}" if size else "") + "0")
+    text = "".join(bits)
+    text += "1" * (-len(text) % 8)
+    sampled = bytes([1, across << 4 | down, 0, 2, 0x11, 0, 3, 0x11, 0])
+    return b"".join([
+        b"\xff\xd8", segment(0xE0, b"JFIF\0\1\1\0\0\1\0\1\0\0"), segment(0xDB, b"\0" + b"\x10" * 64),
+        segment(0xC0, struct.pack(">BHHB", 8, height, width, 3) + sampled),
+        segment(0xC4, bytes([0, 0, 0, 0, 15, *[0] * 12, *range(15)])), segment(0xC4, bytes([16, 1, *[0] * 15, 0])),
+        segment(0xDA, bytes([3, 1, 0, 2, 0, 3, 0, 0, 63, 0])),
+        int(text, 2).to_bytes(len(text) // 8, "big").replace(b"\xff", b"\xff\0"), b"\xff\xd9",
+    ])  # fmt: skip
+
+
+@pytest.mark.skipif(decode.native is None, reason="there is no native core")
+@pytest.mark.parametrize("across,down", [(4, 1), (4, 2), (2, 4)])
+def test_a_cut_of_coarsely_sampled_chroma_is_equal_to_pillows(across, down):
+    """Decoded at a half or a quarter, where libjpeg-turbo before 3.0 leaves a part of such chroma unwritten."""
+    payload = means_only(700, 900, across, down)
+    for side, scale in ((40, 4), (90, 2)):
+        box = (100, 300, 500, 500)
+        picture = Image.open(io.BytesIO(payload))
+        picture.draft("RGB", (900 // scale, 700 // scale))
+        reduced, expected = np.asarray(picture.convert("RGB")), np.zeros((side, side, 3), np.uint8)
+        assert reduced.shape == (700 // scale, 900 // scale, 3)
+        decode._resize(reduced, tuple(edge / scale for edge in box), expected)
+        assert (decoded(payload, side, side, box) == expected).all(), scale
 
 
 def test_a_strongly_reduced_photo_stays_close_to_the_full_decode(path):
@@ -220,6 +292,10 @@ def test_every_colour_mode_becomes_rgb_as_pillow_converts_it(path, form, mode):
     assert np.abs(resized.astype(int) - reference(payload, 20, 20, (3, 4, 25, 30))).max() <= 1
 
 
+def test_the_sides_of_an_old_bmp_have_no_sign():
+    assert picture_size(b"BM" + bytes(12) + struct.pack("<IHHHH", 12, 40, 65_535, 1, 24)) == (65_535, 40)
+
+
 def test_sixteen_bit_grey_keeps_its_high_byte(path):
     levels = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
     payload = saved(Image.fromarray(levels), format="PNG")
@@ -248,9 +324,22 @@ def jpeg_claiming(height: int, width: int) -> bytes:
     return payload[: frame + 5] + struct.pack(">HH", height, width) + payload[frame + 9 :]
 
 
+def framed(payload: bytes, marker: int) -> bytes:
+    """The JPEG with another marker in front of its frame header."""
+    frame = payload.index(b"\xff\xc0")
+    return payload[: frame + 1] + bytes([marker]) + payload[frame + 2 :]
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
 PLAIN = saved(photo(40, 40))
 PNG = saved(photo(40, 40), format="PNG")
 SCANS = saved(photo(40, 40), progressive=True)
+HIDDEN = struct.pack(">H", len(PLAIN)) + framed(PLAIN, 0xC3)[2:]
+LARGER = chunk(b"IHDR", struct.pack(">II", 20_000, 20_000) + PNG[24:29])
+EMPTY_SCAN = b"\xff\xda\0\x08\1\1\0\0\x3f\0"
 REFUSED = {
     "nothing": (b"", "not a JPEG, PNG"),
     "text": (b"hello, world", "not a JPEG, PNG"),
@@ -265,7 +354,14 @@ REFUSED = {
     "a jpeg larger than its bytes": (jpeg_claiming(9000, 9000), "too many for"),
     "a jpeg taller than its data": (jpeg_claiming(400, 40), "cannot be decoded"),
     "endless scans": (SCANS[:-2] + b"\xff\xda" * 300 + SCANS[-2:], "scans"),
+    "endless scans of a baseline jpeg": (PLAIN[:-2] + EMPTY_SCAN * 300 + PLAIN[-2:], "more than 200 scans"),
+    "endless scans, coded arithmetically": (framed(PLAIN, 0xC9)[:-2] + EMPTY_SCAN * 300, "more than 200 scans"),
     "garbage between segments": (PLAIN[:2] + b"\0\0\0" + PLAIN[2:], "marker"),
+    "a frame behind what is no marker": (PLAIN[:2] + b"\xff\0" + HIDDEN + PLAIN[2:], "no JPEG marker"),
+    "a lossless jpeg": (framed(PLAIN, 0xC3), "lossless or hierarchical .* ff c3"),
+    "a hierarchical jpeg": (framed(PLAIN, 0xC5), "lossless or hierarchical .* ff c5"),
+    "a png of two sizes": (PNG[:33] + LARGER + PNG[33:], "or has two"),
+    "a png that begins with its text": (PNG[:8] + chunk(b"tEXt", bytes(16)) + PNG[8:], "begin with its header"),
 }
 
 
@@ -274,6 +370,38 @@ def test_refused_with_the_reason(path, name):
     payload, reason = REFUSED[name]
     with pytest.raises(DecodeError, match=reason):
         decoded(payload, 16, 16)
+
+
+@pytest.mark.parametrize("marker", [0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF])
+def test_only_what_is_reduced_while_decoding_is_decoded(path, marker):
+    """TurboJPEG writes a lossless picture as large as it is, whatever size it was asked for."""
+    with pytest.raises(DecodeError, match="lossless or hierarchical"):
+        decoded(framed(saved(photo(512, 512)), marker), 16, 16)
+
+
+@pytest.mark.parametrize("shape", [(40, 41), (39, 40), (41, 40)])
+def test_a_decoder_that_gives_another_size_is_not_believed(monkeypatch, shape):
+    monkeypatch.setitem(decode._PILLOW, "png", lambda payload: np.zeros((*shape, 3), np.uint8))
+    for side in (40, 16):
+        with pytest.raises(DecodeError, match="header says"):
+            decode.decode_portable(PNG, np.zeros((side, side, 3), np.uint8))
+
+
+BEFORE_THE_END = {
+    "a restart that does not belong": b"\xff\xd3",
+    "a second scan": b"\xff\xda\0\x0c\3\1\0\2\x11\3\x11\0\x3f\0",
+    "a marker that does not exist": b"\xff\x05\0\2",
+}
+NO_RESTARTS = list(BEFORE_THE_END)[1:]
+
+
+@pytest.mark.parametrize("name,kind", [*((name, "420") for name in BEFORE_THE_END), *((name, "restarts") for name in NO_RESTARTS)])
+@pytest.mark.parametrize("box", [None, (0, 0, 40, 90)], ids=["whole", "cut"])
+def test_another_marker_than_the_end_behind_the_scan_is_refused(path, name, kind, box):
+    payload = saved(photo(300, 90), **{"restart_marker_blocks": 5} if kind == "restarts" else {})
+    at = len(payload) - (400 if kind == "420" else 2)
+    with pytest.raises(DecodeError):
+        decoded(payload[:at] + BEFORE_THE_END[name] + payload[at:], *((300, 90) if box is None else (40, 90)), box)
 
 
 def test_a_bomb_is_refused_before_memory_is_taken(path):
@@ -373,10 +501,17 @@ def test_each_fault_of_a_shard_has_its_own_reason(path, shard):
     table["checksums"][0] ^= np.uint64(1)
     table["sizes"][2] += 1
     table["fds"][1] = 1_000_000
-    expected = [(0, decode.CHECKSUM_DIFFERS), (1, decode.READ_FAILED), (2, decode.SHORT_READ)]
+    unread = f"{decode.READ_FAILED}: {os.strerror(errno.EBADF)}"
+    expected = [(0, decode.CHECKSUM_DIFFERS), (1, unread), (2, decode.SHORT_READ)]
     assert decode_from_files(**table, boxes=None, out=out) == expected
-    assert all(reason in decode.SHARD_FAULTS for _, reason in expected)
+    assert all(reason.startswith(decode.SHARD_FAULTS) for _, reason in expected)
     assert not out.any()
+
+
+def test_an_offset_past_what_files_can_have_is_a_truncated_shard(path, shard):
+    table, _ = shard
+    table["offsets"][1] = 2**63
+    assert decode_from_files(**table, boxes=None, out=np.zeros((3, 40, 40, 3), np.uint8)) == [(1, decode.SHORT_READ)]
 
 
 def test_threads_decode_the_same_pixels_side_by_side(path):
@@ -452,3 +587,67 @@ def test_an_odd_jfif_revision_excuses_no_other_damage(path, revision):
     for bad in (whole[: len(whole) // 2], whole[: len(whole) // 2] + b"\xff\xd9"):
         with pytest.raises(DecodeError):
             decode_into(bytes(bad), out)
+
+
+@pytest.mark.skipif(decode.native is None, reason="there is no native core")
+def test_a_core_built_from_other_sources_is_not_used(monkeypatch):
+    monkeypatch.setattr(decode.native, "CORE_VERSION", decode.CORE_VERSION + 1)
+    other = runpy.run_path(decode.__file__)
+    assert other["native"] is None
+    assert "built from other sources" in other["decoders"]()["native"]
+
+
+def test_the_core_is_built_anew_and_without_an_old_xxhash(tmp_path, monkeypatch):
+    setuptools = pytest.importorskip("setuptools")
+    build_ext = pytest.importorskip("setuptools.command.build_ext").build_ext
+    compiler = compiler_or_skip()
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    monkeypatch.setattr(build_ext, "build_extension", lambda self, extension: forced.append(self.force))
+    command = runpy.run_path(str(ROOT / "setup.py"))["OptionalBuild"](setuptools.Distribution())
+    command.build_temp, forced = str(tmp_path), []
+
+    def has_checksum(number: int) -> bool:
+        (tmp_path / "xxhash.h").write_text(f"#define XXH_VERSION_NUMBER {number}\n")
+        extension = setuptools.Extension("core", [])
+        command.build_extension(extension)
+        return ("HAVE_XXHASH", "1") in extension.define_macros
+
+    class Compiler:
+        def compile(self, sources, output_dir):
+            subprocess.run([*compiler, "-fsyntax-only", "-I", tmp_path, *sources], check=True, stderr=subprocess.DEVNULL)
+
+    command.compiler = Compiler()
+    assert [has_checksum(number) for number in (704, 800, 803)] == [False, True, True]
+    assert all(forced) and len(forced) == 3
+
+
+def compiler_or_skip() -> list[str]:
+    command = (sysconfig.get_config_var("CC") or "cc").split()
+    if decode.native is None or not shutil.which(command[0]):
+        pytest.skip("there is no C compiler, or no native core")
+    return command
+
+
+def test_a_checksum_that_is_not_xxh3s_is_left_out_of_the_core(tmp_path):
+    (tmp_path / "xxhash.h").write_text("static unsigned long XXH3_64bits(const void *at, size_t size) { return 1; }\n")
+    library = tmp_path / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run(
+        [*compiler_or_skip(), "-shared", "-fPIC", "-O0", "-w", "-DHAVE_XXHASH=1", "-I", tmp_path,
+         "-I", sysconfig.get_path("include"), "-o", library, *ROOT.glob("dist_train/_*.c"), "-ljpeg"], check=True,
+    )  # fmt: skip
+    spec = importlib.util.spec_from_file_location("_native", library)
+    core = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(core)
+    assert core.CORE_VERSION == decode.CORE_VERSION and not hasattr(core, "checksum")
+
+
+def test_an_old_libjpeg_turbo_is_refused_by_the_compiler(tmp_path):
+    def said(number: str) -> str:
+        (tmp_path / "jpeglib.h").write_text(
+            "#include_next <jpeglib.h>\n#undef LIBJPEG_TURBO_VERSION_NUMBER\n"
+            f"#define LIBJPEG_TURBO_VERSION_NUMBER {number}\n"
+        )
+        command = [*compiler_or_skip(), "-E", "-I", tmp_path, "-I", sysconfig.get_path("include")]
+        return subprocess.run([*command, ROOT / "dist_train/_native.c"], capture_output=True, text=True).stderr
+
+    assert "2.0.6 or newer" in said("2000005") and not said("2000006")

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import io
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from PIL import Image
 from dist_train import decode, decoder_choice, gpu_decode, shard
 from dist_train.config import AugmentConfig, DataConfig, RunConfig
 from dist_train.data import open_stream
-from dist_train.decode import decode_batch, resize_into
+from dist_train.decode import _resize, decode_batch
 from dist_train.errors import UserError
 from dist_train.gpu_decode import GpuDecoder, resize_box
 from dist_train.train import run_training
@@ -60,7 +62,7 @@ def photographs(tmp_path) -> str:
 @pytest.mark.parametrize("size", [(32, 32), (64, 48), (120, 100)])
 def test_boxes_are_resized_as_the_cpu_does(box, size):
     pixels, expected = np.array(picture(90, 70)), np.empty((*size, 3), np.uint8)
-    resize_into(pixels, expected, box)
+    _resize(pixels, box, expected)
     found = resize_box(torch.from_numpy(pixels).permute(2, 0, 1), box, size).permute(1, 2, 0).numpy()
     assert np.abs(found.astype(int) - expected).max() <= 1
 
@@ -161,13 +163,35 @@ def test_a_broken_shard_ends_the_stream_by_name(photographs, tmp_path):
 def test_both_decoders_are_timed_where_pictures_are_cut(photographs, digits):
     data = DataConfig(shards=photographs, image_size=32, threads=1)
     config = RunConfig(data=data, augment=AugmentConfig(crop="random_resized"))
-    found = decoder_choice.rates(config, GpuDecoder(CPU, pillow))
+    found = decoder_choice.rates(config, GpuDecoder(CPU, pillow), 1)
     assert decoder_choice.rates(config, GpuDecoder(CPU, not_compiled)).keys() == {"cpu"}
     assert found["cpu"] > 0 and found["gpu"] > 0
     assert (
         decoder_choice.rates(dataclasses.replace(config, data=DataConfig(shards=digits)), GpuDecoder(CPU, pillow))
         is None
     )
+
+
+def test_the_cpus_speed_is_that_of_its_threads_together(photographs, monkeypatch):
+    cores = threading.Semaphore(2)
+
+    def decode_on_two_cores(fds, offsets, sizes, checksums, boxes, out):
+        assert len(fds) == len(offsets) == len(sizes) == len(boxes) == len(out)
+        with cores:
+            time.sleep(0.001 * len(out))
+
+    monkeypatch.setattr(decoder_choice, "decode_from_files", decode_on_two_cores)
+    config = RunConfig(data=DataConfig(shards=photographs, image_size=32), augment=AugmentConfig(crop="random_resized"))
+    speed = {n: decoder_choice.rates(config, GpuDecoder(CPU, pillow), n)["cpu"] for n in (1, 8)}
+    assert 400 < speed[1] <= 1000 and 800 < speed[8] <= 2000  # eight threads on two cores are two times as fast as one
+
+
+def test_the_threads_of_a_rank_are_those_that_are_measured(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(decoder_choice, "rates", lambda config, gpu, num_threads: asked.append(num_threads))
+    decoder_choice.settled(RunConfig(), tmp_path, torch.device("cuda"), 6)
+    decoder_choice.settled(RunConfig(), tmp_path, torch.device("cuda"))
+    assert asked == [6, 0]
 
 
 def test_the_choice_is_recorded_and_kept(tmp_path, monkeypatch):
