@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,28 +16,29 @@ from dist_train import __version__
 from dist_train.augment import evaluation_pixels
 from dist_train.config import ModelConfig, RunConfig, conflicts
 from dist_train.data import open_evaluation
-from dist_train.durable import put_in_place
+from dist_train.durable import put_in_place, replace_json
 from dist_train.errors import UserError
-from dist_train.evaluate import standardised
+from dist_train.evaluate import standardised, views
 from dist_train.folds import fold_view
 from dist_train.index import ShardIndex, load_index
 from dist_train.models import build_model
 from dist_train.predict import Trained, check_fits, load_run
 from dist_train.pretrained import put_weights
-from dist_train.runtime import write_json
 from dist_train.settings import from_dict, read_config, to_dict
 
 FILES = {"safetensors": "model.safetensors", "onnx": "model.onnx", "torch-export": "model.pt2"}
+Seen = tuple[bool, int]  # whether mirror images are seen too, and pictures moved by how many pixels: see `evaluate.views`
 TOLERANCE = 1e-3  # of the largest logit; sums in another order differ by 1e-6 of it in a VGG, by 6e-5 in a ViT
 MAX_CHANGED = 1e-3  # of the predictions: within that tolerance only classes as good as equal can change places
 MAX_PROTOBUF = 2**31 - 2**24  # bytes; larger ONNX files keep their weights in a second one
 
 
 def main(argv: list[str]) -> None:
-    """`dist-train export RUN --to FORMAT [--out DIR] [--split test]`; the last line is a JSON object."""
+    """`dist-train export RUN --to FORMAT [--out DIR] [--split test] [--views all]`; the last line is a JSON object."""
     parser = argparse.ArgumentParser(
         prog="dist-train export",
         description="The best weights of a run as a file for use elsewhere, proven on a split.",
+        epilog="Other options are those of dist-train train, such as --data.shards OTHER.",
     )
     parser.add_argument("run", help="run folder")
     parser.add_argument("--to", required=True, choices=FILES, help="format of the file")
@@ -44,19 +46,27 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--split", default="test", help="split that the file must classify as the run does; default test"
     )
+    parser.add_argument(
+        "--views", choices=("all", "one"), default="all",
+        help="all: what train.flip_test and train.shift_test average over, so that the file has the run's accuracy; one: the "
+             "picture alone, one pass through the network in place of 2, 3 or 6; default all",
+    )  # fmt: skip
     options, overrides = parser.parse_known_args(argv)
     out = Path(options.out or Path(options.run, "export"))
-    about = export(options.run, options.to, out, options.split, overrides)
+    about = export(options.run, options.to, out, options.split, overrides, options.views)
     print(f"{out / about['file']}, described in {about['file']}.json")
     print(json.dumps(about["check"]))
 
 
-def export(run: str | Path, kind: str, out: Path, split: str = "test", overrides: list[str] = ()) -> dict:
+def export(
+    run: str | Path, kind: str, out: Path, split: str = "test", overrides: list[str] = (), which_views: str = "all"
+) -> dict:
     """Write a run's best weights to out, with a description beside them, and return the description.
 
-    kind: a key of FILES. overrides: settings that change no result, such as ["--data.shards", "elsewhere"]. The file
-    is loaded again and classifies the split; files that differ from the network are not kept. Raises UserError then,
-    and where the run, the split or a package is missing.
+    kind: a key of FILES. overrides: settings that change no result, such as ["--data.shards", "elsewhere"]. which_views:
+    "all" that the run was evaluated on, or "one", the picture alone. The file is loaded again and classifies the split;
+    files that differ from the network are not kept. Raises UserError then, and where the run, the split or a package is
+    missing. A top1 other than that in result.json is told on stderr.
     """
     _need_packages(kind)
     trained = load_run(run)
@@ -70,15 +80,16 @@ def export(run: str | Path, kind: str, out: Path, split: str = "test", overrides
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     input_size = index.image_size or trained.image_size
-    about = describe(trained, kind, input_size)
+    seen = _views_of(trained) if which_views == "all" else (False, 0)
+    about = describe(trained, kind, input_size, seen)
     made_folder = not out.is_dir()
     partial = out / f"{about['file']}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_model(partial / about["file"], kind, trained, input_size, about)
-        about["check"] = compare(trained, config, index, split, load_exported(partial / about["file"]))
-        write_json(partial / f"{about['file']}.json", about)
+        write_model(partial / about["file"], kind, trained, input_size, seen, about)
+        about["check"] = compare(trained, config, index, split, load_exported(partial / about["file"]), seen)
+        replace_json(partial / f"{about['file']}.json", about)
         for file in sorted(partial.iterdir(), key=lambda file: file.name == about["file"]):  # the model itself at last
             put_in_place(file, out / file.name)
     except OSError as error:
@@ -87,6 +98,7 @@ def export(run: str | Path, kind: str, out: Path, split: str = "test", overrides
         shutil.rmtree(partial, ignore_errors=True)
         if made_folder and out.is_dir() and not any(out.iterdir()):
             out.rmdir()
+    _tell_of_another_top1(trained, about["check"], seen)
     return about
 
 
@@ -94,12 +106,14 @@ class Deployed(nn.Module):
     """A network with its preprocessing: what the shards hold in, logits out.
 
     mean, std: per channel of pixels in 0..1, or per column of a table. size: (height, width) that enters the network;
-    None for tables.
+    None for tables. seen: (False, 0) for the picture alone.
     """
 
-    def __init__(self, network: nn.Module, mean: list[float], std: list[float], size: tuple[int, int] | None):
+    def __init__(
+        self, network: nn.Module, mean: list[float], std: list[float], size: tuple[int, int] | None, seen: Seen = (False, 0)
+    ):  # fmt: skip
         super().__init__()
-        self.network, self.size = network, size
+        self.network, self.size, self.seen = network, size, seen
         shape = (1, -1, 1, 1) if size else (1, -1)
         self.register_buffer("mean", torch.tensor(mean).view(shape))
         self.register_buffer("std", torch.tensor(std).view(shape))
@@ -111,10 +125,16 @@ class Deployed(nn.Module):
             values = values.to(torch.float32) / 255
             if tuple(values.shape[2:]) != self.size:
                 values = F.interpolate(values, self.size, mode="bilinear", antialias=True, align_corners=False)
-        return self.network((values - self.mean) / self.std)
+        values = (values - self.mean) / self.std
+        if _num_views(self.seen) == 1:
+            return self.network(values)
+        weights, pictures = zip(*views(values, *self.seen), strict=True)
+        # one pass: the graph holds the network once, and the classifier's weights are read once for all views
+        logits = self.network(torch.cat(pictures)).unflatten(0, (len(weights), -1))
+        return sum(weight * view for weight, view in zip(weights, logits.unbind(), strict=True))
 
 
-def describe(trained: Trained, kind: str, input_size: tuple[int, int] | None) -> dict:
+def describe(trained: Trained, kind: str, input_size: tuple[int, int] | None, seen: Seen) -> dict:
     """All that a user of the file needs to know, JSON values. input_size: (height, width) of what the graph takes."""
     is_graph = kind != "safetensors"
     about = {
@@ -134,7 +154,7 @@ def describe(trained: Trained, kind: str, input_size: tuple[int, int] | None) ->
     height, width = input_size if is_graph else trained.image_size
     crops = trained.eval_crop and not trained.one_size
     shorter = round(height / trained.eval_crop) if crops else None
-    shift = trained.config.train.shift_test
+    flipped, shift = seen
     rule = (
         f"shorter side to {shorter} px, then the central {height} x {width} px"
         if crops
@@ -148,16 +168,42 @@ def describe(trained: Trained, kind: str, input_size: tuple[int, int] | None) ->
                        "is_in_the_file": False},
             "normalise": {"rule": "(value / 255 - mean) / std", "mean": trained.mean, "std": trained.std,
                           "is_in_the_file": is_graph},
+            "views": {"rule": _views_rule(seen), "flip": flipped, "shift": shift, "count": _num_views(seen),
+                      "count_of_the_run": _num_views(_views_of(trained)), "is_in_the_file": is_graph},
         },
         "network_size": list(trained.image_size),
-        "flip_test": "not in the file; the run's own figures average each picture with its mirror image"
-                     if trained.config.train.flip_test else "not used",
-        "shift_test": f"not in the file; the run's own figures average each picture with itself moved by {shift} px both ways"
-                      if shift else "not used",
     }  # fmt: skip
 
 
-def write_model(path: Path, kind: str, trained: Trained, input_size: tuple[int, int] | None, about: dict) -> None:
+def _views_of(trained: Trained) -> Seen:
+    """What the run's own figures are a mean over; a table's rows are seen once."""
+    settings = trained.config.train
+    return (settings.flip_test, settings.shift_test) if trained.features is None else (False, 0)
+
+
+def _num_views(seen: Seen) -> int:
+    flipped, shift = seen
+    return (1 + flipped) * (3 if shift else 1)
+
+
+def _views_rule(seen: Seen) -> str:
+    """The views of `evaluate.views` in words, for who has the weights alone."""
+    flipped, shift = seen
+    if _num_views(seen) == 1:
+        return "logits of the normalised picture alone"
+    moved = (
+        f"the normalised picture (1/2), it moved {shift} px up and {shift} px left (1/4), and as far down and right (1/4), "
+        "where what is uncovered is 0"
+        if shift
+        else "the normalised picture"
+    )
+    mirrored = ", each shared evenly with its mirror image (left to right)" if flipped else ""
+    return f"weighted mean of the logits of {moved}{mirrored}"
+
+
+def write_model(
+    path: Path, kind: str, trained: Trained, input_size: tuple[int, int] | None, seen: Seen, about: dict
+) -> None:
     """Write the file of one format, with the description inside it. input_size: see `describe`."""
     about = json.dumps(about)
     if kind == "safetensors":
@@ -168,7 +214,7 @@ def write_model(path: Path, kind: str, trained: Trained, input_size: tuple[int, 
     from torch.export import Dim
     from torch.export import export as trace
 
-    module = Deployed(trained.network, trained.mean, trained.std, trained.image_size)
+    module = Deployed(trained.network, trained.mean, trained.std, trained.image_size, seen)
     if trained.features is None:
         name, example = "pictures", torch.zeros(2, 3, *input_size, dtype=torch.uint8)
     else:
@@ -203,25 +249,27 @@ def load_exported(path: Path) -> Callable[[Tensor], Tensor]:
     model = from_dict(ModelConfig, about["model"])
     network = build_model(model, len(about["classes"]), size, columns and len(columns), 0)
     put_weights(network, weights)
-    return Deployed(network, rule["mean"], rule["std"], size)
+    seen = about["preprocessing"].get("views", {"flip": False, "shift": 0})  # tables have none, nor had files of before
+    return Deployed(network, rule["mean"], rule["std"], size, (seen["flip"], seen["shift"]))
 
 
 @torch.no_grad()
-def compare(trained: Trained, config: RunConfig, index: ShardIndex, split: str, exported: Callable) -> dict:
-    """Classify a split with the run's network and with an exported file; return the figures of both.
+def compare(trained: Trained, config: RunConfig, index: ShardIndex, split: str, exported: Callable, seen: Seen) -> dict:
+    """Classify a split with the run's network and with an exported file; return the figures of both, and result.json's.
 
-    On the CPU in float32, whatever the run was trained in, and without the further views of train.flip_test and
-    train.shift_test. Raises UserError if the logits differ by more than TOLERANCE, or more predictions than MAX_CHANGED.
+    On the CPU in float32, whatever the run was trained in. seen: the views of both. Raises UserError if the logits differ
+    by more than TOLERANCE, or more predictions than MAX_CHANGED.
     """
     data = config.data
+    batch_size = max(1, data.global_batch_size // _num_views(seen))  # the file takes all views of a batch at once
     batches = open_evaluation(
-        index, split, data.global_batch_size, data.image_size, trained.eval_crop, data.threads, (0, 1), data.prefetch_mb,
+        index, split, batch_size, data.image_size, trained.eval_crop, data.threads, (0, 1), data.prefetch_mb,
         data.verify,
     )  # fmt: skip
     labels, ours, theirs = [], [], []
     for batch in batches:
         alone = [1] if not labels and len(batch) > 1 else []  # a batch of one is where a traced shape would show
-        ours.append(_logits(trained, batch.images))
+        ours.append(_logits(trained, batch.images, seen))
         theirs += [exported(part) for part in batch.images.tensor_split(alone)]
         labels.append(batch.labels)
     labels, ours, theirs = torch.cat(labels), torch.cat(ours), torch.cat(theirs)
@@ -233,16 +281,44 @@ def compare(trained: Trained, config: RunConfig, index: ShardIndex, split: str, 
                         f"{len(labels):,} predictions change.\n  It was not kept. Try another --to.")  # fmt: skip
     return {
         "split": split, "samples": len(labels), "top1_run": float((ours.argmax(1) == labels).float().mean()),
-        "top1_file": float((theirs.argmax(1) == labels).float().mean()), "changed_predictions": changed,
+        "top1_file": float((theirs.argmax(1) == labels).float().mean()),
+        "top1_result": _written_top1(trained, index, split), "changed_predictions": changed,
         "largest_logit_difference": difference, "largest_logit": largest,
     }  # fmt: skip
 
 
-def _logits(trained: Trained, values: Tensor) -> Tensor:
-    """What evaluation computes, by its own functions, not by those of the exported graph."""
+def _logits(trained: Trained, values: Tensor, seen: Seen) -> Tensor:
+    """What evaluation computes, by its own functions and a view at a time, not by those of the exported graph."""
     if trained.features is not None:
         return trained.network(standardised(values, trained))
-    return trained.network(evaluation_pixels(values, trained.image_size, trained.mean, trained.std))
+    pictures = evaluation_pixels(values, trained.image_size, trained.mean, trained.std)
+    return sum(weight * trained.network(view) for weight, view in views(pictures, *seen))
+
+
+def _written_top1(trained: Trained, index: ShardIndex, split: str) -> float | None:
+    """The split's top1 in result.json; None where there is none, or it is another set's."""
+    try:
+        figures = json.loads((trained.folder / "result.json").read_text())[split]
+        evaluation = json.loads((trained.folder / f"evaluation-{split}.json").read_text())
+        here = index.split(split)
+        is_same = figures["samples"] == here.num_samples and evaluation["fingerprint"] == here.fingerprint()
+        return figures["top1"] if is_same else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _tell_of_another_top1(trained: Trained, check: dict, seen: Seen) -> None:
+    written, file = check["top1_result"], check["top1_file"]
+    if written is None or abs(written - file) <= MAX_CHANGED:
+        return
+    count, precision = _num_views(_views_of(trained)), trained.config.train.precision
+    why = "The weights or the version of dist_train are not those of the run's end: compare with dist-train eval."
+    if _num_views(seen) < count:
+        why = f"The file sees each picture once, the run's figure is a mean over {count} views: leave out --views one for it."
+    elif precision != "fp32":
+        why = f"The run computed in {precision}, the file does in fp32: compare with dist-train eval --train.precision fp32."
+    print(f"{trained.folder}: on {check['split']} the file's top1 is {file:.4f}, that in result.json {written:.4f}.\n  {why}",
+          file=sys.stderr)  # fmt: skip
 
 
 def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:

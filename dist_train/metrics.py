@@ -1,6 +1,7 @@
 """Figures: sums on the device in whole numbers, so exact on any number of ranks; clocks; operation counts."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 _LOSS_UNIT = 2**-20  # losses are summed as whole multiples of this: 10^9 samples with a loss of 1,000 fit into 63 bits
 _LARGEST_LOSS = 1e4
+_PEAK_S = 0.3  # at most, for the products that a CPU's peak is measured by: training waits for them
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class EvalResult:
         """The numbers alone, for JSON: samples, loss, top1, and top5 where there is one."""
         figures = {"samples": self.samples, "loss": self.loss, "top1": self.top1}
         return figures if self.top5 is None else {**figures, "top5": self.top5}
+
+    def goodness(self, monitor: str) -> list[float]:
+        """Larger is better, compared from left to right: by "top1", where the lower loss decides between equals, or by "loss"."""
+        loss = self.loss if math.isfinite(self.loss) else math.inf  # NaN would be beaten by nothing
+        return [-loss] if monitor == "loss" else [self.top1, -loss]
 
 
 class Sums:
@@ -72,10 +79,6 @@ class Sums:
         """Add up over the ranks, in one message; every rank then holds the whole. Call it once, before `result`."""
         dist.all_reduce(self._all, group=group)
 
-    def reset(self) -> None:
-        """Start again from zero."""
-        self._all.zero_()
-
     def result(self) -> EvalResult:
         """Read the figures: waits for the device. Without samples the shares are nan."""
         samples, top1, top5, units, broken = self._all[:5].tolist()
@@ -88,22 +91,6 @@ class Sums:
             top5=mean(top5) if self.num_classes > 5 else None,
             confusion=table,
         )
-
-
-def class_table(confusion: Tensor, classes: list[str]) -> list[dict]:
-    """Precision, recall, f1 (0 where undefined) and samples of each class. confusion: (K, K), rows are labels."""
-    hits, labelled, predicted = (t.tolist() for t in (confusion.diagonal(), confusion.sum(1), confusion.sum(0)))
-    ratio = lambda part, whole: part / whole if whole else 0.0  # noqa: E731
-    return [
-        {
-            "class": name,
-            "samples": labelled[k],
-            "precision": ratio(hits[k], predicted[k]),
-            "recall": ratio(hits[k], labelled[k]),
-            "f1": ratio(2 * hits[k], labelled[k] + predicted[k]),
-        }
-        for k, name in enumerate(classes)
-    ]
 
 
 class Throughput:
@@ -140,39 +127,49 @@ class Throughput:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Dense floating-point operations a second that the device reaches on one large matrix product, the best of a few.
+    """Dense floating-point operations a second that the device reaches on one large matrix product, the best of some.
 
-    That is what MFU is a share of: measured here and now, with the threads at hand, not a data sheet's figure.
+    That is what MFU is a share of here: measured here and now, with the threads at hand. Chowdhery et al. 2022, who named
+    MFU, divide by the data sheet's peak, which no product reaches: their figures are lower for the same work.
     """
-    side = 8192 if device.type == "cuda" else 512
     draws = torch.Generator(device).manual_seed(0)  # its own; on constants a GPU needs less power and clocks higher
-    a, b = (torch.randn(side, side, device=device, generator=draws).to(dtype) for _ in range(2))
 
-    def seconds() -> float:
-        start = time.perf_counter()
-        a @ b
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        return time.perf_counter() - start
+    def best_rate(side: int, num_products: int) -> float:
+        a, b = (torch.randn(side, side, device=device, generator=draws).to(dtype) for _ in range(2))
+        times = []
+        for _ in range(num_products):
+            start = time.perf_counter()
+            a @ b
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            times.append(time.perf_counter() - start)
+        return 2 * side**3 / min(times)
 
-    return 2 * side**3 / min(seconds() for _ in range(5))
+    if device.type == "cuda":
+        return best_rate(8192, 5)
+    small = best_rate(512, 3)
+    num_products = min(10, int(_PEAK_S * small / (2 * 1024**3)))
+    return max(small, best_rate(1024, num_products)) if num_products else small
 
 
-def flops_per_sample(model: nn.Module, input_shape: tuple[int, ...]) -> int:
+def flops_per_sample(model: nn.Module, input_shape: tuple[int, ...], training: bool = False) -> int:
     """Floating-point operations of one sample's forward pass; a multiply-add is two.
 
-    Training takes three times as many. input_shape: without the batch dimension. Counted by torch's FlopCounterMode
-    on the meta device: no arithmetic is done and no memory taken. Convolutions and matrix products are counted, the
-    rest is not.
+    training: and of its backward pass, with the gradients of all parameters: twice as many again, less the gradient of
+    what enters, which nobody asks for. input_shape: without the batch dimension. Counted by torch's FlopCounterMode on the
+    meta device: no arithmetic is done and no memory taken. Convolutions and matrix products are counted, the rest is not.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    state = {name: t.to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    state = {name: p.detach().to("meta").requires_grad_(training) for name, p in model.named_parameters()}
+    state |= {name: t.to("meta") for name, t in model.named_buffers()}
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            torch.func.functional_call(model, state, (torch.empty(1, *input_shape, device="meta"),))
+        with torch.set_grad_enabled(training), FlopCounterMode(display=False) as counter:
+            logits = torch.func.functional_call(model, state, (torch.empty(1, *input_shape, device="meta"),))
+            if training:
+                logits.sum().backward()
     finally:
         for module, training in modes.items():
             module.training = training

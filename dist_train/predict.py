@@ -15,19 +15,20 @@ from safetensors.torch import load_file
 
 from dist_train import boxes, runtime
 from dist_train.config import RunConfig, conflicts
+from dist_train.confusion import class_table
 from dist_train.decode import DecodeError, decode_into, picture_size
 from dist_train.errors import UserError
 from dist_train.evaluate import Evaluation, evaluate, predict_logits, write_evaluation
 from dist_train.folds import fold_view
 from dist_train.index import ShardIndex, load_index
 from dist_train.layers import use_keyed_dropout
-from dist_train.metrics import class_table
 from dist_train.models import build_model
 from dist_train.pretrained import put_weights
 from dist_train.settings import from_dict, read_config, to_dict
 from dist_train.sizes import range_problems, shift_problems
 from dist_train.sources import PICTURES, files_below, printable
 from dist_train.tables import number_in, read_csv
+from dist_train.watch import Watch
 
 BATCH_SIZE = 64
 
@@ -94,34 +95,38 @@ def main(argv: list[str]) -> int:
     else:
         inputs = _picture_batches(trained, _picture_paths(options.paths))
     accelerator, _ = runtime.start(runtime.precision_here(trained.config.train.precision), 0, 60)
-    trained.network.to(accelerator.device)
-    num_bad = 0
-    for names, values, complaints in inputs:
-        for name, reason in complaints:
-            num_bad += 1
-            print(json.dumps({"path": name, "error": reason}) if options.json else f"{printable(name)}: {reason}")
-        if not names:
-            continue
-        with torch.no_grad():
-            logits = predict_logits(
-                trained.config, trained, trained.network, values.to(accelerator.device), accelerator
-            )
-        probabilities, labels = logits.softmax(1).topk(min(options.top, len(trained.classes)))
-        for name, ps, ks in zip(names, probabilities.tolist(), labels.tolist(), strict=True):
-            top = [{"class": trained.classes[k], "probability": round(p, 6)} for p, k in zip(ps, ks, strict=True)]
-            if options.json:
-                print(json.dumps({"path": name, **top[0], "top": top}))
-            else:
-                print(f"{printable(name):40}  " + "  ".join(f"{t['class']} {t['probability']:.1%}" for t in top))
-    runtime.end()
+    with contextlib.ExitStack() as leaving:
+        leaving.push(runtime.leave)
+        trained.network.to(accelerator.device)
+        num_bad = 0
+        for names, values, complaints in inputs:
+            for name, reason in complaints:
+                num_bad += 1
+                print(json.dumps({"path": name, "error": reason}) if options.json else f"{printable(name)}: {reason}")
+            if not names:
+                continue
+            with torch.no_grad():
+                logits = predict_logits(
+                    trained.config, trained, trained.network, values.to(accelerator.device), accelerator
+                )
+            probabilities, labels = logits.softmax(1).topk(min(options.top, len(trained.classes)))
+            for name, ps, ks in zip(names, probabilities.tolist(), labels.tolist(), strict=True):
+                top = [{"class": trained.classes[k], "probability": round(p, 6)} for p, k in zip(ps, ks, strict=True)]
+                if options.json:
+                    print(json.dumps({"path": name, **top[0], "top": top}))
+                else:
+                    print(f"{printable(name):40}  " + "  ".join(f"{t['class']} {t['probability']:.1%}" for t in top))
     return 2 if num_bad else 0
 
 
 def eval_main(argv: list[str]) -> None:
     """`dist-train eval RUN --split test [--json] [--SECTION.KEY VALUE ...]`; the last line is a JSON object."""
-    parser = argparse.ArgumentParser(prog="dist-train eval", description="Figures of a run on a split of its shards.")
+    parser = argparse.ArgumentParser(
+        prog="dist-train eval", description="Figures of a run on a split of its shards.",
+        epilog="Other options are those of dist-train train, such as --data.shards OTHER.",
+    )  # fmt: skip
     parser.add_argument("run", help="run folder")
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--split", default="test", help="split; default test")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     options, overrides = parser.parse_known_args(argv)
     trained = load_run(options.run)
@@ -133,19 +138,25 @@ def eval_main(argv: list[str]) -> None:
     if problems := range_problems(config) + shift_problems(config, index):
         raise UserError("\n".join(problems))
     accelerator, world = runtime.start(config.train.precision, config.runtime.threads, config.runtime.timeout_s)
-    trained.network.to(world.device)
-    as_trained = _with_statistics(index, trained)
-    evaluation = evaluate(config, as_trained, options.split, trained.network, accelerator, world,
-                          config.data.eval_crop if trained.eval_crop else 0.0)  # fmt: skip
-    figures = evaluation.result.figures()
-    if world.is_main:
-        _keep(trained, config, evaluation, index.split(options.split).fingerprint())
-        if not options.json:
-            for row in class_table(evaluation.result.confusion, trained.classes):
-                print(f"{row['class']:24} {row['samples']:7,} samples   precision {row['precision']:.4f}   "
-                      f"recall {row['recall']:.4f}   f1 {row['f1']:.4f}")  # fmt: skip
-        print(json.dumps({"split": options.split, **figures}))
-    runtime.end()
+    with contextlib.ExitStack() as leaving:
+        leaving.push(runtime.leave)
+        leaving.enter_context(Watch(world, config.runtime.timeout_s, runtime.master_address()))
+        trained.network.to(world.device)
+        as_trained = _with_statistics(index, trained)
+        evaluation = evaluate(config, as_trained, options.split, trained.network, accelerator, world,
+                              config.data.eval_crop if trained.eval_crop else 0.0)  # fmt: skip
+        if world.is_main:
+            _keep(trained, config, evaluation, index.split(options.split).fingerprint())
+            if not options.json:
+                for row in class_table(evaluation.result.confusion.numpy(), trained.classes):
+                    print(_class_line(row))
+            print(json.dumps({"split": options.split, **evaluation.result.figures()}))
+
+
+def _class_line(row: dict) -> str:
+    """A row of `confusion.class_table`; a figure that is undefined, such as the precision of a class never predicted, is -."""
+    figures = [f"{key} {'-' if row[key] is None else format(row[key], '.4f'):6}" for key in ("precision", "recall", "f1")]
+    return f"{row['name']:24} {row['count']:7,} samples   {'   '.join(figures)}".rstrip()
 
 
 def _keep(trained: Trained, config: RunConfig, evaluation: Evaluation, fingerprint: str) -> None:

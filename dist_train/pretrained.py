@@ -1,5 +1,6 @@
 """Weights trained before: torchvision's by name, or a .pth or .safetensors file."""
 
+import json
 import os
 import re
 from collections import OrderedDict
@@ -58,15 +59,24 @@ def put_weights(network: nn.Module, weights: dict[str, Tensor], assign: bool = F
 
 
 def published_statistics(config: ModelConfig) -> tuple[list[float], list[float]] | None:
-    """(mean, std) by channel with which torchvision normalised what the named weights learned from; None for a file or none.
+    """(mean, std) by channel with which the pictures were normalised that these weights learned from; None where unknown.
 
-    GoogLeNet and Inception move what they get so that it has 0.5 and 0.5: the weights' own statistics.
+    Known for torchvision's weights, by name or as a file of this network that is called as torchvision calls it
+    (vgg13-19584684.pth, the hash included), and for a run's weights.safetensors, from inference.json beside it. Other files
+    bring none. GoogLeNet and Inception move what they get so that it has 0.5 and 0.5: their weights' own statistics.
+    Raises UserError where inference.json is damaged.
     """
-    if not config.pretrained or config.pretrained.endswith(_FILES):
+    if Path(config.pretrained).name == "weights.safetensors":
+        return _statistics_of_run(Path(config.pretrained).parent)
+    if config.pretrained.endswith(_FILES):
+        version = _version_of_file(config)
+    else:
+        version = _version(config) if config.pretrained else None
+    if version is None:
         return None
     if config.name in ("googlenet", "inception_v3"):
         return [0.5] * 3, [0.5] * 3
-    rule = _version(config).transforms()
+    rule = version.transforms()
     return list(rule.mean), list(rule.std)
 
 
@@ -98,6 +108,32 @@ def _read(path: str) -> dict[str, Tensor]:
     if strangers:
         raise UserError(f"{path}: expected names and tensors, found {', '.join(map(str, strangers[:6]))} beside them.")
     return weights
+
+
+def _statistics_of_run(folder: Path) -> tuple[list[float], list[float]] | None:
+    """(mean, std) of a run on pictures; None for one on a table, and for a folder that is no run."""
+    path = folder / "inference.json"
+    try:
+        about = json.loads(path.read_text())
+        return None if about["features"] else (about["mean"], about["std"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({type(error).__name__}: {error}), so it is unknown what the weights beside it were trained "
+            "on.\n  Bring it back, or remove it to normalise by the set's own mean and std."
+        ) from None
+
+
+def _version_of_file(config: ModelConfig):
+    """torchvision's entry of the weights in a file, known by its name; None for a file that is not torchvision's."""
+    name = Path(config.pretrained).name
+    if not re.search(r"-[0-9a-f]{8,}\.pth$", name):  # looked at first: importing torchvision takes seconds
+        return None
+    from torchvision.models import get_model_weights, list_models
+
+    versions = get_model_weights(config.name) if config.name in list_models() else ()
+    return next((version for version in versions if os.path.basename(version.url) == name), None)
 
 
 def _version(config: ModelConfig):

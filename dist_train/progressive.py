@@ -39,11 +39,11 @@ class Progressive:
         return inputs if size == self.full else resize(inputs, size).contiguous(memory_format=torch.channels_last)
 
     def flops(self, network: nn.Module) -> dict[Size, int]:
-        """Operations of a sample's forward pass at each size. Raises UserError where the network does not take one."""
+        """Operations of a sample's training step at each size. Raises UserError where the network does not take one."""
         found = {}
         for size in reversed(self.sizes):
             try:
-                found[size] = flops_per_sample(network, (3, *size))
+                found[size] = flops_per_sample(network, (3, *size), training=True)
             except (RuntimeError, ValueError, AssertionError) as error:
                 if size == self.full:
                     raise

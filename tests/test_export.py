@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 
 from dist_train import export as export_module
 from dist_train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from dist_train.durable import replace_json
 from dist_train.errors import UserError
 from dist_train.export import FILES, export, load_exported, main
 from dist_train.index import load_index
 from dist_train.predict import load_run
 from dist_train.run import build_network, inference
-from dist_train.runtime import write_json
 from dist_train.settings import to_dict
 from dist_train.sizes import input_size
 from dist_train.train import run_training
@@ -30,9 +30,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory) -> Path:
-    """A real run, evaluated with mirror images as well."""
+    """A real run, evaluated on six views of each picture."""
     run = tmp_path_factory.mktemp("runs") / "trained"
-    assert run_training(tiny_run(digits, run, "--train.flip_test", "true")) == 0
+    assert run_training(tiny_run(digits, run, "--train.flip_test", "true", "--train.shift_test", "2")) == 0
     return run
 
 
@@ -53,7 +53,7 @@ def untrained(run: Path, shards: str, image_size: int = 0, **model) -> Path:
         p.data += 0.01  # no bias stays zero, no logits stay small
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
-    write_json(run / "inference.json", inference(config, index, size))
+    replace_json(run / "inference.json", inference(config, index, size))
     save_file(network.state_dict(), run / "weights.safetensors")
     return run
 
@@ -90,24 +90,84 @@ def photos(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_trained_run_gives_the_same_predictions_from_the_file(trained, tmp_path, capsys, kind):
+def test_the_file_has_the_runs_accuracy_over_all_its_views(trained, tmp_path, capsys, kind):
     before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
     main([str(trained), "--to", kind, "--out", str(tmp_path / "out")])
-    check = json.loads(capsys.readouterr().out.splitlines()[-1])
+    told = capsys.readouterr()
+    check = json.loads(told.out.splitlines()[-1])
     assert check["top1_run"] == check["top1_file"] > 0.2 and check["changed_predictions"] == 0
+    # of the run's own evaluation, mirror images and moved ones included: nothing is left to tell
+    assert check["top1_result"] == json.loads((trained / "result.json").read_text())["test"]["top1"]
+    assert check["top1_file"] == pytest.approx(check["top1_result"], abs=1e-7) and told.err == ""
     assert check["samples"] == load_index(str(yaml.safe_load((trained / "config.yaml").read_text())["data"]["shards"])
                                           ).split("test").num_samples  # fmt: skip
     assert 0 <= check["largest_logit_difference"] < 1e-5 < check["largest_logit"]
     assert {p.name for p in (tmp_path / "out").iterdir()} == {FILES[kind], f"{FILES[kind]}.json"}
     about = json.loads((tmp_path / "out" / f"{FILES[kind]}.json").read_text())
     assert about["classes"] == [str(k) for k in range(10)] and about["check"] == check
-    assert about["flip_test"].startswith("not in the file") and about["shift_test"] == "not used"
+    if kind == "onnx":
+        import onnxruntime
+
+        (out,) = onnxruntime.InferenceSession(tmp_path / "out" / FILES[kind]).get_outputs()
+        assert out.shape == ["batch", 10]  # not of the six views' pictures
+    views = about["preprocessing"]["views"]
+    assert {**views, "rule": ""} == {"rule": "", "flip": True, "shift": 2, "count": 6, "count_of_the_run": 6,
+                                     "is_in_the_file": kind != "safetensors"}  # fmt: skip
+    assert "moved 2 px up" in views["rule"] and "mirror image" in views["rule"]
     # digits are 8 x 8 px, the network takes 16: a graph enlarges them itself
     shape, dtype = about["input"]["shape"], about["input"]["dtype"]
     assert (shape, dtype) == (
         (["batch", 3, 16, 16], "float32") if kind == "safetensors" else (["batch", 3, 8, 8], "uint8")
     )
     assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before
+
+
+def test_one_view_is_a_single_pass_and_its_cost_in_accuracy_is_told(trained, tmp_path, capsys):
+    result, evaluation = (json.loads((trained / name).read_text()) for name in ("result.json", "evaluation-test.json"))
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "inference.json", "weights.safetensors"):
+        (run / name).write_bytes((trained / name).read_bytes())
+    one, all_of_them = (export(run, "safetensors", tmp_path / which, which_views=which) for which in ("one", "all"))
+    assert one["check"]["top1_result"] is None and capsys.readouterr().err == ""  # the run left no figures
+    views = one["preprocessing"]["views"]
+    assert (views["count"], views["count_of_the_run"], views["flip"], views["shift"]) == (1, 6, False, 0)
+    pictures = torch.randint(0, 256, (5, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    of_one, of_all = (load_exported(tmp_path / which / "model.safetensors")(pictures) for which in ("one", "all"))
+    loaded = load_run(run)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (loaded.mean, loaded.std))
+    normal = (pictures / 255 - mean) / std
+    with torch.no_grad():
+        torch.testing.assert_close(of_one, loaded.network(normal))
+        up, down = torch.zeros(2, 5, 3, 16, 16)
+        up[:, :, :-2, :-2], down[:, :, 2:, 2:] = normal[:, :, 2:, 2:], normal[:, :, :-2, :-2]
+        expected = sum(share * (loaded.network(view) + loaded.network(view.flip(3))) / 2
+                       for share, view in ((1 / 2, normal), (1 / 4, up), (1 / 4, down)))  # fmt: skip
+    torch.testing.assert_close(of_all, expected)
+    assert (of_one - of_all).abs().max() > 0.01
+
+    replace_json(run / "evaluation-test.json", evaluation)
+    better = all_of_them["check"]["top1_file"] + 0.01
+    replace_json(run / "result.json", result | {"test": result["test"] | {"top1": better}})
+    assert export(run, "safetensors", tmp_path / "one", which_views="one")["check"]["top1_result"] == better
+    told = capsys.readouterr().err
+    assert f"in result.json {better:.4f}" in told and "mean over 6 views: leave out --views one" in told
+    export(run, "safetensors", tmp_path / "all")
+    assert f"the file's top1 is {better - 0.01:.4f}, that in result.json {better:.4f}" in capsys.readouterr().err
+    replace_json(run / "evaluation-test.json", evaluation | {"fingerprint": "of another set"})
+    assert export(run, "safetensors", tmp_path / "all")["check"]["top1_result"] is None
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch-export"])
+def test_the_pool_to_a_grid_exports_where_it_is_a_matrix_product(digits, tmp_path, kind):
+    run = untrained(tmp_path / "run", digits, 64, name="vgg11", width=0.0625)
+    network = load_run(run).network
+    assert tuple(network.features(torch.zeros(1, 3, 64, 64)).shape[2:]) == (2, 2)
+    assert network.avgpool.output_size == (7, 7)  # windows of one and of two pixels
+    check = export(run, kind, tmp_path / "out")["check"]
+    assert check["changed_predictions"] == 0
+    assert check["largest_logit_difference"] < 1e-5 * check["largest_logit"] + 1e-7
 
 
 def test_torchvisions_networks_export(digits, tmp_path):
@@ -138,7 +198,7 @@ def test_pictures_of_many_sizes_come_cropped_as_described(photos, tmp_path):
     config["augment"]["crop"] = "random_resized"
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     about = json.loads((run / "inference.json").read_text())
-    write_json(run / "inference.json", about | {"eval_crop": 0.875})
+    replace_json(run / "inference.json", about | {"eval_crop": 0.875})
     about = export(run, "onnx", tmp_path / "out")
     resize = about["preprocessing"]["resize"]
     assert (resize["shorter_side"], resize["size"]) == (37, [32, 32])
@@ -161,8 +221,8 @@ def test_a_file_that_computes_something_else_is_not_kept(digits, tmp_path, monke
     run = untrained(tmp_path / "run", digits, 16, name="alexnet", width=0.0625)
     out = tmp_path / "out"
 
-    def shifted_mean(self, network, mean, std, size):
-        right(self, network, [m + 0.05 for m in mean], std, size)
+    def shifted_mean(self, network, mean, std, size, seen):
+        right(self, network, [m + 0.05 for m in mean], std, size, seen)
 
     right = export_module.Deployed.__init__
     monkeypatch.setattr(export_module.Deployed, "__init__", shifted_mean)

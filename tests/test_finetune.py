@@ -1,19 +1,24 @@
 """Fine-tuning: what is frozen stays bit for bit, rates fall layer by layer, a resume across the thaw changes nothing."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from conftest import finish_ranks, start_ranks, tiny_run
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dist_train.config import ModelConfig, OptimConfig
+from dist_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from dist_train.errors import UserError
 from dist_train.finetune import freeze_below_head, layer_depths
+from dist_train.folds import open_index
+from dist_train.index import load_index
 from dist_train.models import build_model, head_name
 from dist_train.optim import build_optimizer, set_lr
+from dist_train.pretrained import published_statistics
 from dist_train.train import run_training
 
 THAW = 8  # the first step that trains all layers, of 15: half an epoch of the digits is 7.5 steps
@@ -143,8 +148,6 @@ def test_the_backward_pass_ends_at_the_head_and_comes_back_with_the_thaw():
                       "encoder.layers.encoder_layer_0.ln_1.weight": 12, "encoder.ln.bias": 1, "heads.head.weight": 0}),
 ])  # fmt: skip
 def test_layers_are_counted_down_from_the_head(name, num_layers, expected):
-    import torchvision
-
     with torch.device("meta"):
         model = torchvision.models.get_model(name, weights=None, num_classes=3)
     depths = layer_depths(model, head_name(model, 3))
@@ -177,3 +180,47 @@ def test_each_layer_learns_at_the_rate_of_the_one_above_times_layer_decay():
 def test_settings_without_a_meaning_are_refused(digits, tmp_path, setting, message):
     with pytest.raises(UserError, match=message):
         run_training(tiny_run(digits, tmp_path / "run", *setting))
+
+
+def test_torchvisions_files_bring_the_statistics_of_the_same_weights_by_name():
+    from torchvision.models import get_model_weights, list_models
+
+    def found(name, pretrained):
+        return published_statistics(ModelConfig(name=name, pretrained=pretrained))
+
+    assert found("vgg13", "/weights/vgg13-19584684.pth") == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    for name in list_models(module=torchvision.models):
+        for version in get_model_weights(name):
+            assert found(name, f"here/{version.url.rpartition('/')[2]}") == found(name, version.name) is not None, version
+    for name, path in (("vgg13_bn", "vgg13-19584684.pth"), ("vgg13", "mine-19584684.pth"), ("vgg13", "vgg13.pth"),
+                       ("alexnet_bn", "alexnet-owt-7be5be79.pth"), ("vgg13", "vgg13-19584684.safetensors")):  # fmt: skip
+        assert found(name, path) is None
+
+
+def test_a_runs_weights_bring_the_statistics_it_was_trained_with(digits, tmp_path):
+    about = tmp_path / "inference.json"
+    config = RunConfig(data=DataConfig(shards=digits), model=ModelConfig(pretrained=str(tmp_path / "weights.safetensors")))
+    own = load_index(digits)
+    assert open_index(config).mean == own.mean and open_index(config).std == own.std  # no run's folder
+    about.write_text(json.dumps({"features": None, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}))
+    assert (open_index(config).mean, open_index(config).std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    about.write_text(json.dumps({"features": ["width", "height"], "mean": [1.0, 2.0], "std": [3.0, 4.0]}))
+    assert open_index(config).mean == own.mean
+    for damaged in ("{", "[]", "{}"):
+        about.write_text(damaged)
+        with pytest.raises(UserError, match=r"inference.json: cannot be read .*\n.*Bring it back"):
+            open_index(config)
+
+
+def test_a_run_goes_on_where_the_weights_it_began_with_are_gone(digits, weights, tmp_path):
+    own = shutil.copy(weights, tmp_path / "own.safetensors")
+    argv = tuned(digits, tmp_path / "run", str(own), 0.0, "--train.max_steps")
+    assert run_training([*argv, "3"]) == 0
+    own.unlink()
+    assert run_training([*argv, "6", "--resume"]) == 0
+    steady = tuned(digits, tmp_path / "steady", weights, 0.0, "--train.max_steps", "6")
+    assert run_training(steady) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "steady")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(UserError, match="own.safetensors"):  # not from nothing
+        run_training([*argv, "6", "--resume"])

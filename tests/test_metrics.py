@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dist_train.metrics import Sums, Throughput, class_table, flops_per_sample
+from dist_train import metrics
+from dist_train.config import ModelConfig
+from dist_train.metrics import Sums, Throughput, flops_per_sample, peak_flops
+from dist_train.models import build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,20 +76,11 @@ def test_losses_may_be_given_and_bf16_logits_too():
     sums = Sums(7)
     sums.update(logits.bfloat16(), labels, losses=torch.full((64,), 2.5))
     assert sums.result().loss == 2.5
-    sums.reset()
-    assert sums.result().samples == 0 and math.isnan(sums.result().top1)
 
 
-def test_class_table_agrees_with_scikit_learn():
-    logits, labels = made_up()
-    logits[:, 3] = -100  # never predicted: its precision is 0 by definition
-    sums = Sums(7, confusion=True)
-    sums.update(logits, labels)
-    rows = class_table(sums.result().confusion, list("abcdefg"))
-    expected = sklearn.metrics.precision_recall_fscore_support(labels, logits.argmax(1), zero_division=0)
-    for key, column in zip(["precision", "recall", "f1", "samples"], expected, strict=True):
-        assert [row[key] for row in rows] == pytest.approx(column.tolist())
-    assert [row["class"] for row in rows] == list("abcdefg")
+def test_of_no_samples_the_shares_are_no_numbers():
+    result = Sums(7).result()
+    assert result.samples == 0 and math.isnan(result.top1)
 
 
 def test_throughput_counts_each_window_by_itself():
@@ -109,3 +103,43 @@ def test_flops_are_those_counted_by_hand_and_the_model_is_left_alone():
     assert flops_per_sample(net, (3, 6, 6)) == 2 * (36 * 8 * 27 + 8 * 36 * 10)
     assert [m.training for m in net] == [True, False, True, True] and net.training
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+
+
+@pytest.mark.parametrize("model, size", [
+    ({"name": "alexnet", "width": 0.25}, 224), ({"name": "vgg11", "width": 0.25}, 32), ({"name": "resnet18"}, 32),
+    ({"name": "mlp"}, 0),
+])  # fmt: skip
+def test_training_takes_three_times_the_operations_less_the_gradient_of_what_enters(model, size):
+    net = build_model(ModelConfig(**model), 5, (size, size) if size else None, None if size else 30, 0)
+    shape = (3, size, size) if size else (30,)
+    before = {name: (t.clone(), t.requires_grad) for name, t in net.state_dict(keep_vars=True).items()}
+    forward, training = flops_per_sample(net, shape), flops_per_sample(net, shape, training=True)
+    first = next(m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    alone = flops_per_sample(first, shape)  # the gradient of its inputs would cost as much as its forward pass
+    assert training == 3 * forward - alone
+    assert net.training and all(p.grad is None for p in net.parameters())
+    for name, t in net.state_dict(keep_vars=True).items():
+        assert torch.equal(t, before[name][0]) and t.requires_grad == before[name][1]
+
+
+@pytest.mark.parametrize("small_ms, sides", [
+    (0.5, [512] * 3 + [1024] * 10),
+    (10, [512] * 3 + [1024] * 3),  # a larger one takes 80 ms, and 0.3 s is all that training waits
+    (200, [512] * 3),  # bf16 without instructions for it
+])  # fmt: skip
+def test_a_cpus_peak_is_that_of_products_that_reach_it_in_the_time_there_is(monkeypatch, small_ms, sides):
+    clock, seen = [0.0], []
+
+    class Product(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if "matmul" in function.__name__:
+                side = args[0].shape[0]
+                seen.append(side)
+                clock[0] += small_ms / 1000 * (side / 512) ** 3 * (0.9 if side > 512 else 1.0)
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    with Product():
+        peak = peak_flops(torch.device("cpu"), torch.float32)
+    assert seen == sides
+    assert peak == pytest.approx(2 * 512**3 / (small_ms / 1000) / (0.9 if 1024 in sides else 1))

@@ -2,16 +2,22 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
+from conftest import finish_ranks, start_ranks
+from safetensors.torch import load_file, save_file
 
 from dist_train import shard
 from dist_train.errors import UserError
 from dist_train.export import export
+from dist_train.export import main as export_main
+from dist_train.index import load_index
 from dist_train.predict import eval_main, main
 from dist_train.report import main as report_main
 from dist_train.train import run_training
+from dist_train.watch import EXIT_LOST_RANK
 
 COLUMNS = ("x", "y", "z")
 
@@ -126,3 +132,45 @@ def test_a_table_with_other_columns_is_not_evaluated(table_run, tmp_path):
     with pytest.raises(UserError, match="its columns are not those"):
         export(str(run), "safetensors", tmp_path / "out", "test", turned)
     assert sorted((path.name, path.stat().st_mtime_ns) for path in run.iterdir()) == before
+
+
+def test_the_precision_of_a_class_that_is_never_predicted_is_undefined_not_zero(table_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(table_run[0], run)
+    weights = load_file(run / "weights.safetensors")
+    weights["head.bias"] = weights["head.bias"] + weights["head.bias"].new_tensor([100.0, 0.0])
+    save_file(weights, run / "weights.safetensors")
+    capsys.readouterr()
+    eval_main([str(run)])
+    a, b, figures = capsys.readouterr().out.splitlines()
+    assert a.split()[0] == "a" and a.split()[3:] == ["precision", f"{json.loads(figures)['top1']:.4f}", "recall", "1.0000",
+                                                     "f1", a.split()[-1]]  # fmt: skip
+    assert b.split()[0] == "b" and b.split()[3:] == ["precision", "-", "recall", "0.0000", "f1", "0.0000"]
+    assert [a.index(word) for word in ("recall", "f1")] == [b.index(word) for word in ("recall", "f1")]
+
+
+@pytest.mark.parametrize("command", [eval_main, export_main])
+def test_help_says_where_the_other_options_are(command, capsys):
+    with pytest.raises(SystemExit):
+        command(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Other options are those of dist-train train, such as --data.shards OTHER." in text and "default test" in text
+
+
+@pytest.mark.two_process
+def test_a_rank_that_fails_while_it_evaluates_ends_the_others_with_its_reason(table_run, tmp_path):
+    run, folder = table_run
+    shards = tmp_path / "set"
+    shutil.copytree(folder / "set", shards)
+    split = load_index(str(shards)).split("test")
+    damaged = shards / split.files[0]
+    data = bytearray(damaged.read_bytes())
+    data[int(split.table()[0]["offset"]) + int(split.table()[0]["size"]) - 1] ^= 1  # of the first sample: one rank reads it
+    damaged.write_bytes(data)
+    argv = ["eval", str(run), "--data.shards", str(shards), "--runtime.timeout_s", "20"]
+    codes = finish_ranks(start_ranks(2, argv, tmp_path, "dist_train.cli"), tmp_path, 90)
+    words = [(tmp_path / f"rank{rank}.log").read_text() for rank in range(2)]
+    assert sorted(codes) == [2, EXIT_LOST_RANK], words
+    failed = codes.index(2)
+    assert damaged.name in words[failed] and "Traceback" not in words[0] + words[1]
+    assert f"rank {failed} on " in words[1 - failed] and damaged.name in words[1 - failed]
