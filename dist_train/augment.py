@@ -22,7 +22,7 @@ from dist_train.draws import between, chance, random_boxes, uniform
 from dist_train.errors import UserError
 from dist_train.mixing import mix
 
-__all__ = ["Augment", "evaluation_pixels", "mix", "normalize", "uniform"]
+__all__ = ["Augment", "evaluation_pixels", "mix", "uniform"]
 
 # Draws of a key, by use. The decoder's box is draws 0 to 21, so the crop must start at 0.
 CROP, FLIP, ROTATE = 0, 32, 33
@@ -150,11 +150,6 @@ def evaluation_pixels(images: Tensor, size: tuple[int, int], mean: Channels, std
         pictures = resize(pictures, tuple(size))
     mean, std = (_channels(tuple(values), images.device) for values in (mean, std))
     return pictures.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
-
-
-def normalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
-    """uint8 (N, C, H, W) -> float32 (value / 255 - mean) / std, in channels-last memory."""
-    return evaluation_pixels(images, images.shape[2:], mean, std)
 
 
 def to_float(images: Tensor) -> Tensor:

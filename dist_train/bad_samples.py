@@ -12,18 +12,22 @@ _NAMED = 20  # in an error
 
 
 class Undecodable(UserError):
-    """A sample whose bytes are those of the index and are no picture. sample: its number in the stored split."""
+    """Samples whose bytes are those of the index and are no picture, or not as far as it was needed.
 
-    def __init__(self, message: str, sample: int):
-        super().__init__(message)
-        self.sample = sample
+    places: (n,) int64, where they stand among those that were to be decoded; reasons: shard, name and why, of each.
+    """
+
+    def __init__(self, places: np.ndarray, reasons: list[str]):
+        super().__init__(reasons[0])
+        self.places, self.reasons = places, reasons
 
 
 class BadSamples:
     """The bad samples of a split so far, at most `limit` of them. Shared by the threads that decode.
 
-    The place of a bad sample is taken, in every batch, by the next good one of the split: a rule of the data alone, so that
-    batches are the same on any number of ranks, however often the run was stopped.
+    The place of a bad sample is taken by the next one of the split that can be decoded, each tried with the key, and so the
+    crop, that it has in that epoch: what comes in its place depends on the data, the seed and the epoch alone, not on what
+    another batch, rank or start has met.
     """
 
     def __init__(self, limit: int):
@@ -33,15 +37,15 @@ class BadSamples:
         self._noted = 0  # of the reasons, handed out
         self._lock = threading.Lock()
 
-    def stand_ins(self, samples: np.ndarray, num_samples: int) -> np.ndarray:
-        """The samples with every known bad one replaced. samples: (n,) int64 numbers in the split."""
-        if not self.reasons:
-            return samples
-        with self._lock:
-            bad = np.fromiter(self.reasons, np.int64)
+    def replaced(self, samples: np.ndarray, fault: Undecodable, num_samples: int) -> np.ndarray:
+        """The samples with those of a fault noted, and the next one of the split in the place of each.
+
+        samples: (n,) int64 numbers in the split. Raises UserError where the limit does not allow another.
+        """
+        for place, reason in zip(fault.places.tolist(), fault.reasons, strict=True):
+            self._note(int(samples[place]), reason, num_samples)
         samples = samples.copy()
-        while (is_bad := np.isin(samples, bad)).any():
-            samples[is_bad] = (samples[is_bad] + 1) % num_samples
+        samples[fault.places] = (samples[fault.places] + 1) % num_samples
         return samples
 
     def noted(self) -> dict[int, str]:
@@ -51,14 +55,13 @@ class BadSamples:
             self._noted += len(fresh)
             return fresh
 
-    def condemn(self, sample: int, fault: Undecodable, num_samples: int) -> None:
-        """Note a bad sample. Raises UserError, the fault with the count, where the limit does not allow another."""
+    def _note(self, sample: int, reason: str, num_samples: int) -> None:
         with self._lock:
             if sample in self.reasons:
                 return
             if len(self.reasons) >= min(self.limit, num_samples - 1):
-                raise UserError(f"{fault}\n  {self._advice()}") from None
-            self.reasons[sample] = str(fault).partition("\n")[0].rstrip(".")
+                raise UserError(f"{reason}\n  {self._advice()}")
+            self.reasons[sample] = reason.partition("\n")[0].rstrip(".")
 
     def news(self, everyone: list[dict[int, str]]) -> list[str]:
         """The reasons of bad samples of any rank that were not returned before. everyone: `noted` of each rank.

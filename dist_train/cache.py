@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import xxhash
 
-from dist_train import decode
+from dist_train import control_groups, decode
 from dist_train.decoded_file import open_decoded
 from dist_train.errors import UserError
 from dist_train.recycled import Recycled
@@ -276,13 +276,5 @@ def available_bytes() -> int:
     except OSError:  # not Linux
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    with contextlib.suppress(OSError, StopIteration):
-        group = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-        folder = Path("/sys/fs/cgroup" + group[3:])
-        for level in (folder, *folder.parents):
-            with contextlib.suppress(OSError, ValueError):
-                limit = int((level / "memory.max").read_text())  # "max" where there is none
-                stat = dict(line.split() for line in (level / "memory.stat").read_text().splitlines())
-                taken = int((level / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
-                free = min(free, max(0, limit - taken))
-    return free
+    room = control_groups.free_memory()
+    return free if room is None else min(free, room)

@@ -8,6 +8,7 @@
 A checkpoint is written into a folder named *.partial, synced and renamed. Nothing in it is ever unpickled.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -24,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from dist_train.durable import put_in_place, replace_text, sync
 from dist_train.errors import UserError
 from dist_train.index import file_checksum
-from dist_train.runtime import World, on_main
+from dist_train.ranks import on_main
+from dist_train.runtime import World
 
 _NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 _SHOWN_LATE_S = 60.0  # network file systems may show a new folder to another machine so much later: NFS by default
@@ -50,6 +52,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._chosen: Path | None = None  # what `newest` has given
+        self._damaged: set[Path] = set()  # what it has passed over
 
     def save(self, saved: Saved, is_best: bool) -> None:
         """Copy now, write in the background; waits for the one before. Raises UserError if that one failed."""
@@ -80,12 +83,6 @@ class Checkpoints:
 
         Launchers end the others soon after the first has left, and rank zero may still write.
         """
-        is_writing = torch.ones((), device=world.device)
-        while world.world_size > 1 and is_writing:
-            is_writing.fill_(float(self.is_writing()))
-            torch.distributed.all_reduce(is_writing, torch.distributed.ReduceOp.MAX)
-            if is_writing:
-                time.sleep(0.1)  # one collective that lasts would time out
         on_main(world, self.wait)
 
     def newest(self) -> tuple[Saved | None, list[str]]:
@@ -98,6 +95,7 @@ class Checkpoints:
                 return saved, complaints
             except (UserError, OSError) as error:
                 complaints.append(f"{error}\n  Going back to the one before.")
+                self._damaged.add(path)
         self._chosen = None
         return None, complaints
 
@@ -124,17 +122,28 @@ class Checkpoints:
                     ) from None
             time.sleep(1)
 
-    def name_newest_best(self) -> None:
-        """Say again that the checkpoint that `newest` has given is the best: a kill may have come before it was said."""
-        replace_text(self.folder / "best.json", json.dumps({"checkpoint": self._chosen.name}) + "\n")
+    def name_best(self, path: Path) -> None:
+        """Say which checkpoint is the best so far."""
+        replace_text(self.folder / "best.json", json.dumps({"checkpoint": path.name}) + "\n")
+
+    def has_best(self, saved: Saved) -> bool:
+        """Whether the best checkpoint, as of the one that `newest` has given, is there."""
+        if saved.state.get("is_best"):
+            self.name_best(self._chosen)  # again: a kill may have come before it was said
+            return True
+        best = self.best_path()
+        return best is not None and _place(best) <= _place(self._chosen)  # a later one was damaged
 
     def best_path(self) -> Path | None:
-        """Folder of the best checkpoint so far, if any."""
+        """Folder of the best checkpoint so far, if any. Raises UserError where best.json cannot be read."""
+        named = self.folder / "best.json"
         try:
-            name = json.loads((self.folder / "best.json").read_text())["checkpoint"]
-        except (OSError, ValueError, KeyError):
+            name = json.loads(named.read_text())["checkpoint"]
+        except FileNotFoundError:
             return None
-        return self.folder / name if (self.folder / name).is_dir() else None
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{named}: cannot be read: {error}.\n  Put it right ({{\"checkpoint\": \"step-...\"}}).") from None
+        return self.folder / name if _NAME.fullmatch(name) and (self.folder / name).is_dir() else None
 
     def _free_name(self, step: int) -> Path:
         """step-00000500; or step-00000500-1 and so on for the same step again, since nothing whole is ever written over."""
@@ -150,14 +159,16 @@ class Checkpoints:
             path = self._free_name(saved.step)
             write_checkpoint(path, saved)
             if is_best:
-                replace_text(self.folder / "best.json", json.dumps({"checkpoint": path.name}) + "\n")
-            self._prune(path)
+                self.name_best(path)
         except Exception as error:  # handed to the training thread: a full disk raises various types
             self._error = error
+            return
+        with contextlib.suppress(OSError, UserError):  # what stays is looked at again after the next one
+            self._prune(path)
 
     def _prune(self, newest: Path) -> None:
         """Drop old checkpoints; only ever called once a newer one is on disk and proven."""
-        up_to_it = [path for path in self._finished() if _place(path) <= _place(newest)]
+        up_to_it = [path for path in self._finished() if _place(path) <= _place(newest) and path not in self._damaged]
         kept = {*up_to_it[-self.keep :], self.best_path()}
         for path in self._finished():
             if path not in kept:  # those of later steps were damaged, or the run would have gone on from there
@@ -202,7 +213,10 @@ def load_checkpoint(path: Path) -> Saved:
         if file_checksum(path / name) != checksum:
             raise UserError(f"{path / name}: checksum differs from the manifest; the checkpoint is damaged.")
     state = json.loads((path / "state.json").read_text())
-    tensors = {Path(name).stem: load_file(path / name) for name in manifest if name.endswith(".safetensors")}
+    tensors = {  # copies: load_file maps the file, and a mapped one that is removed stays in the way on NFS
+        Path(name).stem: {key: t.clone() for key, t in load_file(path / name).items()}
+        for name in manifest if name.endswith(".safetensors")
+    }  # fmt: skip
     return Saved(state.pop("step"), tensors, state)
 
 

@@ -12,9 +12,11 @@ from dist_train.augment import constants, evaluation_pixels
 from dist_train.cache import DecodedCache
 from dist_train.config import RunConfig
 from dist_train.data import Batch, open_evaluation, to_device
+from dist_train.durable import replace_json
 from dist_train.index import ShardIndex
 from dist_train.metrics import EvalResult, Sums
-from dist_train.runtime import World, write_json
+from dist_train.ranks import meet
+from dist_train.runtime import World
 
 MAX_MISTAKES = 64  # worst mistakes kept for the report
 LOOK_EVERY_S = 1.0  # between two looks for a request to stop; a job that is ended has 30 s in all
@@ -55,9 +57,10 @@ def evaluate(
     batch_size = max(1, data.global_batch_size // world.world_size)
     batch_size = min(batch_size, config.train.micro_batch_size or batch_size)
     batches = open_evaluation(
-        index, split, batch_size, data.image_size, crop, data.threads, world.place, data.prefetch_mb,
-        data.verify, world.device.type == "cuda", cache,
+        index, split, batch_size, data.image_size, crop, threads=data.threads or world.num_cores, world=world.place,
+        prefetch_mb=data.prefetch_mb, verify=data.verify, pin_memory=world.device.type == "cuda", cache=cache,
     )  # fmt: skip
+    meet(world)  # a rank may have had to decode the split to its disk
     largest_share = -(-num_samples // world.world_size)
     num_rounds = -(-largest_share // batch_size)
     for batch in until_asked(to_device(batches, world.device), num_rounds, is_asked_to_stop, world):
@@ -141,7 +144,7 @@ def standardised(values: torch.Tensor, index: ShardIndex) -> torch.Tensor:
 def write_evaluation(folder: Path, evaluation: Evaluation, fingerprint: str) -> None:
     """runs/NAME/evaluation-<split>.json, for the report. fingerprint: the split's, by which another set's figures are known."""
     result = evaluation.result
-    write_json(folder / f"evaluation-{evaluation.split}.json", {
+    replace_json(folder / f"evaluation-{evaluation.split}.json", {
         "split": evaluation.split, "fingerprint": fingerprint, **result.figures(),
         "confusion": result.confusion.tolist(), "mistakes": evaluation.mistakes,
     }, indent=None)  # a line a cell would take minutes where there are thousands of classes  # fmt: skip

@@ -4,7 +4,7 @@ With data.folds: 5 and data.fold: 2, the training split is dealt into 5 parts, p
 split, and the other 4 are trained on. Which part a sample belongs to follows from its number, its class and the seed.
 """
 
-import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -15,10 +15,10 @@ from dist_train.config import RunConfig
 from dist_train.decode import decode_from_files
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex, SplitIndex, load_index
-from dist_train.order import fold as hash_words
-from dist_train.order import mix
+from dist_train.order import hash_words, mix
 from dist_train.pictures import PixelSums, mean_and_std
 from dist_train.store import Store
+from dist_train.workers import num_cores
 
 _FOLDS = 0x464F4C44  # what the hash is for, so that folds share no random bits with the order or the augmentation
 
@@ -53,9 +53,18 @@ class Part(SplitIndex):
 def open_index(config: RunConfig) -> ShardIndex:
     """The index that a run trains on: that of data.shards, or its fold, with the statistics of the fold's training part.
 
-    Where torchvision's weights are named, the statistics are those with which they were trained.
+    Where model.pretrained brings statistics (`pretrained.published_statistics`), they are those.
     """
-    index = fold_view(load_index(config.data.shards, config.data.cache_dir, config.data.cache_gb), config)
+    return with_statistics(view_of(config), config)
+
+
+def view_of(config: RunConfig) -> ShardIndex:
+    """`open_index` without what takes long: its statistics are still those of the whole set."""
+    return fold_view(load_index(config.data.shards, config.data.cache_dir, config.data.cache_gb), config)
+
+
+def with_statistics(index: ShardIndex, config: RunConfig, call: Callable = lambda function, *args: function(*args)) -> ShardIndex:
+    """The index of `view_of` with the statistics of `open_index`. call: how what reads a split is called, on one rank, say."""
     if config.model.pretrained and index.features is None:
         from dist_train.pretrained import published_statistics
 
@@ -63,7 +72,7 @@ def open_index(config: RunConfig) -> ShardIndex:
             return replace(index, mean=found[0], std=found[1])
     if not config.data.folds:
         return index
-    mean, std = statistics(index, index.split(config.data.train_split), config.data.threads)
+    mean, std = call(statistics, index, index.split(config.data.train_split), config.data.threads)
     return replace(index, mean=mean, std=std)
 
 
@@ -127,7 +136,7 @@ def statistics(index: ShardIndex, split: SplitIndex, num_threads: int = 0) -> tu
     Reads the split once; pictures are decoded as they are stored. A column that never changes gets a deviation of 1.
     Raises UserError if a sample cannot be read.
     """
-    num_threads = num_threads or len(os.sched_getaffinity(0))
+    num_threads = num_threads or num_cores()
     store, samples = Store(split.stored, 2 * num_threads), split.stored_numbers(np.arange(split.num_samples))
     if index.features is not None:
         count = len(index.features)

@@ -1,13 +1,12 @@
 """A network by its name: AlexNet, VGG and the MLP from here, any other classifier from torchvision."""
 
-import difflib
 
 import torch
 from torch import nn
 
 from dist_train import networks
 from dist_train.config import ModelConfig
-from dist_train.errors import UserError
+from dist_train.errors import UserError, did_you_mean
 
 OWN = ("alexnet", "alexnet_bn", *(name + bn for name in networks.VGG_CONVS for bn in ("", "_bn")), "mlp")
 
@@ -109,8 +108,7 @@ def _torchvision(config: ModelConfig, num_classes: int, image_size) -> nn.Module
 
     known = torchvision.models.list_models(module=torchvision.models)
     if config.name not in known:
-        near = difflib.get_close_matches(config.name.lower(), [*OWN, *known], n=1, cutoff=0.5)
-        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join([*OWN, *known])}."
+        hint = did_you_mean(config.name, [*OWN, *known], f"There are {', '.join([*OWN, *known])}.")
         raise UserError(f"model.name is {config.name!r}, which is no network known here or in torchvision. {hint}")
     options = {}
     if config.name in ("googlenet", "inception_v3"):

@@ -100,7 +100,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 class Plateau:
-    """The factor on the learning rate that falls when a validation figure has not improved for `patience` evaluations.
+    """The factor on the learning rate that falls when a validation figure has not improved for more than `patience` evaluations.
 
     higher_is_better: True for accuracy, False for a loss. As torch's ReduceLROnPlateau with threshold 0.
     """

@@ -1,32 +1,32 @@
 """What a run is made of: its settings, shards, network, ranks and folder; and the state that a checkpoint holds."""
 
-import contextlib
 import dataclasses
+import json
 import math
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+import xxhash
 import yaml
 
-from dist_train import messages, plan, runtime, sizes
+from dist_train import messages, plan, ranks, runtime, sizes
 from dist_train.augment import Augment, mix
 from dist_train.bad_samples import BadSamples, record
 from dist_train.cache import DecodedCache
 from dist_train.checkpoint import Checkpoints, Saved, optimizer_tensors, restore_optimizer
 from dist_train.config import RunConfig, conflicts
-from dist_train.data import Batch, open_stream
+from dist_train.data import open_stream
 from dist_train.durable import replace_text
 from dist_train.errors import UserError
 from dist_train.evaluate import Evaluation, evaluate, standardised
-from dist_train.finetune import average_gradients, freeze_below_head
-from dist_train.folds import open_index
+from dist_train.folds import view_of, with_statistics
 from dist_train.gpu_decode import GpuDecoder
 from dist_train.guard import Guard
 from dist_train.index import ShardIndex
-from dist_train.layers import set_dropout_keys, use_keyed_dropout, use_sync_batchnorm
+from dist_train.layers import use_keyed_dropout, use_sync_batchnorm
 from dist_train.metrics import flops_per_sample, peak_flops
 from dist_train.models import build_model, head_name
 from dist_train.optim import Plateau, WeightAverage, build_optimizer, lr_at
@@ -40,28 +40,41 @@ from dist_train.step_parts import StepParts
 class Run:
     """One training run's fixed surroundings: settings, data, network, ranks, folder."""
 
-    def __init__(self, config: RunConfig, folder: Path, accelerator, world: runtime.World):
+    def __init__(
+        self, config: RunConfig, folder: Path, accelerator, world: runtime.World,
+        stop_requests: runtime.StopRequests | None = None,
+    ):  # fmt: skip
         self.config, self.folder, self.accelerator, self.world = config, folder, accelerator, world
-        self.index = open_index(config)
-        sizes.check_sizes(config, self.index, world)
+        self.stop_requests = stop_requests or runtime.StopRequests(folder)
+        self._closing = [] if stop_requests else [self.stop_requests.close]
+        index = view_of(config)
+        sizes.check_sizes(config, index, world)
+        self.index = with_statistics(index, config, partial(ranks.on_main, world))
         num_samples = self.index.split(config.data.train_split).num_samples
         self.steps_per_epoch = num_samples / config.data.global_batch_size
         self.num_steps = sizes.whole_steps(config.train.epochs, num_samples, config.data.global_batch_size)
         self.freeze_steps = sizes.whole_steps(config.optim.freeze_epochs, num_samples, config.data.global_batch_size)
         self.halt_step = config.train.max_steps or math.inf
         self.checkpoints = Checkpoints(folder, config.train.keep_checkpoints)
-        self.stop_requests = runtime.StopRequests(folder)
         self.tracker = self._peak_flops = None
 
         self.input_size = sizes.input_size(config, self.index)
-        network = build_network(config, self.index)
-        if not (folder / "checkpoints").is_dir():
+        self.missing_weights = None  # of model.pretrained: why they cannot be had
+        is_begun = (folder / "checkpoints").is_dir()
+        try:
+            network = build_network(config, self.index)
+        except UserError as error:
+            if not (is_begun and config.model.pretrained):
+                raise
+            self.missing_weights, fresh = error, dataclasses.replace(config.model, pretrained="")  # a checkpoint will do
+            network = build_network(dataclasses.replace(config, model=fresh), self.index)
+        if not is_begun:
             sizes.check_new(config)
         self.progressive = Progressive(config.augment, self.input_size, self.num_steps) if self.input_size else None
-        # size of what enters -> operations of the whole network, before it is spread over the ranks
+        # size of what enters -> operations of a sample in training, of the whole network, before it is spread over the ranks
         self.sample_flops = (
             self.progressive.flops(network) if self.progressive else
-            {None: flops_per_sample(network, (len(self.index.features),))}
+            {None: flops_per_sample(network, (len(self.index.features),), training=True)}
         )  # fmt: skip
         if config.train.sync_batchnorm and world.world_size > 1:
             use_sync_batchnorm(network)
@@ -83,7 +96,7 @@ class Run:
         self.micro_batch_size = sizes.micro_batch_size(config, world.world_size)
         data = config.data
         if data.verify:
-            self.index.check_tables({data.train_split, data.val_split, data.test_split})
+            ranks.on_each_machine(world, self.index.check_tables, {data.train_split, data.val_split, data.test_split})
         self.bad_samples = BadSamples(data.max_bad)
         self.gpu_decoder = GpuDecoder(world.device) if data.decode == "gpu" else None
         self.decoded = DecodedCache(data.cache, data.decoded_gb, data.cache_dir, world.device, data.verify, data.cache_gb)
@@ -104,44 +117,12 @@ class Run:
         data, augment = self.config.data, self.config.augment
         crop, size = sizes.decoder_crop(self.config, self.index)
         return open_stream(
-            self.index, data.train_split, data.global_batch_size, size, crop, self.config.seed, data.threads,
-            self.world.place, first_step, self.num_steps, augment.scale, augment.ratio,
-            data.window_shards, data.lanes, data.prefetch_mb, data.verify, self.world.device.type == "cuda", self.decoded,
-            self.bad_samples, self.gpu_decoder,
+            self.index, data.train_split, data.global_batch_size, size, crop, seed=self.config.seed,
+            threads=data.threads or self.world.num_cores, world=self.world.place, start_step=first_step, stop_step=self.num_steps,
+            scale=augment.scale, ratio=augment.ratio, window_shards=data.window_shards, lanes=data.lanes,
+            prefetch_mb=data.prefetch_mb, verify=data.verify, pin_memory=self.world.device.type == "cuda",
+            cache=self.decoded, bad_samples=self.bad_samples, gpu_decoder=self.gpu_decoder,
         )  # fmt: skip
-
-    def forward_backward(self, batch: Batch) -> torch.Tensor:
-        """Accumulate the gradient of this rank's share, in micro-batches; return its mean loss, on the device."""
-        self.model.train()
-        is_frozen = batch.step < self.freeze_steps
-        if self.freeze_steps:
-            freeze_below_head(self.network, self.head, is_frozen)
-        num_micro = len(batch) // self.micro_batch_size
-        loss_sum = torch.zeros((), device=self.world.device)
-        for i in range(num_micro):
-            self.parts.mark("augment")
-            part = slice(i * self.micro_batch_size, (i + 1) * self.micro_batch_size)
-            inputs, targets = self.prepare(batch.images[part], batch.labels[part], batch.random_keys[part])
-            if self.progressive:
-                inputs = self.progressive(inputs, batch.step)
-            self.parts.mark("forward")
-            set_dropout_keys(self.network, batch.random_keys[part])
-            if self.parallel.replays_graphs:
-                torch.compiler.cudagraph_mark_step_begin()  # what the graphs of the pass before wrote is not needed any more
-            is_synced = i == num_micro - 1 and not is_frozen
-            with contextlib.nullcontext() if is_synced else self.parallel.accumulating():
-                with self.accelerator.autocast():
-                    logits = self.model(inputs)
-                loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.config.optim.label_smoothing)
-                self.parts.mark("backward")
-                self.accelerator.backward(loss / num_micro)
-            messages.clock.backward_is_over()
-            loss_sum += loss.detach() / num_micro
-        if is_frozen and self.world.world_size > 1:
-            with messages.clock.waiting():
-                average_gradients(self.network)
-        self.parallel.reduce_gradients()
-        return loss_sum
 
     def prepare(self, images: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor):
         """Stored values -> what enters the network, augmented and normalised; and the targets, soft where mixed."""
@@ -194,8 +175,8 @@ class Run:
     def work_figures(self, images_per_s: float, step: int) -> dict[str, float]:
         """{"tflops": reached by all ranks together, "mfu": their share of what they could}; {} before the profiled window's end.
 
-        step: the last one, whose size of pictures counts. A frozen network does less than is counted here. MFU: Chowdhery
-        et al. 2022.
+        step: the last one, whose size of pictures counts. A frozen network does less than is counted here. mfu is a share of the
+        measured rate of a matrix product; Chowdhery et al. 2022 divide by the data sheet's.
         """
         if not self.parts.is_complete:
             return {}
@@ -203,7 +184,7 @@ class Run:
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.train.precision]
             self._peak_flops = peak_flops(self.world.device, dtype) * self.world.world_size
         size = self.progressive.size_at(step) if self.progressive else None
-        flops = 3 * images_per_s * self.sample_flops[size]
+        flops = images_per_s * self.sample_flops[size]
         return {"tflops": round(flops / 1e12, 4), "mfu": round(flops / self._peak_flops, 4)}
 
     def name_bad_samples(self) -> None:
@@ -259,7 +240,19 @@ class Run:
             more = crop, asked, self.decoded, confusion
             return evaluate(self.config, self.index, split, network, self.accelerator, self.world, *more)
 
+    def data_facts(self) -> dict[str, str]:
+        """What a run's figures follow from, besides its settings: hashes, by what they are of."""
+        index, data = self.index, self.config.data
+        what = json.dumps([index.classes, index.mean, index.std, index.image_size, index.features])
+        facts = {"classes, size or statistics": xxhash.xxh3_64_hexdigest(what.encode())}
+        for name in (data.train_split, data.val_split):
+            if split := index.splits.get(name):
+                facts[f"split {name}"] = f"{split.fingerprint()} {split.rows_checksum}"
+        return facts
+
     def save(self, state: "State", is_best: bool) -> None:
+        if self.config.data.max_bad:
+            self.name_bad_samples()
         self.prove()
         self.prove_weights(state)
         if self.world.world_size > 1:  # whoever resumes, in whatever number, adds to the mean over the ranks
@@ -268,29 +261,37 @@ class Run:
         tensors = self.parallel.gathered(saved.tensors)
         if self.world.is_main:
             saved = dataclasses.replace(saved, tensors=tensors)
-            split = self.index.split(self.config.data.train_split)
-            saved.state.update(shards=split.fingerprint(), table=split.table_checksum.partition(" ")[0])
+            saved.state["data"] = self.data_facts()
             self.checkpoints.save(saved, is_best)
 
     def close(self) -> None:
-        """Hand the signals back, and let no checkpoint be half written when the process ends."""
-        self.stop_requests.close()
-        self.checkpoints.wait()
-        self.decoded.close()
+        """Let no checkpoint be half written when the process ends; then hand the signals back, if they were taken here."""
+        try:
+            self.checkpoints.wait()
+        finally:
+            self.decoded.close()
+            for close in self._closing:
+                close()
 
     def resume(self, state: "State") -> list[str]:
         """Bring state to the newest whole checkpoint, if there is one; return what is to be said of damaged ones."""
         saved, complaints = self.checkpoints.agree_on_newest(self.world)
+        if saved is None and self.missing_weights:
+            raise self.missing_weights
         if saved is not None:
-            split = self.index.split(self.config.data.train_split)
-            table = split.table_checksum.partition(" ")[0]
-            if saved.state["shards"] != split.fingerprint() or saved.state.get("table", table) != table:
-                raise UserError(f"{self.index.folder}: these are not the shards that {self.folder} was trained on.\n"
-                                f"  Put data.shards back, or begin another run with --run.")  # fmt: skip
-            if saved.state.get("is_best") and self.world.is_main:
-                self.checkpoints.name_newest_best()
+            facts, before, trained = self.data_facts(), saved.state.get("data"), f"split {self.config.data.train_split}"
+            if before is None:  # written by an earlier version
+                table = saved.state.get("table", facts[trained].partition(" ")[2])
+                before = {trained: f"{saved.state['shards']} {table}"}
+            differing = [what for what, value in before.items() if facts.get(what) != value]
+            if differing:
+                raise UserError(f"{self.index.folder}: these are not the shards that {self.folder} was trained on: other "
+                                f"{', '.join(differing)}.\n  Put data.shards back, or begin another run with --run.")  # fmt: skip
+            has_best = ranks.on_main(self.world, self.checkpoints.has_best, saved)
             parts = self.parallel.parts(saved.tensors)
             state.restore(dataclasses.replace(saved, tensors=parts), self.accelerator.scaler)
+            if not has_best:
+                state.best_value = None  # the next that is judged is the best
         return complaints
 
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:

@@ -5,18 +5,20 @@ The only file that reads what a launcher put into the environment, but for the r
 
 import contextlib
 import fcntl
-import json
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dist_train.errors import UserError, tell
+from dist_train.ranks import cores_of_rank
+from dist_train.remote import shown
 from dist_train.watch import is_lost_contact
+from dist_train.workers import num_cores
 
 EXIT_STOPPED = 85  # stopped on request, a checkpoint is written, `--resume` goes on
 
@@ -30,6 +32,7 @@ class World:
     local_rank: int
     local_world_size: int
     device: object
+    num_cores: int = 1  # for its threads
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -95,9 +98,8 @@ def start(precision: str, threads: int, timeout_s: int):
                 f"  Leave it out of accelerate's configuration and set {setting} in the recipe."
             )
     env["ACCELERATE_USE_CPU"] = "true" if use_cpu else "false"  # without it, ranks on the CPU would each be alone
-    threads = threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
-    env["OMP_NUM_THREADS"] = str(threads)  # Accelerate sets torch's threads from it, where there are several ranks
-    torch.set_num_threads(threads)
+    # Accelerate sets torch's threads from it, where there are several ranks
+    env["OMP_NUM_THREADS"] = str(threads or max(1, num_cores() // local_world_size))
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it; without effect on the CPU
     try:
         accelerator = Accelerator(
@@ -123,7 +125,11 @@ def start(precision: str, threads: int, timeout_s: int):
             f"alone.\n  Use launch/local.sh, or accelerate launch with a configuration from launch/accelerate/."
         )
     device = accelerator.device
-    return accelerator, World(accelerator.process_index, world_size, local_rank, local_world_size, device)
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # shapes are few, and stay: the fastest kernel is found by trial
+    world = World(accelerator.process_index, world_size, local_rank, local_world_size, device)
+    world = replace(world, num_cores=cores_of_rank(world))
+    torch.set_num_threads(threads or world.num_cores)
+    return accelerator, world
 
 
 def precision_here(precision: str) -> str:
@@ -188,23 +194,6 @@ def keep_freed_pages() -> None:
     mallopt(m_trim_threshold, 2**31 - 1)
     mallopt(m_top_pad, 64 * 2**20)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: transparent huge pages for large tensors
-
-
-def on_main(world: World, function, *args):
-    """Call function(*args) on rank zero; every rank returns its result, or raises its UserError."""
-    from accelerate.utils import broadcast_object_list
-
-    outcome = [None, None]
-    if world.is_main:
-        try:
-            outcome[0] = function(*args)
-        except UserError as error:
-            outcome[1] = str(error)
-    if world.world_size > 1:
-        broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
 
 
 class StopRequests:
@@ -274,14 +263,14 @@ def environment(world: World) -> dict:
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if world.device.type == "cuda" else []
     )
     return {
-        "command": " ".join(sys.argv),
+        "command": " ".join(shown(word) for word in sys.argv),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "host": platform.node(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
         "system": platform.platform(),
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": num_cores(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
         "world_size": world.world_size,
@@ -289,13 +278,6 @@ def environment(world: World) -> dict:
         "revision": _git_revision(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
-
-
-def write_json(path: Path, value, indent: int | None = 1) -> None:
-    """Write JSON whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=indent) + "\n")
-    os.replace(partial, path)
 
 
 def _asks_for_cpu(env) -> bool:

@@ -62,11 +62,11 @@ def eval_crop(config: RunConfig, index: ShardIndex) -> float:
 
 
 def micro_batch_size(config: RunConfig, world_size: int) -> int:
-    """Samples through the network at once: the largest equal part of a rank's share below the limit."""
-    share, limit = config.data.global_batch_size // world_size, config.train.micro_batch_size
-    return next(
-        share // parts for parts in range(1, share + 1) if share % parts == 0 and (not limit or share // parts <= limit)
-    )
+    """Samples through the network at once: the largest equal part of a rank's share below the limit, even where neighbours mix."""
+    share, limit = config.data.global_batch_size // world_size, config.train.micro_batch_size or math.inf
+    parts = [share // n for n in range(1, share + 1) if share % n == 0 and share // n <= limit]
+    is_mixing = config.augment.mixup or config.augment.cutmix
+    return next((part for part in parts if part % 2 == 0), parts[0]) if is_mixing else parts[0]
 
 
 def range_problems(config: RunConfig) -> list[str]:
@@ -131,6 +131,10 @@ def misgivings(config: RunConfig, world_size: int, network) -> list[str]:
     if config.optim.warmup_epochs >= config.train.epochs:
         found.append(f"optim.warmup_epochs {config.optim.warmup_epochs:g} is no less than train.epochs {config.train.epochs:g}: "
                      f"the learning rate rises to the end.")  # fmt: skip
+    share, limit = config.data.global_batch_size // world_size, config.train.micro_batch_size
+    if share > limit > 2 * at_once:
+        found.append(f"train.micro_batch_size {limit}: the largest equal part of a rank's {share} samples below it is {at_once}. "
+                     f"Choose a data.global_batch_size that divides better.")  # fmt: skip
     has_batchnorm = any("BatchNorm" in type(module).__name__ for module in network.modules())
     if has_batchnorm and config.train.sync_batchnorm and at_once * world_size < config.data.global_batch_size:
         found.append(f"train.micro_batch_size {config.train.micro_batch_size}: BatchNorm sees {at_once * world_size} samples at "

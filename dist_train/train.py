@@ -4,26 +4,30 @@ accelerate launch --config_file accelerate_config.yaml -m dist_train.train --con
 """
 
 import contextlib
-import math
 import sys
 import threading
 import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from dist_train import runtime
+from dist_train import messages, ranks, runtime
 from dist_train.checkpoint import load_checkpoint
 from dist_train.config import RunConfig
-from dist_train.data import to_device
+from dist_train.data import Batch, to_device
 from dist_train.decoder_choice import settled
+from dist_train.durable import put_in_place, replace_json
 from dist_train.errors import UserError
 from dist_train.evaluate import Interrupted, write_evaluation
+from dist_train.finetune import average_gradients, freeze_below_head
 from dist_train.index import load_index
+from dist_train.layers import set_dropout_keys
 from dist_train.metrics import Throughput
 from dist_train.optim import set_lr
-from dist_train.order import fold
+from dist_train.order import hash_words
+from dist_train.remote import shown
 from dist_train.run import Run, State, inference, open_run_folder
 from dist_train.settings import read_config
 from dist_train.sizes import misgivings
@@ -39,12 +43,17 @@ def train(run: Run, state: State) -> None:
         judge_and_save(run, state)
     if run.is_evaluation_due(state) or run.is_over(state) or state.step >= run.halt_step:
         return run.checkpoints.wait_together(run.world)
-    clock = Throughput()
-    for batch in timed(to_device(run.stream(state.step), world.device), clock, run.parts):
+    clock, batches = Throughput(), to_device(run.stream(state.step), world.device)
+    ranks.meet(world)  # a rank may have had to decode the split to its disk
+    is_settled = world.world_size < 3  # the sum of two is the same in either order
+    for batch in timed(batches, clock, run.parts):
+        if not is_settled and state.step >= run.freeze_steps:
+            settle_messages(run, batch)
+            is_settled = True
         lr = run.lr_at(state.step) * state.plateau.factor
         set_lr(state.optimizer, lr)
-        torch.manual_seed(int(fold(config.seed, state.step, world.rank)) >> 1)  # for layers that draw by themselves
-        loss = run.forward_backward(batch)
+        torch.manual_seed(int(hash_words(config.seed, state.step, world.rank)) >> 1)  # for layers that draw by themselves
+        loss = forward_backward(run, batch)
         asked = run.agree_to_stop(state, loss)
         run.parts.mark("optimizer")
         if config.optim.clip_norm:
@@ -87,6 +96,53 @@ def train(run: Run, state: State) -> None:
     run.checkpoints.wait_together(run.world)
 
 
+def forward_backward(run: Run, batch: Batch) -> torch.Tensor:
+    """Accumulate the gradient of this rank's share, in micro-batches; return its mean loss, () float32 on the device."""
+    run.model.train()
+    is_frozen = batch.step < run.freeze_steps
+    if run.freeze_steps:
+        freeze_below_head(run.network, run.head, is_frozen)
+    num_micro = len(batch) // run.micro_batch_size
+    loss_sum = torch.zeros((), device=run.world.device)
+    for i in range(num_micro):
+        run.parts.mark("augment")
+        part = slice(i * run.micro_batch_size, (i + 1) * run.micro_batch_size)
+        inputs, targets = run.prepare(batch.images[part], batch.labels[part], batch.random_keys[part])
+        if run.progressive:
+            inputs = run.progressive(inputs, batch.step)
+        run.parts.mark("forward")
+        set_dropout_keys(run.network, batch.random_keys[part])
+        if run.parallel.replays_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # what the graphs of the pass before wrote is not needed any more
+        is_synced = i == num_micro - 1 and not is_frozen
+        with contextlib.nullcontext() if is_synced else run.parallel.accumulating():
+            with run.accelerator.autocast():
+                logits = run.model(inputs)
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=run.config.optim.label_smoothing)
+            run.parts.mark("backward")
+            run.accelerator.backward(loss / num_micro)
+        messages.clock.backward_is_over()
+        loss_sum += loss.detach() / num_micro
+    if is_frozen and run.world.world_size > 1:
+        with messages.clock.waiting():
+            average_gradients(run.network)
+    run.parallel.reduce_gradients()
+    return loss_sum
+
+
+def settle_messages(run: Run, batch: Batch) -> None:
+    """Go through a batch and forget it: DistributedDataParallel lays its messages out anew after the first one.
+
+    From three ranks on, the layout decides in which order gradients are summed: without this, the first step after a resume
+    would differ from the same step of a run that was not stopped, in the last bits.
+    """
+    before = [buffer.clone() for buffer in run.network.buffers()]
+    forward_backward(run, batch)
+    run.optimizer.zero_grad(set_to_none=True)
+    for buffer, value in zip(run.network.buffers(), before, strict=True):
+        buffer.copy_(value)
+
+
 def judge_and_save(run: Run, state: State) -> None:
     """Judge the weights and save; where a request to stop breaks it off, save as it was before: the evaluation stays due."""
     try:
@@ -110,9 +166,7 @@ def judge(run: Run, state: State) -> bool:
         state.step, run.config.data.val_split, {"epoch": run.epoch_of(state.step), **result.figures()}
     )
     state.judged_step = state.step
-    # of equal accuracies the lower loss is the better one
-    loss = result.loss if math.isfinite(result.loss) else math.inf  # NaN would be beaten by nothing
-    value = [-loss] if run.config.train.monitor == "loss" else [result.top1, -loss]
+    value = result.goodness(run.config.train.monitor)
     is_best = state.best_value is None or value > state.best_value
     state.best_value, state.bad_evaluations = (value, 0) if is_best else (state.best_value, state.bad_evaluations + 1)
     if run.config.optim.schedule == "plateau":
@@ -143,18 +197,9 @@ def finish(run: Run, state: State) -> bool:
     False if a request to stop breaks it off; a restart begins it again.
     """
     config, index, folder = run.config, run.index, run.folder
-    best = run.checkpoints.best_path() if run.world.is_main else None
-    if run.world.is_main:
-        if best is None:
-            raise UserError(f"{folder}/checkpoints: best.json names no checkpoint that is there, so there are no weights to keep.\n"
-                            f"  Put it right ({{\"checkpoint\": \"step-...\"}}), and finish with --resume.")  # fmt: skip
-        weights = load_checkpoint(best).tensors["ema" if state.average else "model"]
-        save_file(weights, folder / "weights.safetensors.partial")
-        (folder / "weights.safetensors.partial").replace(folder / "weights.safetensors")
-        runtime.write_json(folder / "inference.json", inference(config, index, run.input_size))
-    run.accelerator.wait_for_everyone()
+    best_step = ranks.on_main(run.world, keep_best_weights, run, "ema" if state.average else "model")
     run.load_weights(load_file(folder / "weights.safetensors"))
-    figures = {"step": state.step, "epoch": run.epoch_of(state.step)}
+    figures = {"step": state.step, "epoch": run.epoch_of(state.step), "best_step": best_step}
     for split in dict.fromkeys((config.data.val_split, config.data.test_split)):
         if split in index.splits:
             try:
@@ -169,7 +214,7 @@ def finish(run: Run, state: State) -> bool:
     if run.world.is_main:
         if (folder / "bad-samples.txt").exists():
             figures["bad_samples"] = (folder / "bad-samples.txt").read_text().splitlines()
-        runtime.write_json(folder / "result.json", figures)
+        replace_json(folder / "result.json", figures)
         if run.tracker.takes_figures:
             from dist_train.figures import draw_figures  # here: matplotlib takes a second
 
@@ -177,7 +222,21 @@ def finish(run: Run, state: State) -> bool:
             run.tracker.figures(drawn)
             for complaint in complaints:
                 run.tracker.message(complaint)
+    ranks.meet(run.world)  # launchers end the others soon after the first has left
     return True
+
+
+def keep_best_weights(run: Run, kind: str) -> int:
+    """Best checkpoint -> weights.safetensors, inference.json, and its step. kind: "ema" for the averaged weights, or "model"."""
+    folder, best = run.folder, run.checkpoints.best_path()
+    if best is None:
+        raise UserError(f"{folder}/checkpoints: best.json names no checkpoint that is there, so there are no weights to keep.\n"
+                        f"  Put it right ({{\"checkpoint\": \"step-...\"}}), and finish with --resume.")  # fmt: skip
+    saved = load_checkpoint(best)
+    save_file(saved.tensors[kind], folder / "weights.safetensors.partial")
+    put_in_place(folder / "weights.safetensors.partial", folder / "weights.safetensors")
+    replace_json(folder / "inference.json", inference(run.config, run.index, run.input_size))
+    return saved.step
 
 
 def parse(argv: list[str]) -> tuple[RunConfig, Path, bool]:
@@ -204,7 +263,7 @@ def parse(argv: list[str]) -> tuple[RunConfig, Path, bool]:
         )
     recipes = [Path(argv[i + 1]).stem for i, word in enumerate(argv[:-1]) if word == "--config"]
     recipes += [Path(word.partition("=")[2]).stem for word in argv if word.startswith("--config=")]
-    return config, Path(run or f"runs/{recipes[0] if recipes else Path(config.data.shards).name}"), resume
+    return config, Path(run or f"runs/{recipes[0] if recipes else Path(shown(config.data.shards)).name}"), resume
 
 
 def run_training(argv: list[str]) -> int:
@@ -215,10 +274,11 @@ def run_training(argv: list[str]) -> int:
     accelerator, world = runtime.start(config.train.precision, config.runtime.threads, config.runtime.timeout_s)
     started = time.time()
     with contextlib.ExitStack() as leaving:
+        stop_requests = leaving.enter_context(contextlib.closing(runtime.StopRequests(folder)))  # until the process ends
         leaving.push(runtime.leave)
         watch = leaving.enter_context(Watch(world, config.runtime.timeout_s, runtime.master_address()))
 
-        config = runtime.on_main(world, settled, config, folder, world.device)
+        config = ranks.on_main(world, settled, config, folder, world.device)
 
         def claim_folder() -> None:
             try:
@@ -228,8 +288,8 @@ def run_training(argv: list[str]) -> int:
             except OSError as error:
                 raise UserError(f"{folder}: cannot write the run folder: {error.strerror}.") from None
 
-        runtime.on_main(world, claim_folder)
-        run = leaving.enter_context(contextlib.closing(Run(config, folder, accelerator, world)))
+        ranks.on_main(world, claim_folder)
+        run = leaving.enter_context(contextlib.closing(Run(config, folder, accelerator, world, stop_requests)))
         state = run.new_state()
         watch.read_step = lambda: state.step
         complaints = run.resume(state) if resume else []
@@ -245,7 +305,7 @@ def run_training(argv: list[str]) -> int:
         for complaint in complaints:
             run.tracker.message(complaint)
         if world.is_main:
-            runtime.write_json(folder / "environment.json", runtime.environment(world))
+            replace_json(folder / "environment.json", runtime.environment(world))
 
         if not run.is_over(state):
             train(run, state)

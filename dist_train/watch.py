@@ -39,7 +39,7 @@ class Watch:
         # sooner than the collectives' own time-out, whose message does not say who
         self.limit_s = timeout_s - 4 * self.period_s
         self._closed, self._broken, self._verdict = threading.Event(), threading.Event(), ""
-        self._waits_on, self.is_busy = False, lambda: False
+        self.is_busy = lambda: False
         self._ended: dict[int, str] = {}
         if self.world_size == 1:
             return
@@ -94,7 +94,6 @@ class Watch:
         import torch.distributed as dist
 
         mine = (platform.node(), self._socket.getsockname()[1], secrets.token_hex(8))
-        self._waits_on = "nccl" in dist.get_backend()
         all_of_them = [None] * self.world_size
         dist.all_gather_object(all_of_them, mine)
         self.hosts = [host for host, _, _ in all_of_them]
@@ -129,8 +128,8 @@ class Watch:
         now = time.monotonic()
         limit_s = 3 * self.period_s if self._broken.is_set() else self.limit_s
         for rank, reason in self._ended.items():
-            # a collective of NCCL's does not fail where a rank is missing: it waits on
-            is_missed = self._waits_on and now - self._heard[rank] > 5 * self.period_s and not self.is_busy()
+            # neither a collective of NCCL's nor ranks.meet fails where a rank is missing: they wait on
+            is_missed = now - self._heard[rank] > 5 * self.period_s and not self.is_busy()
             if reason and (self._broken.is_set() or is_missed):
                 return f"step {self.step}: {self._name(rank)} ended: {reason}"
         silent = [rank for rank, heard in self._heard.items() if now - heard > limit_s and rank not in self._ended]

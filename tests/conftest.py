@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -49,14 +50,20 @@ def tiny_run(shards: str, run: Path, *argv: str) -> list[str]:
     ]  # fmt: skip
 
 
+def free_port() -> int:
+    """A port on which nobody listens, below those that the system lends to whoever connects to another."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def start_ranks(
     world_size: int, argv: list[str], log_folder: Path, module: str = "dist_train.train", **env: str
 ) -> list:
     """Start world_size CPU processes that form one job, as a launcher would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
+    port, ranks = free_port(), []
     for rank in range(world_size):
         job = {"WORLD_SIZE": str(world_size), "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                "LOCAL_WORLD_SIZE": str(world_size), "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",

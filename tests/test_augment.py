@@ -11,7 +11,7 @@ from torchvision.transforms import InterpolationMode
 
 from dist_train import augment as A
 from dist_train import mixing, order
-from dist_train.augment import Augment, evaluation_pixels, normalize
+from dist_train.augment import Augment, evaluation_pixels
 from dist_train.config import AugmentConfig
 from dist_train.errors import UserError
 
@@ -31,6 +31,11 @@ CONFIGS = {
     "colour": AugmentConfig(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2, grayscale=0.2, erase=0.3),
     "everything": EVERYTHING,
 }
+
+
+def normalize(images, mean, std):
+    """Of their own size: the pixels of an evaluation, which torchvision's are compared with below."""
+    return evaluation_pixels(images, images.shape[2:], mean, std)
 
 
 def some_keys(n: int, seed: int = 0) -> torch.Tensor:

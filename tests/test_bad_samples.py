@@ -3,22 +3,27 @@
 import io
 import itertools
 import json
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_run
+from conftest import ROOT, tiny_run
 from PIL import Image
 
 from dist_train import train
-from dist_train.bad_samples import BadSamples
+from dist_train.bad_samples import BadSamples, Undecodable
 from dist_train.data import open_stream
 from dist_train.errors import UserError
 from dist_train.foreign import index_tars
 from dist_train.index import load_index
+from dist_train.order import Order
 
 BAD = (5, 6, 39)  # two neighbours, and the last one, whose place the first takes
+BARE = ("--data.global_batch_size", "8", "--data.val_split", "none", "--data.test_split", "")
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +44,12 @@ def shards(tmp_path_factory) -> str:
                     tar.addfile(member, io.BytesIO(payload))
     index_tars(folder)
     return str(folder)
+
+
+def named(run: Path) -> list[int]:
+    """Numbers of the samples in a run's list of bad ones, ascending."""
+    lines = (run / "bad-samples.txt").read_text().splitlines()
+    return sorted(int(line.partition("sample train/")[2][:8]) for line in lines)
 
 
 def batches(shards: str, bad: BadSamples | None, count: int = 12, **options) -> list:
@@ -70,21 +81,18 @@ def test_the_limit_holds_and_the_sample_is_named(shards):
 
 
 def test_a_set_without_a_good_sample_ends():
-    bad = BadSamples(100)
-    with pytest.raises(UserError):
-        for sample in range(4):
-            bad.condemn(sample, _fault(sample), 4)
-    assert bad.stand_ins(np.array([0, 3]), 4).tolist() == [3, 3]
+    bad, samples = BadSamples(100), np.array([0, 1])
+    with pytest.raises(UserError, match="sample 3"):
+        for _ in range(4):
+            samples = bad.replaced(samples, _fault([0, 1], samples), 4)
 
 
 def test_a_training_names_them_and_ends_past_the_limit(shards, tmp_path, capsys):
-    settings = tiny_run(
-        shards, tmp_path / "run", "--data.global_batch_size", "8", "--data.val_split", "none", "--data.test_split", ""
-    )
+    settings = tiny_run(shards, tmp_path / "run", *BARE)
     assert train.run_training([*settings, "--data.max_bad", "3", "--train.max_steps", "6"]) == 0
     assert train.run_training([*settings, "--data.max_bad", "3", "--resume"]) == 0
     lines = (tmp_path / "run" / "bad-samples.txt").read_text().splitlines()
-    assert sorted(line.partition("sample train/")[2][:8] for line in lines) == ["00000005", "00000006", "00000039"]
+    assert named(tmp_path / "run") == list(BAD)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["bad_samples"] == lines
     assert "the next good sample takes its place" in capsys.readouterr().out
     with pytest.raises(UserError, match="one more than data.max_bad, 2, allows"):
@@ -96,17 +104,42 @@ def test_a_training_names_them_and_ends_past_the_limit(shards, tmp_path, capsys)
 @pytest.mark.parametrize("more", [("--data.cache", "disk"), ("--data.folds", "2")])
 def test_what_needs_every_picture_is_refused_beside_a_limit(shards, tmp_path, more):
     settings = tiny_run(shards, tmp_path / "run", "--data.global_batch_size", "8", "--data.max_bad", "3", *more)
-    with pytest.raises(
-        UserError, match=r"data.max_bad is 3 and data\.\w+ \w+, which needs every picture|damaged|decoded"
-    ):
+    with pytest.raises(UserError, match=r"data.max_bad is 3 and data\.\w+ \w+, which needs every picture"):
         train.run_training(settings)
+
+
+def test_those_met_since_the_last_line_of_the_log_are_named_as_well(shards, tmp_path):
+    settings = tiny_run(shards, tmp_path / "run", *BARE, "--data.max_bad", "3", "--train.log_every_steps", "100")
+    assert train.run_training([*settings, "--train.max_steps", "5"]) == 0  # an epoch
+    assert named(tmp_path / "run") == list(BAD)
+
+
+@pytest.mark.two_process
+def test_those_of_all_ranks_are_named_and_counted_together(shards, tmp_path):
+    order = Order(load_index(shards).split("train").shard_samples, 8, 0)
+    rank_of = {int(sample): place // 4 for step in range(5) for place, sample in enumerate(order.global_batch(step)[0])}
+    assert rank_of[5] != rank_of[39]  # neither rank meets all three; who meets 5 tries 6 in its place
+
+    def train_on_two(max_bad: int) -> subprocess.CompletedProcess:
+        settings = tiny_run(shards, tmp_path / f"run-{max_bad}", *BARE, "--data.max_bad", str(max_bad), "--train.epochs", "1")
+        command = [sys.executable, "tests/elastic_ranks.py", str(tmp_path), "2:0", "--", *settings]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    done = train_on_two(max_bad=3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert named(tmp_path / "run-3") == list(BAD)
+    done = train_on_two(max_bad=2)
+    assert "exit codes [2, 2]" in done.stderr, done.stdout + done.stderr
+    for rank in range(2):
+        words = (tmp_path / f"rank{rank}.log").read_text()
+        assert "3 pictures cannot be decoded; data.max_bad allows 2:" in words
+        assert all(f"train/{sample:08d}" in words for sample in BAD)
 
 
 def test_ranks_count_together(capsys):
     ranks = [BadSamples(2) for _ in range(2)]
     for rank, samples in zip(ranks, ((1, 2), (2, 3)), strict=True):
-        for sample in samples:
-            rank.condemn(sample, _fault(sample), 10)
+        rank.replaced(np.array(samples), _fault([0, 1], samples), 10)
     together = [rank.noted() for rank in ranks]
     assert BadSamples(3).news(together) == ["sample 1", "sample 2", "sample 3"]
     assert ranks[0].noted() == {}  # each is handed out once
@@ -114,7 +147,5 @@ def test_ranks_count_together(capsys):
         ranks[0].news(together)
 
 
-def _fault(sample: int):
-    from dist_train.bad_samples import Undecodable
-
-    return Undecodable(f"sample {sample}", sample)
+def _fault(places, samples) -> Undecodable:
+    return Undecodable(np.array(places), [f"sample {samples[place]}" for place in places])

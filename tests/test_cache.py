@@ -362,8 +362,9 @@ def test_processes_share_one_copy_and_a_killed_one_leaves_no_memory(copied, monk
     child = subprocess.Popen([sys.executable, "-c", CHILD, str(copied)], stdout=subprocess.PIPE, text=True)
     try:
         total = float(child.stdout.readline())
-        names = [name for name in os.listdir("/dev/shm") if name.startswith(f"dist_train-{os.getuid()}-")]
-        assert sum(os.stat(f"/dev/shm/{name}").st_size for name in names) < 100 * len(names)
+        opened = [os.readlink(link) for link in Path(f"/proc/{child.pid}/fd").iterdir()]
+        (name,) = {link.removeprefix("/memfd:").partition(" ")[0] for link in opened if link.startswith("/memfd:dist_train-")}
+        assert Path("/dev/shm", name).stat().st_size < 100  # where the memory is to be found, and not the memory
         kept = DecodedCache("memory")
         stream = open_stream(copied, batch_size=64, cache=kept)
         for file in copied.glob("*.tar"):

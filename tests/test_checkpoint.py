@@ -237,5 +237,31 @@ def test_the_best_is_named_again_where_a_kill_came_before_it_was(tmp_path):
     again = Checkpoints(tmp_path, 1)
     saved, _ = again.newest()
     assert saved.step == 2 and saved.state["is_best"] and again.best_path() is None
-    again.name_newest_best()
-    assert again.best_path().name == "step-00000002"
+    assert again.has_best(saved) and again.best_path().name == "step-00000002"
+
+
+def test_a_best_that_was_damaged_with_the_newest_is_no_best_and_not_counted(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 2)
+    for step, is_best in ((1, True), (2, False), (3, True)):
+        checkpoints.save(Saved(step, {"model": {"w": torch.full((2,), float(step))}}, {}), is_best)
+    checkpoints.wait()
+    damaged = tmp_path / "checkpoints/step-00000003/model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    again = Checkpoints(tmp_path, 2)
+    saved, complaints = again.newest()
+    assert saved.step == 2 and len(complaints) == 1
+    assert not again.has_best(saved)  # of step 1, which is pruned; that of step 3 is damaged
+    again.save(Saved(3, {"model": {"w": torch.zeros(2)}}, {}), is_best=True)
+    again.wait()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == ["step-00000002", "step-00000003-1"]
+
+
+def test_an_unreadable_best_json_stops_pruning_and_not_the_run(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 1)
+    for step in (1, 2, 3):
+        checkpoints.save(Saved(step, {"model": {"w": torch.zeros(2)}}, {}), is_best=step == 1)
+        checkpoints.wait()
+        (tmp_path / "checkpoints/best.json").write_text("{")
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 3
+    with pytest.raises(UserError, match="best.json: cannot be read"):
+        checkpoints.best_path()

@@ -13,10 +13,12 @@ import torch
 
 from dist_train import open_stream
 from dist_train.augment import Augment
-from dist_train.config import AugmentConfig
+from dist_train.config import AugmentConfig, DataConfig, RunConfig
 from dist_train.data import open_evaluation, to_device
 from dist_train.errors import UserError
+from dist_train.folds import fold_view
 from dist_train.index import load_index
+from dist_train.order import sample_keys
 from dist_train.store import MAX_FILES, Store
 
 
@@ -43,6 +45,25 @@ def test_threads_and_the_start_do_not_change_the_stream(digits, threads):
                                    reference[start:], strict=True):  # fmt: skip
             assert batch.step == expected.step and batch.keys == expected.keys
             assert torch.equal(batch.images, expected.images) and torch.equal(batch.random_keys, expected.random_keys)
+
+
+@pytest.mark.parametrize("folds", [0, 3])
+def test_keys_are_those_of_seed_epoch_and_stored_sample(digits, folds):
+    index = fold_view(load_index(digits), RunConfig(data=DataConfig(folds=folds, fold=1)))
+    steps = -(-3 * index.split("train").num_samples // 300)
+    seen = set()
+    for batch in open_stream(index, batch_size=300, seed=5, stop_step=steps):
+        expected = sample_keys(5, batch.epochs.numpy(), batch.samples.numpy())
+        assert batch.random_keys.tolist() == expected.tolist()
+        seen |= set(zip(batch.epochs.tolist(), batch.samples.tolist(), strict=True))
+    stored = index.split("train").stored_numbers(np.arange(index.split("train").num_samples))
+    assert seen >= {(epoch, sample) for epoch in range(3) for sample in stored.tolist()}
+
+
+def test_keys_are_those_of_earlier_versions():
+    # recorded when alternating flips came: a run of an earlier version goes on with the same pixels
+    assert sample_keys(5, np.array([0, 0, 1, 7]), np.array([0, 1, 1, 123_456])).tolist() == [
+        5176792510916737790, 6032028369837909555, -2288390804231252769, 751969440377056951]  # fmt: skip
 
 
 def test_augmented_pixels_are_the_same_on_one_rank_and_on_two(digits):
@@ -225,16 +246,20 @@ def test_table_rows_come_as_stored(tmp_path):
 
 
 OPEN_MANY = """
-import resource, sys, time
+import json, resource, sys, time
+from pathlib import Path
 import torch
 from dist_train import open_stream
 used, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 stream = open_stream(sys.argv[1], batch_size=1024, image_size=64, start_step=500)
-print(time.process_time() - began, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used) / 1024)
+seconds, used = time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used
+began = time.process_time()
+json.dumps(json.loads(Path(sys.argv[1], "index.json").read_text()), sort_keys=True)
+print(seconds / (time.process_time() - began), used / 1024)
 """
 
 
-def test_a_hundred_thousand_shards_are_open_in_a_second_and_200_mb(tmp_path):
+def test_a_hundred_thousand_shards_are_open_in_three_readings_of_their_json_and_200_mb(tmp_path):
     import subprocess
     import sys
 
@@ -248,8 +273,8 @@ def test_a_hundred_thousand_shards_are_open_in_a_second_and_200_mb(tmp_path):
     )  # fmt: skip
     save_index(ShardIndex(str(tmp_path), "many", ["a", "b"], {"train": split}, [0.5] * 3, [0.2] * 3))
     command = [sys.executable, "-c", OPEN_MANY, str(tmp_path)]
-    seconds, megabytes = map(float, subprocess.run(command, capture_output=True, check=True).stdout.split())
-    assert seconds < 1 and megabytes < 200
+    readings, megabytes = map(float, subprocess.run(command, capture_output=True, check=True).stdout.split())
+    assert readings < 3 and megabytes < 200  # its checksum takes a reading and a writing: one
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads its memory from Linux's /proc")

@@ -5,7 +5,6 @@ import copy
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, tiny_run
+from conftest import ROOT, free_port, tiny_run
 from torch import nn
 
 from dist_train import messages, runtime
@@ -136,11 +135,8 @@ def refusals(accelerator, world) -> list[str]:
 def ranks(tmp_path_factory):
     """What ranks 0 and 1 of four found."""
     folder = tmp_path_factory.mktemp("parallel")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     multiprocessing.set_forkserver_preload(["dist_train.run"])  # torch and Accelerate are imported once, for all ranks
-    torch.multiprocessing.start_processes(one_rank, (port, str(folder)), WORLD_SIZE, start_method="forkserver")
+    torch.multiprocessing.start_processes(one_rank, (free_port(), str(folder)), WORLD_SIZE, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -152,15 +152,6 @@ def test_one_trainer_a_folder(tmp_path):
     runtime.RunLock(tmp_path).close()
 
 
-def test_json_is_written_whole(tmp_path):
-    runtime.write_json(tmp_path / "a.json", {"x": 1})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
-    with pytest.raises(TypeError):
-        runtime.write_json(tmp_path / "a.json", {"x": object()})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-
-
 def test_the_environment_is_recorded():
     world = runtime.World(0, 1, 0, 1, torch.device("cpu"))
     about = runtime.environment(world)

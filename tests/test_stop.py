@@ -69,25 +69,38 @@ def test_where_nothing_trains_there_is_nothing_to_stop(run):
         main([str(run / "nowhere")])
 
 
+SLOW_DISK = """
+import datetime, sys, time
+from pathlib import Path
+import torch.distributed as dist
+from dist_train import checkpoint, cli, train
+
+write, wait_together = checkpoint.write_checkpoint, checkpoint.Checkpoints.wait_together
+
+def write_slowly(*args):
+    time.sleep(6)
+    write(*args)
+
+def wait_longer_than_a_collective_would(*args):
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=3))  # runtime.timeout_s is that of the start as well
+    wait_together(*args)
+
+checkpoint.write_checkpoint, checkpoint.Checkpoints.wait_together = write_slowly, wait_longer_than_a_collective_would
+code = cli.run_command(train.run_training, sys.argv[2:])
+print("left after the checkpoint:", Path(sys.argv[1]).is_dir())
+sys.exit(code)
+"""
+
+
 @pytest.mark.two_process
 def test_no_rank_leaves_while_the_last_checkpoint_is_written(digits, tmp_path):
-    (tmp_path / "slow_disk.py").write_text(
-        "import sys, time\n"
-        "from dist_train import checkpoint, cli, train\n"
-        "write = checkpoint.write_checkpoint\n"
-        "checkpoint.write_checkpoint = lambda *args: (time.sleep(4), write(*args))\n"
-        "sys.exit(cli.run_command(train.run_training, sys.argv[1:]))\n"
-    )
-    # one look a 0.1 s, each a collective: what lasts longer than the time-out must not end the job
-    argv = tiny_run(digits, tmp_path / "run", "--train.max_steps", "2", "--runtime.timeout_s", "3")
+    (tmp_path / "slow_disk.py").write_text(SLOW_DISK)
+    run = tmp_path / "run"
+    argv = [str(run / "checkpoints/step-00000002"), *tiny_run(digits, run, "--train.max_steps", "2")]
     ranks = start_ranks(2, argv, tmp_path, module="slow_disk", PYTHONPATH=str(tmp_path))
-    first_gone = None
-    while any(rank.poll() is None for rank in ranks):
-        if first_gone is None and any(rank.poll() is not None for rank in ranks):
-            first_gone = time.monotonic()
-            assert (tmp_path / "run/checkpoints/step-00000002").is_dir()
-        time.sleep(0.01)
-    assert [rank.returncode for rank in ranks] == [0, 0], (tmp_path / "rank1.log").read_text()
+    codes, logs = finish_ranks(ranks, tmp_path), [(tmp_path / f"rank{rank}.log").read_text() for rank in range(2)]
+    assert codes == [0, 0], logs
+    assert all("left after the checkpoint: True" in log for log in logs), logs
 
 
 def test_a_lock_that_another_host_left_is_not_trusted(run):

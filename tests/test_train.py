@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ import torch
 from conftest import finish_ranks, start_ranks, tiny_run
 from safetensors.torch import load_file
 
-from dist_train import runtime
+from dist_train import runtime, shard
 from dist_train.config import AugmentConfig, DataConfig, OptimConfig, RunConfig, TrainConfig
 from dist_train.errors import UserError
-from dist_train.index import load_index
+from dist_train.index import load_index, save_index, save_table
 from dist_train.predict import eval_main, load_run
 from dist_train.predict import main as predict_main
 from dist_train.settings import read_config
@@ -34,11 +35,14 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in figures(run) if line["kind"] == "train"]
 
 
+LONGER = ("--train.epochs", "4")  # so that a run is still under way when it is killed
+
+
 @pytest.fixture(scope="module")
 def calm(digits, tmp_path_factory) -> Path:
     """A run that nothing interrupts."""
     run = tmp_path_factory.mktemp("runs") / "calm"
-    assert run_training(tiny_run(digits, run)) == 0
+    assert run_training(tiny_run(digits, run, *LONGER)) == 0
     return run
 
 
@@ -54,14 +58,14 @@ def test_a_run_learns_and_leaves_all_that_is_needed(calm):
 
 def test_resuming_after_a_kill_gives_the_same_bits(calm, digits, tmp_path):
     run = tmp_path / "killed"
-    argv = tiny_run(digits, run, "--train.checkpoint_every_steps", "4", "--resume")
+    argv = tiny_run(digits, run, *LONGER, "--train.checkpoint_every_steps", "4", "--resume")
     for steps_before_kill in (5, 14):
         (rank,) = start_ranks(1, argv, tmp_path)
         while not (run / "metrics.jsonl").exists() or len(losses(run)) < steps_before_kill:
             time.sleep(0.002)
             assert rank.poll() is None, (tmp_path / "rank0.log").read_text()
         rank.send_signal(signal.SIGKILL)
-        rank.wait()
+        assert rank.wait() == -signal.SIGKILL
     assert run_training(argv) == 0
     first, second = load_file(calm / "weights.safetensors"), load_file(run / "weights.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -92,6 +96,7 @@ def test_two_processes_give_the_curve_of_one(digits, tmp_path):
     more = ["--train.epochs", "4", "--train.max_steps", "50", "--optim.lr", "0.004"]  # above, rounding grows to chaos
     ranks = start_ranks(2, tiny_run(digits, two, *more), tmp_path)
     assert finish_ranks(ranks, tmp_path) == [0, 0], (tmp_path / "rank0.log").read_text()
+    assert (tmp_path / "rank1.log").read_text() == ""  # rank zero speaks
     assert run_training(tiny_run(digits, one, *more)) == 0
     assert len(losses(one)) == 50
     assert max(abs(a - b) for a, b in zip(losses(one), losses(two), strict=True)) < 1e-3
@@ -102,6 +107,8 @@ def test_two_processes_give_the_curve_of_one(digits, tmp_path):
 
     # the same weights count the same on any number of ranks
     run = finished(two, tiny_run(digits, two, "--train.epochs", "4", "--optim.lr", "0.004", "--resume"))
+    mistakes = worst_mistakes(run)
+    (run / "evaluation-test.json").unlink()
     argv = [str(run), "--split", "test", "--json"]
     ranks = start_ranks(2, ["eval", *argv], tmp_path, module="dist_train")
     assert finish_ranks(ranks, tmp_path) == [0, 0], (tmp_path / "rank0.log").read_text()
@@ -109,7 +116,13 @@ def test_two_processes_give_the_curve_of_one(digits, tmp_path):
     result = json.loads((two / "result.json").read_text())["test"]
     assert (on_two["samples"], on_two["top1"]) == (result["samples"], result["top1"])
     assert on_two["loss"] == pytest.approx(result["loss"], abs=1e-6)
-    assert (tmp_path / "rank1.log").read_text().strip() == ""  # rank zero speaks
+    assert (tmp_path / "rank1.log").read_text() == ""
+    assert worst_mistakes(run) == mistakes
+    assert min(mistakes) < result["samples"] // 2 < max(mistakes)  # of both ranks' shares
+
+
+def worst_mistakes(run: Path) -> list[int]:
+    return sorted(row["sample"] for row in json.loads((run / "evaluation-test.json").read_text())["mistakes"])
 
 
 @pytest.mark.two_process
@@ -145,7 +158,7 @@ def test_micro_batches_give_the_same_curve(digits, tmp_path):
 
 def test_a_stop_file_saves_and_the_run_goes_on_from_there(calm, digits, tmp_path):
     run = tmp_path / "stopped"
-    argv = tiny_run(digits, run)
+    argv = tiny_run(digits, run, *LONGER)
     ranks = start_ranks(1, argv, tmp_path)
     while not (run / "config.yaml").exists():  # from here on the request counts, and the first step looks for it
         time.sleep(0.002)
@@ -175,15 +188,15 @@ def test_patience_ends_a_run_early(digits, tmp_path):
 def test_a_folder_of_another_run_is_refused_and_left_alone(calm, digits):
     before = (calm / "config.yaml").read_text()
     with pytest.raises(UserError, match=r"optim.lr: 0.02 in the run, 0.5 now"):
-        run_training(tiny_run(digits, calm, "--optim.lr", "0.5", "--resume"))
+        run_training(tiny_run(digits, calm, *LONGER, "--optim.lr", "0.5", "--resume"))
     with pytest.raises(UserError, match="already holds this run. Go on with --resume"):
-        run_training(tiny_run(digits, calm))
+        run_training(tiny_run(digits, calm, *LONGER))
     assert (calm / "config.yaml").read_text() == before
 
 
 def test_resuming_a_finished_run_changes_nothing(calm, digits):
     before = load_file(calm / "weights.safetensors")
-    assert run_training(tiny_run(digits, calm, "--resume")) == 0
+    assert run_training(tiny_run(digits, calm, *LONGER, "--resume")) == 0
     after = load_file(calm / "weights.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -196,6 +209,29 @@ def test_a_table_with_a_flipped_bit_is_not_trained_on(digits, tmp_path):
     np.save(damaged / "val.samples.npy", table)
     with pytest.raises(UserError, match="(?s)val.samples.npy: its checksum differs from the index.*dist-train verify"):
         run_training(tiny_run(str(damaged), tmp_path / "run"))
+
+
+@pytest.mark.parametrize("other_in", ["all", "train", "val"])
+def test_a_run_does_not_go_on_with_other_shards(digits, tmp_path, other_in):
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert run_training(tiny_run(digits, run, "--train.max_steps", "3")) == 0
+    if other_in == "all":
+        source = ["--source", "sklearn", "--dataset", "digits", "--workers", "1"]
+        shard.main([*source, "--seed", "1", "--out", str(other)])
+        what = "classes, size or statistics, split train, split val"
+    else:  # the same tars, and another label in the table
+        shutil.copytree(digits, other)
+        index, what = load_index(other), f"split {other_in}"
+        split = index.split(other_in)
+        rows = np.array(split.table())
+        rows["label"][0] = (rows["label"][0] + 1) % 10
+        checksum = save_table(other, other_in, rows, split.names())
+        save_index(replace(index, splits=index.splits | {other_in: replace(split, table_checksum=checksum)}))
+    saved = sorted((run / "checkpoints").iterdir())
+    with pytest.raises(UserError, match=f"{other}: these are not the shards that {run} was trained on: other {what}\\."):
+        run_training(tiny_run(str(other), run, "--train.max_steps", "6", "--resume"))
+    assert sorted((run / "checkpoints").iterdir()) == saved
+    assert run_training(tiny_run(digits, run, "--train.max_steps", "4", "--resume")) == 0
 
 
 @pytest.mark.parametrize("content", ["", "data: {shards: [", "- a list"])
@@ -278,6 +314,12 @@ def test_the_command_line_names_the_run_folder():
 def test_micro_batches_are_equal_parts(batch, world_size, limit, expected):
     argv = ["--data.global_batch_size", str(batch), "--train.micro_batch_size", str(limit)]
     assert micro_batch_size(read_config(RunConfig, argv, ""), world_size) == expected
+
+
+def test_micro_batches_are_even_where_neighbours_are_mixed():
+    argv = ["--data.global_batch_size", "18", "--train.micro_batch_size", "4", "--augment.mixup", "1"]
+    assert micro_batch_size(read_config(RunConfig, argv, ""), 3) == 2
+    assert micro_batch_size(read_config(RunConfig, argv[:4], ""), 3) == 3
 
 
 def test_its_time():
@@ -394,6 +436,8 @@ def test_settings_that_change_nothing_are_refused_and_rarely_meant_ones_are_told
     told = misgivings(config, 2, torch.nn.Sequential(torch.nn.BatchNorm2d(3)))
     assert "rises to the end" in told[0] and "BatchNorm sees 64 samples at once" in told[1]
     assert misgivings(RunConfig(), 2, torch.nn.Sequential(torch.nn.BatchNorm2d(3))) == []
+    config = RunConfig(data=DataConfig(global_batch_size=254), train=TrainConfig(micro_batch_size=64))
+    assert "largest equal part of a rank's 127 samples below it is 1" in misgivings(config, 2, torch.nn.ReLU())[0]
 
 
 def test_padded_crops_stay_beside_boxes_cut_while_decoding(digits):

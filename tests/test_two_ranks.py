@@ -2,6 +2,8 @@
 
 import copy
 import multiprocessing
+import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -9,9 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from dist_train.errors import UserError
 from dist_train.guard import Guard
 from dist_train.layers import use_sync_batchnorm
 from dist_train.metrics import Sums
+from dist_train.ranks import meet, on_each_machine, on_main
+from dist_train.runtime import World
 
 SHARES = [slice(0, 10), slice(10, 16)]  # unequal on purpose
 DTYPES = [torch.float64, torch.float32]
@@ -94,6 +99,37 @@ def what_the_guard_says(rank):
 def test_one_ranks_wish_and_bad_loss_are_seen_by_both_at_the_same_step(ranks):
     expected = [(False, None, 0), (False, None, 0), (False, None, 0), (True, None, 0), (True, None, 1), (True, 4, 1)]
     assert ranks[0]["guard"] == ranks[1]["guard"] == expected
+
+
+def slow_rank_zero(rank, folder):
+    """Two ranks of two machines, whose collectives wait for two seconds; rank zero prepares for longer."""
+    world = World(rank, 2, 0, 1, torch.device("cpu"))
+    store = f"file://{folder}/store-slow"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=2))
+
+    def prepare() -> int:
+        time.sleep(4)
+        return 7
+
+    def refuse() -> None:
+        if rank == 1:
+            raise UserError("this machine's disk is full")
+
+    try:
+        found = [on_main(world, prepare)]
+        meet(world)
+        with pytest.raises(UserError) as refused:
+            on_each_machine(world, refuse)
+        torch.save([*found, str(refused.value)], f"{folder}/slow-{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.two_process
+def test_ranks_wait_for_a_slow_one_longer_than_a_collective_would(tmp_path):
+    multiprocessing.set_forkserver_preload(["dist_train.run"])
+    torch.multiprocessing.start_processes(slow_rank_zero, (str(tmp_path),), 2, start_method="forkserver")
+    assert [torch.load(tmp_path / f"slow-{rank}.pt") for rank in range(2)] == [[7, "this machine's disk is full"]] * 2
 
 
 @pytest.mark.two_process

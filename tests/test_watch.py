@@ -73,11 +73,11 @@ def test_ranks_that_do_not_meet_say_so(digits, tmp_path):
     assert "the 2 ranks did not meet at 127.0.0.1:" in last_words(tmp_path, 0)
 
 
-def test_a_rank_that_failed_is_named_where_collectives_wait_on_for_it():
-    watch = Watch.__new__(Watch)  # as rank zero of two holds it under NCCL
+def test_a_rank_that_failed_is_named_where_others_wait_on_for_it():
+    watch = Watch.__new__(Watch)  # as rank zero of two holds it
     watch.rank, watch.hosts, watch.period_s, watch.limit_s, watch.read_step = 0, ["a", "b"], 1.0, 292.0, lambda: 7
     watch._broken, watch._steps, watch._unheard = threading.Event(), {1: 7}, set()
-    watch._waits_on, watch.is_busy = True, lambda: False
+    watch.is_busy = lambda: False
     watch._heard, watch._ended = {1: time.monotonic()}, {1: "train-000003.tar: checksum differs"}
     assert watch._judge() == ""  # this rank may be on its way out with the same error
     watch._heard[1] -= 6
@@ -93,7 +93,7 @@ def test_a_rank_whose_datagrams_never_came_is_not_taken_for_dead(capsys):
     watch.rank, watch.hosts, watch.period_s, watch.limit_s, watch.read_step = 0, ["a", "b", "c"], 1.0, 6.0, lambda: 52
     watch._broken, watch._ended, watch._steps, watch._is_said = threading.Event(), {}, {1: 0, 2: 40}, False
     watch._heard = dict.fromkeys((1, 2), time.monotonic() - 10)
-    watch._unheard, watch._waits_on = {1}, False
+    watch._unheard = {1}
     assert "rank 2 on c no longer answers" in watch._judge() and "rank 1" not in watch._judge()
     watch._heard[2] = time.monotonic()
     assert watch._judge() == ""

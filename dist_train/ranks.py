@@ -1,0 +1,83 @@
+"""What one rank does for all, and how the others wait for it."""
+
+import itertools
+import os
+import platform
+import time
+
+from dist_train.errors import UserError
+from dist_train.workers import num_cores
+
+_meetings = itertools.count()  # alike on all ranks: each comes to every meeting
+
+
+def meet(world) -> None:
+    """Return when every rank has come here, however long one of them was busy: with a file, a decoded split, pictures.
+
+    A collective would fail after runtime.timeout_s. That every rank is still there is for `watch.Watch` to see.
+    world: runtime.World.
+    """
+    if world.world_size == 1:
+        return
+    import torch.distributed as dist
+
+    store, key = dist.distributed_c10d._get_default_store(), f"dist_train/meeting-{next(_meetings)}"
+    if store.add(key, 1) == world.world_size:
+        store.set(f"{key}/all", "here")
+    pause_s = 0.001
+    while not store.check([f"{key}/all"]):
+        time.sleep(pause_s)
+        pause_s = min(0.2, 1.5 * pause_s)
+    store.add(f"{key}/seen", 1)
+    while world.rank == 0 and store.add(f"{key}/seen", 0) < world.world_size:  # the store ends with this process
+        time.sleep(0.001)
+
+
+def on_main(world, function, *args):
+    """Call function(*args) on rank zero; every rank returns its result, or raises its UserError. world: runtime.World."""
+    outcome = _outcome(function, *args) if world.is_main else [None, None]
+    meet(world)
+    if world.world_size > 1:
+        import torch.distributed as dist
+
+        dist.broadcast_object_list(outcome)
+    return _result(outcome)
+
+
+def on_each_machine(world, function, *args) -> None:
+    """Call function(*args) on one rank of every machine; every rank raises the UserError of the first that has one."""
+    mine = _outcome(function, *args) if world.local_rank == 0 else [None, None]
+    meet(world)
+    for outcome in _everyones(world, mine):
+        _result(outcome)
+
+
+def cores_of_rank(world) -> int:
+    """Cores for this rank: those it may run on, shared out among the ranks of its machine that may run on the same ones."""
+    mine = platform.node(), sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    return max(1, num_cores() // _everyones(world, mine).count(mine))
+
+
+def _everyones(world, value) -> list:
+    """What each rank gives, in their order."""
+    values = [value] * world.world_size
+    if world.world_size > 1:
+        import torch.distributed as dist
+
+        dist.all_gather_object(values, value)
+    return values
+
+
+def _outcome(function, *args) -> list:
+    """[what it returns, None], or [None, the message of its UserError]."""
+    try:
+        return [function(*args), None]
+    except UserError as error:
+        return [None, str(error)]
+
+
+def _result(outcome: list):
+    value, complaint = outcome
+    if complaint is not None:
+        raise UserError(complaint)
+    return value
