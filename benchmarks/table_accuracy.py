@@ -23,9 +23,10 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from dist_train import runtime, shard
+from dist_train import shard
 from dist_train.config import RunConfig
 from dist_train.data import open_evaluation
+from dist_train.durable import replace_json
 from dist_train.index import load_index
 from dist_train.settings import read_config
 from dist_train.train import run_training
@@ -71,7 +72,7 @@ def main() -> None:
         "each": accuracy, "training_seconds_median": round(statistics.median(seconds), 1),
     }  # fmt: skip
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    runtime.write_json(Path(options.out), result)
+    replace_json(Path(options.out), result)
     print(
         json.dumps(
             {key: result[key] for key in ("n", "mean", "standard_deviation", "training_seconds_median")}, indent=1

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 
-from dist_train.errors import UserError, tell
+from dist_train.errors import UserError, did_you_mean, tell
 
 COMMANDS = {
     "shard": ("dist_train.shard:main", "convert a dataset into tar shards and an index"),
@@ -39,10 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dist_train {__version__}")
         return 0
     if name not in COMMANDS:
-        import difflib
-
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(COMMANDS)}."
+        hint = did_you_mean(name, COMMANDS, f"There are: {', '.join(COMMANDS)}.")
         print(f"dist-train: {name} is not a command. {hint}", file=sys.stderr)
         return 2
     module, function = COMMANDS[name][0].split(":")

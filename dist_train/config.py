@@ -11,7 +11,8 @@ class DataConfig:
     """Which samples are read, in which order, and how they become pixels."""
 
     shards: str = ""
-    """folder with an index.json, as written by `dist-train shard` or `dist-train index`; or its URL: s3://, gs://, https://"""
+    """folder with an index.json, as written by `dist-train shard` or `dist-train index`; or its URL: https://, s3://, gs://,
+    az://"""
     train_split: str = "train"
     """split that is trained on"""
     val_split: str = "val"
@@ -108,10 +109,12 @@ class ModelConfig:
     """The network."""
 
     name: str = "alexnet"
-    """alexnet, alexnet_bn (the notebooks', with BatchNorm), vgg11 to vgg19 (and _bn), mlp, any torchvision classifier"""
+    """alexnet (2014, torchvision's), alexnet_bn (the wider one of 2012, with BatchNorm), vgg11 to vgg19 (and _bn), mlp, any
+    torchvision classifier"""
     pretrained: str = ""
     """torchvision's weights by name ("DEFAULT", "IMAGENET1K_V1"), with the mean and deviation of pixels they were trained with,
-    or a .pth or .safetensors file; empty starts fresh"""
+    or a .pth or .safetensors file (torchvision's own files and a run's weights.safetensors bring theirs, too); empty starts
+    fresh"""
     dropout: float = 0.5
     """dropout in the classifier of alexnet and vgg, after each hidden layer of the mlp; torchvision's others keep theirs"""
     stem: Literal["auto", "imagenet", "small"] = "auto"
@@ -167,7 +170,8 @@ class OptimConfig:
     step_factor: float = 0.1
     """step and plateau: the rate is multiplied by this"""
     plateau_patience: int = 2
-    """plateau: evaluations without improvement before a drop"""
+    """plateau: evaluations in a row without improvement that are let pass; the next one drops the rate, so it takes one more
+    than train.patience of the same number"""
     label_smoothing: float = 0.0
     """share of the label's weight that is spread evenly over all classes"""
     clip_norm: float = 0.0
@@ -189,7 +193,9 @@ class TrainConfig:
     where the GPU has it"""
     parallel: Literal["ddp", "hybrid", "fsdp"] = "ddp"
     """how several ranks share the network: ddp, whole on each; hybrid, the fully connected layers of alexnet and vgg split over
-    the ranks, so that activations travel and not their gradients; fsdp, every weight split, for networks too large for one"""
+    the ranks, so that activations travel and not their gradients; fsdp, every weight split, its gradient and the optimizer's state
+    too. The whole network must fit on one device: each begins and evaluates with all of it. hybrid and fsdp take neither fp16,
+    optim.freeze_epochs nor muon"""
     split_ranks: int = 0
     """hybrid: ranks that share one copy of the fully connected layers, a node's, say; 0 is all of them"""
     micro_batch_size: int = 0
@@ -210,7 +216,7 @@ class TrainConfig:
     channels_last: bool = True
     """memory format of kernels; pictures lie channels-last in any case"""
     compile: bool = False
-    """torch.compile the network; pays on GPUs"""
+    """torch.compile the network and the augmentation; pays on GPUs"""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
     """with compile: reduce-overhead replays a step's kernels as CUDA graphs, for networks of many small ones; max-autotune also
     times several kernels for each product, which takes minutes"""
@@ -229,7 +235,8 @@ class TrackConfig:
     """Where figures go, besides the console and metrics.jsonl."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """Weights & Biases: auto is online where an API key is present and offline into the run folder otherwise"""
+    """Weights & Biases: auto is online where an API key is present; elsewhere offline: recorded in the run folder. The variable
+    WANDB_MODE wins over auto, online and offline; off is off"""
     project: str = "dist_train"
     """Weights & Biases project"""
     entity: str = ""
@@ -266,9 +273,10 @@ class SplitConfig:
     """Shares of the samples, drawn by class (stratified). A split that the source brings itself is kept as it is."""
 
     val: float = 0.1
-    """share for validation, of the samples that are not already in a split of the source's other than train; 0 is none"""
+    """share that becomes the validation split, of the samples the source leaves to training; not used where the source brings
+    one; 0 is none"""
     test: float = 0.1
-    """share for the test, likewise"""
+    """share that becomes the test split, likewise"""
 
 
 @dataclass(frozen=True)
@@ -307,13 +315,13 @@ class ShardConfig:
     """JPEG quality where pictures are encoded anew"""
     check: Literal["all", "sample"] = "all"
     """pictures that are decoded, to prove them and for mean and std: every one, or one of 16 drawn at random; of the others
-    only begin and end are looked at, three times as fast (those that are encoded anew are decoded in any case)"""
+    only begin and end are looked at, 2.6 times as fast (docs/loading.md; those that are encoded anew are decoded in any case)"""
     shard_mb: float = 128.0
     """aimed size of a shard, MB"""
     min_shards: int = 4
     """least number of shards of the training split, however small it is"""
     workers: int = 0
-    """processes; 0 is one per core"""
+    """processes, or threads for photographs; 0 is one per core"""
     max_bad: int = 0
     """unreadable samples that are left out, and listed in the index, before the conversion stops"""
     overwrite: bool = False
@@ -345,6 +353,8 @@ class StudyConfig:
     takes the place of train.monitor"""
     prune: bool = True
     """end trials that fall behind the median of those before"""
+    prune_from: float = 0.3
+    """no trial is ended before this share of its first training, 0 to 1: until then figures tell of the warm-up"""
     seed: int = 0
     """draws the settings; trainings follow from the recipe's seed"""
     storage: str = ""
@@ -354,12 +364,18 @@ class StudyConfig:
 # Settings of a conversion that no byte of the set depends on.
 FREE_SHARD_SETTINGS = ("out", "workers", "max_bad", "overwrite", "download", "part", "join", "repair")
 
-# Settings that may differ between a run and its continuation, because no result depends on them.
-FREE_SETTINGS = ("runtime.", "track.", "data.shards", "data.threads", "data.prefetch_mb", "data.verify", "data.max_bad",
-                 "data.cache", "data.decoded_gb",
-                 "train.parallel", "train.split_ranks", "train.max_steps", "train.log_every_steps", "train.profile_steps",
-                 "train.checkpoint_every_steps",
-                 "train.keep_checkpoints")  # fmt: skip
+# Settings that no result depends on.
+_WITHOUT_RESULTS = ("runtime.", "track.", "data.threads", "data.prefetch_mb", "data.verify", "data.max_bad", "data.cache",
+                    "data.decoded_gb", "train.parallel", "train.split_ranks", "train.log_every_steps", "train.profile_steps",
+                    "train.checkpoint_every_steps", "train.keep_checkpoints")  # fmt: skip
+
+# Settings that may differ between a run and its continuation: wherever the shards lie, they are proven to be the same.
+FREE_SETTINGS = (*_WITHOUT_RESULTS, "data.shards", "train.max_steps")
+
+
+def changes_results(name: str) -> bool:
+    """Whether a run's figures can depend on a setting, by its dotted name."""
+    return not name.startswith(_WITHOUT_RESULTS)
 
 
 def conflicts(old: dict, new: dict) -> list[str]:

@@ -1,14 +1,12 @@
 """What a set looks like: its figures on the terminal, and one picture or page of its samples."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 
-from dist_train.errors import UserError
 from dist_train.index import ShardIndex, SplitIndex
 from dist_train.page import Section, write_page
-from dist_train.picture_plots import draw_gallery, histogram_chart, sample_gallery
+from dist_train.picture_plots import draw_gallery, histogram_chart, sample_gallery, save_png
 from dist_train.plots import without_formulas
 from dist_train.table_plots import read_rows, table_section
 
@@ -44,15 +42,7 @@ def draw_samples(index: ShardIndex, path: Path) -> Path:
         _write_page(index, split, path)
         return path
     gallery = None if index.features else sample_gallery(index, split, _CLASSES, _PER_CLASS)
-    image = draw_gallery(gallery) if gallery else _feature_spread(index, split)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        image.save(partial, "PNG")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written: {error.strerror or error}.\n  Pick another place with --out."
-        ) from None
+    save_png(draw_gallery(gallery) if gallery else _feature_spread(index, split), path)
     return path
 
 

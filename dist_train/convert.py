@@ -6,7 +6,6 @@ that is cut short goes on where it stopped; its bytes depend neither on that nor
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -14,13 +13,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from dist_train.config import FREE_SHARD_SETTINGS, ShardConfig
 from dist_train.durable import sync
 from dist_train.errors import UserError
-from dist_train.index import ShardIndex, SplitIndex, load_index, save_index, save_table
+from dist_train.index import ShardIndex, SplitIndex, holds_foreign_index, load_index, save_index, save_table
 from dist_train.partition import TRAIN, assign_splits, cut_into_shards, name_draws
 from dist_train.settings import to_dict
 from dist_train.shard import check_settings
@@ -30,12 +30,24 @@ from dist_train.workers import num_cores, run_tasks
 from dist_train.write_shard import ShardResult, ShardTask, write_shard, written_result
 
 _OURS = re.compile(
-    r"(train|val|test)(-\d{6}\.tar|\.samples\.npy|\.names\.txt)|index\.json|inspect\.png|part-\d+-of-\d+\.lock"
+    r"(train|val|test)(-\d{6}\.tar|\.samples\.npy|\.names\.txt)|index\.json|inspect\.(png|html)|part-\d+-of-\d+\.lock"
 )
 _SMALL_BYTES = 16_000_000  # below this, starting worker processes takes longer than the work
 _THREADED_BYTES = 4_000_000_000  # above this, starting them takes nothing
 _MOST_THREADS = 8  # more would wait for the interpreter
 _LARGE_PICTURE = 16_000  # bytes; decoding it takes many times as long as what needs the interpreter
+
+
+class PlannedShard(NamedTuple):
+    """A shard to be written: its number in a split (a number in SPLITS), and the samples in it, in order."""
+
+    split: int
+    number: int
+    rows: np.ndarray  # (n,) int64, numbers in the source
+
+    @property
+    def file(self) -> str:
+        return f"{SPLITS[self.split]}-{self.number:06d}.tar"
 
 
 def convert(config: ShardConfig) -> ShardIndex:
@@ -47,12 +59,12 @@ def convert(config: ShardConfig) -> ShardIndex:
     check_settings(config)
     out = Path(config.out)
     with _staging_folder(out, config) as staging:
-        source, tasks = plan_conversion(config)
-        results = _written_parts(config, source, tasks, staging) if config.join else None
-        _remove_strangers(staging, {_file(split, number) for split, number, _ in tasks})
-        results = results or write_shards(config, source, tasks, staging)
+        source, planned = plan_conversion(config)
+        results = _written_parts(config, source, planned, staging) if config.join else None
+        _remove_strangers(staging, {shard.file for shard in planned})
+        results = results or write_shards(config, source, planned, staging)
         with writing(staging):
-            save_index(_gather(config, source, staging, tasks, results))
+            save_index(_gather(config, source, staging, planned, results))
             for notes in staging.glob("*.done"):
                 notes.unlink()
             _put_in_place(staging, out)
@@ -68,34 +80,34 @@ def convert_part(config: ShardConfig) -> int:
     part, num_parts = part_of(config.part)
     out = Path(config.out)
     with _staging_folder(out, config, shared=True) as staging, _alone(staging / f"part-{part}-of-{num_parts}.lock"):
-        source, tasks = plan_conversion(config)
-        mine = range(part, len(tasks), num_parts)
-        for split, number, _ in (tasks[k] for k in mine):
-            for left in staging.glob(f"{_file(split, number)}.*.partial"):
+        source, planned = plan_conversion(config)
+        mine = range(part, len(planned), num_parts)
+        for k in mine:
+            for left in staging.glob(f"{planned[k].file}.*.partial"):
                 left.unlink()  # of an attempt of this part that was cut short
-        write_shards(config, source, tasks, staging, mine)
+        write_shards(config, source, planned, staging, mine)
     return len(mine)
 
 
-def plan_conversion(config: ShardConfig) -> tuple[Source, list[tuple[int, int, np.ndarray]]]:
-    """The opened source, and (split, number, rows) of every shard: the samples in it, in order."""
+def plan_conversion(config: ShardConfig) -> tuple[Source, list[PlannedShard]]:
+    """The opened source, and every shard to be written of it."""
     source = open_source(config)
     for note in source.notes:
         print(f"{config.path or config.dataset}: {note}")
     plan = _plan(config, source)
-    return source, [(split, number, rows) for split, shards in plan.items() for number, rows in enumerate(shards)]
+    return source, [PlannedShard(split, number, rows) for split, shards in plan.items() for number, rows in enumerate(shards)]
 
 
 def described(
-    config: ShardConfig, source: Source, tasks: list, folder: Path, chosen: Sequence[int] | None = None
+    config: ShardConfig, source: Source, planned: list[PlannedShard], folder: Path, chosen: Sequence[int] | None = None
 ) -> Iterator[ShardTask]:
     """The task of each shard, or of the chosen ones, to be written into a folder."""
-    first_key, chosen = {split: 0 for split, _, _ in tasks}, set(range(len(tasks)) if chosen is None else chosen)
-    for k, (split, number, rows) in enumerate(tasks):
+    first_key, chosen = {shard.split: 0 for shard in planned}, set(range(len(planned)) if chosen is None else chosen)
+    for k, shard in enumerate(planned):
         if k in chosen:
-            path = folder / _file(split, number)
-            yield ShardTask(path, first_key[split], source.take(rows), config.resize, config.quality, config.check)
-        first_key[split] += len(rows)
+            samples = source.take(shard.rows)
+            yield ShardTask(folder / shard.file, first_key[shard.split], samples, config.resize, config.quality, config.check)
+        first_key[shard.split] += len(shard.rows)
 
 
 def _plan(config: ShardConfig, source: Source) -> dict[int, list[np.ndarray]]:
@@ -114,11 +126,11 @@ def _plan(config: ShardConfig, source: Source) -> dict[int, list[np.ndarray]]:
 
 
 def write_shards(
-    config: ShardConfig, source: Source, tasks: list, folder: Path, chosen: Sequence[int] | None = None
+    config: ShardConfig, source: Source, planned: list[PlannedShard], folder: Path, chosen: Sequence[int] | None = None
 ) -> list[ShardResult]:
-    """Write all shards, or the chosen ones, into the folder; results in the order of the tasks."""
-    chosen = range(len(tasks)) if chosen is None else chosen
-    num_samples = sum(len(tasks[k][2]) for k in chosen)
+    """Write all shards, or the chosen ones, into the folder; results in the order of the plan."""
+    chosen = range(len(planned)) if chosen is None else chosen
+    num_samples = sum(len(planned[k].rows) for k in chosen)
     mean_bytes = int(source.sizes.sum()) / len(source.labels)
     num_bytes, decodes_long = mean_bytes * num_samples, source.features is None and mean_bytes >= _LARGE_PICTURE
     workers = 1 if num_bytes < _SMALL_BYTES and not decodes_long else num_cores()
@@ -128,44 +140,46 @@ def write_shards(
     with (
         _progress(num_samples, config.out) as advance,
         contextlib.closing(
-            run_tasks(write_shard, described(config, source, tasks, folder, chosen), workers, advance, in_threads)
+            run_tasks(write_shard, described(config, source, planned, folder, chosen), workers, advance, in_threads)
         ) as finished,
     ):
         for number, result in finished:
             results[number] = result
-            rows = tasks[chosen[number]][2]
+            rows = planned[chosen[number]].rows
             bad += [(source.names[rows[place]], why) for place, why in result.bad]
             _check_bad(config, bad)
     return results
 
 
-def _gather(config: ShardConfig, source: Source, staging: Path, tasks: list, results: list[ShardResult]) -> ShardIndex:
+def _gather(
+    config: ShardConfig, source: Source, staging: Path, planned: list[PlannedShard], results: list[ShardResult]
+) -> ShardIndex:
     """Tables of samples written, and the index that is to be saved."""
     splits, left_out, sizes, train_rows = {}, list(source.left_out), set(), np.zeros(0, np.int64)
-    for split in dict.fromkeys(split for split, _, _ in tasks):
-        mine = [(number, rows, result) for (s, number, rows), result in zip(tasks, results, strict=True) if s == split]
-        kept = np.concatenate([rows[result.kept] for _, rows, result in mine])
-        table = np.concatenate([result.rows for _, _, result in mine])
+    for split in dict.fromkeys(shard.split for shard in planned):
+        mine = [(shard, result) for shard, result in zip(planned, results, strict=True) if shard.split == split]
+        kept = np.concatenate([shard.rows[result.kept] for shard, result in mine])
+        table = np.concatenate([result.rows for _, result in mine])
         if not len(kept):
             raise UserError(f"{config.path or config.dataset}: no sample of the {SPLITS[split]} split can be read.")
-        left_out += [{"name": source.names[rows[p]], "why": why} for _, rows, result in mine for p, why in result.bad]
+        left_out += [{"name": source.names[shard.rows[place]], "why": why} for shard, result in mine for place, why in result.bad]
         sizes |= set(map(tuple, np.unique(table[["height", "width"]]).tolist()))
         train_rows = kept if split == TRAIN else train_rows
         name = SPLITS[split]
         splits[name] = SplitIndex(
             name=name,
             folder=str(staging),
-            files=[_file(split, number) for number, _, _ in mine],
-            shard_samples=np.array([len(result.rows) for _, _, result in mine], np.int64),
-            shard_bytes=np.array([result.size for _, _, result in mine], np.int64),
-            shard_checksums=[result.checksum for _, _, result in mine],
+            files=[shard.file for shard, _ in mine],
+            shard_samples=np.array([len(result.rows) for _, result in mine], np.int64),
+            shard_bytes=np.array([result.size for _, result in mine], np.int64),
+            shard_checksums=[result.checksum for _, result in mine],
             class_counts=np.bincount(table["label"], minlength=len(source.classes)),
             table_checksum=save_table(staging, name, table, [source.names[i] for i in kept]),
         )
     if source.features is None:
         from dist_train.pictures import mean_and_std
 
-        of_train = [r.totals for (split, _, _), r in zip(tasks, results, strict=True) if split == TRAIN]
+        of_train = [result.totals for shard, result in zip(planned, results, strict=True) if shard.split == TRAIN]
         totals = [sum(column) for column in zip(*of_train, strict=True)]
         if len(train_rows) and not totals[0]:
             what = config.path or config.dataset
@@ -185,17 +199,17 @@ def _gather(config: ShardConfig, source: Source, staging: Path, tasks: list, res
     )  # fmt: skip
 
 
-def _written_parts(config: ShardConfig, source: Source, tasks: list, staging: Path) -> list[ShardResult]:
+def _written_parts(config: ShardConfig, source: Source, planned: list[PlannedShard], staging: Path) -> list[ShardResult]:
     """What the parts have written. Raises UserError unless it is every shard, as this conversion would write it."""
-    results = [written_result(task) for task in described(config, source, tasks, staging)]
-    missing = [f"{_file(*tasks[k][:2])} (shard {k})" for k, result in enumerate(results) if result is None]
+    results = [written_result(task) for task in described(config, source, planned, staging)]
+    missing = [f"{planned[k].file} (shard {k})" for k, result in enumerate(results) if result is None]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise UserError(f"{config.out}: {len(missing)} shards are not written, or of other raw data or settings: "
                         f"{', '.join(missing[:5])}{more}.\n  Shard K is written by --part I/N where I is K modulo N.")  # fmt: skip
     _check_bad(
         config,
-        [(source.names[tasks[k][2][place]], why) for k, result in enumerate(results) for place, why in result.bad],
+        [(source.names[planned[k].rows[place]], why) for k, result in enumerate(results) for place, why in result.bad],
     )
     return results
 
@@ -218,10 +232,6 @@ def part_of(text: str) -> tuple[int, int]:
     if not part < num_parts:
         raise UserError(f"part is {text!r}; expected I/N with I from 0 to N - 1, such as 0/16.")
     return part, num_parts
-
-
-def _file(split: int, number: int) -> str:
-    return f"{SPLITS[split]}-{number:06d}.tar"
 
 
 @contextlib.contextmanager
@@ -282,10 +292,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{out}: a finished set is there.\n  Replace it with --overwrite true, or pick another --out.")
-    foreign = False
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: to be replaced
-        foreign = json.loads((out / "index.json").read_text())["source"].get("foreign")
-    if foreign:
+    if holds_foreign_index(out):  # a damaged one is to be replaced
         raise UserError(f"{out}: these tars were made elsewhere; they are not replaced.\n  Pick another --out.")
     strangers = [name for name in held if not _OURS.fullmatch(name)]
     if strangers:

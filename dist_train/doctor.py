@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from dist_train.control_groups import cpu_quota, memory_limit
 from dist_train.shard_cache import DEFAULT_GB, default_folder
 from dist_train.store import MAX_OPEN
 
@@ -75,10 +76,10 @@ def look_around(accelerate_file: str | None, cache_dir: str) -> Iterator[Finding
     yield from (Finding("note", f"{path}: left by an installation that was cut short") for name, path, _ in found if not name)
     installed = {name.lower().replace("_", "-"): d.version for name, _, d in found if name}
     yield from versions(installed, _requirements("dist-train"), _requirements("torchvision"), _tested_versions())
-    quota = cpu_quota(Path("/sys/fs/cgroup"))
+    quota = cpu_quota()
     yield cores(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, quota)
     yield processor(_read("/proc/cpuinfo"))
-    yield memory(_read("/proc/meminfo"), memory_limit(Path("/sys/fs/cgroup")))
+    yield memory(_read("/proc/meminfo"), memory_limit())
     yield allocator(hasattr(_libc(), "mallopt"), _read("/sys/kernel/mm/transparent_hugepage/enabled"))
     yield open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     yield from decoding()
@@ -127,20 +128,12 @@ def versions(
 
 
 def cores(num_cores: int, quota: float | None) -> Finding:
-    """quota: cores' worth of time that the container may use, if it is limited."""
+    """quota: cores' worth of time that the container or job may use, if it is limited."""
     if quota and quota < num_cores - 0.5:
         threads = max(1, int(quota))
-        return Finding("slow", f"{num_cores} cores are visible, but the container may use {quota:g} of them",
-                       f"data.threads and runtime.threads {threads}, or lift the container's limit")  # fmt: skip
+        return Finding("slow", f"{num_cores} cores are visible, but the container or job may use {quota:g} of them",
+                       f"data.threads and runtime.threads {threads}, or ask for more cores")  # fmt: skip
     return Finding("good", f"{num_cores} cores for this process")
-
-
-def cpu_quota(cgroup: Path) -> float | None:
-    """Cores' worth of time the control group allows (version 2 or 1); None if it is not limited."""
-    limit, _, period = _read(cgroup / "cpu.max").strip().partition(" ")
-    if not limit:
-        limit, period = _read(cgroup / "cpu/cpu.cfs_quota_us").strip(), _read(cgroup / "cpu/cpu.cfs_period_us").strip()
-    return int(limit) / int(period) if limit.isdigit() and period.isdigit() else None
 
 
 def processor(cpuinfo: str) -> Finding:
@@ -160,17 +153,11 @@ def processor(cpuinfo: str) -> Finding:
 
 
 def memory(meminfo: str, limit_bytes: int | None) -> Finding:
-    """meminfo: of /proc. limit_bytes: the container's, if it has one."""
+    """meminfo: of /proc. limit_bytes: the container's or job's, if it has one."""
     kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in meminfo.splitlines() if len(line.split()) > 1}
     total, free = kilobytes.get("MemTotal", 0) * 1024, kilobytes.get("MemAvailable", 0) * 1024
-    limited = f"; the container may use {limit_bytes / 1e9:,.1f} GB" if limit_bytes and limit_bytes < total else ""
+    limited = f"; the container or job may use {limit_bytes / 1e9:,.1f} GB" if limit_bytes and limit_bytes < total else ""
     return Finding("good", f"{free / 1e9:,.1f} of {total / 1e9:,.1f} GB memory are free{limited}")
-
-
-def memory_limit(cgroup: Path) -> int | None:
-    """Bytes the control group allows (version 2 or 1); None if it is not limited."""
-    text = (_read(cgroup / "memory.max") or _read(cgroup / "memory/memory.limit_in_bytes")).strip()
-    return int(text) if text.isdigit() else None
 
 
 def allocator(has_mallopt: bool, huge_pages: str) -> Finding:
@@ -195,18 +182,17 @@ def open_files(hard: int) -> Finding:
 
 def decoding() -> Iterator[Finding]:
     """Which decoder serves which format; what would make it faster."""
-    from dist_train.decode import decoders
+    from dist_train.decode import decoders, native_core
 
-    found = decoders()
-    native = found.pop("native")
-    for what, how in found.items():
-        lacks_header = "was not found" in how
+    core = native_core()
+    for what, how in decoders().items():
+        lacks_header = what == "checksum" and not core.missing and not core.has_checksum
         advice = "with libxxhash-dev (Fedora: xxhash-devel) and pip install again, the native core has its own"
-        yield Finding("note" if lacks_header else "good", f"{what}: {how}", advice if lacks_header else "")
-    if native != "in use":
-        yield Finding(
-            "slow", f"native decoder: {native.split(';')[0]}", _native_advice(shutil.which("cc") or shutil.which("gcc"))
-        )
+        if what != "native":
+            yield Finding("note" if lacks_header else "good", f"{what}: {how}", advice if lacks_header else "")
+    if core.missing:
+        compiler = shutil.which("cc") or shutil.which("gcc")
+        yield Finding("slow", f"native decoder: missing ({core.missing})", _native_advice(compiler))
 
 
 def _native_advice(compiler: str | None) -> str:
@@ -254,14 +240,15 @@ def _disk_kind(path: Path, mounts: str) -> str:
 
 def optional_packages(is_installed) -> Iterator[Finding]:
     """What else could be installed, and what for. is_installed: name -> bool."""
-    uses = {"obstore": ("shards on s3://, gs:// and az://", "pip install 'dist_train[remote]'"),
-            "onnx": ("exported networks as ONNX", "pip install onnx")}  # fmt: skip
-    for name, (use, command) in uses.items():
-        yield (
-            Finding("good", f"{name}: {use}")
-            if is_installed(name)
-            else Finding("note", f"{name} is not installed: {use}", command)
-        )
+    uses = {"remote": (("obstore",), "shards on s3://, gs:// and az://"),
+            "export": (("onnx", "onnxscript", "onnxruntime"), "exported networks as ONNX")}  # fmt: skip
+    for extra, (names, use) in uses.items():
+        missing = [name for name in names if not is_installed(name)]
+        if missing:
+            verb = "is" if len(missing) == 1 else "are"
+            yield Finding("note", f"{', '.join(missing)} {verb} not installed: {use}", f"pip install 'dist_train[{extra}]'")
+        else:
+            yield Finding("good", f"{', '.join(names)}: {use}")
 
 
 def tracking(env: Mapping[str, str]) -> Finding:

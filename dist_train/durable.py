@@ -1,5 +1,7 @@
 """What is on the disk stays there: files written aside, synced and renamed, so that a power cut leaves one or the other."""
 
+import contextlib
+import json
 import os
 from pathlib import Path
 
@@ -7,8 +9,18 @@ from pathlib import Path
 def replace_text(path: Path, text: str) -> None:
     """Put a text file in place of another, whole or not at all. Raises OSError."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    put_in_place(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        put_in_place(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def replace_json(path: Path, value, indent: int | None = 1) -> None:
+    """Put a JSON file in place of another, whole or not at all. Raises OSError."""
+    replace_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 def put_in_place(partial: Path, path: Path) -> None:

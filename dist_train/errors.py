@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -14,6 +15,15 @@ class UserError(ValueError):
     """
 
     exit_code = 2
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The last sentence of a complaint about a name: the nearest one that there is, whatever its case, or `otherwise`."""
+    import difflib  # only where something is wrong: every command imports this file
+
+    by_lower = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f"Did you mean {by_lower[near[0]]}?" if near else otherwise
 
 
 def tell(error: BaseException) -> int:

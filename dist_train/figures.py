@@ -1,5 +1,6 @@
 """The pictures of a finished run as files, for Weights & Biases: what the report shows, where a page cannot go."""
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,43 +11,45 @@ import yaml
 from dist_train.config import RunConfig
 from dist_train.confusion import MAX_MATRIX_CLASSES, most_confused
 from dist_train.errors import UserError
-from dist_train.index import ShardIndex
+from dist_train.index import ShardIndex, SplitIndex
 from dist_train.mistakes import worst_mistakes
 from dist_train.page import Cell, Gallery
-from dist_train.picture_plots import draw_gallery, filter_gallery, first_filters, sample_gallery
+from dist_train.picture_plots import draw_gallery, filter_gallery, first_filters, sample_gallery, save_png
 from dist_train.plots import without_formulas
 from dist_train.settings import from_dict
+from dist_train.table_plots import read_rows, separation, telling_correlations
 
 
 def draw_figures(run: Path, index: ShardIndex) -> tuple[dict[str, Path], list[str]]:
     """Write the pictures of a finished run below RUN/pictures: {name: PNG file}, and what could not be drawn and why.
 
     index: as the run opened it. Samples, augmentation, first-layer filters; confusion matrix and worst mistakes of each
-    evaluated split. Of a table, the confusion matrices alone.
+    evaluated split. Of a table, correlations; confusion matrix, ROC and precision-recall curves of each evaluated split.
     """
     folder, complaints = run / "pictures", []
     folder.mkdir(exist_ok=True)
     drawn = {}
     for name, draw in _parts(run, index):
+        path = folder / f"{name.removeprefix('pictures/')}.png"
         try:
             picture = draw()
+            if picture is not None:
+                save_png(picture, path)
+                drawn[name] = path
         except (ValueError, OSError) as error:  # a run is not lost for a picture
             complaints.append(f"the picture {name} is missing: {str(error).splitlines()[0]}")
-            continue
-        if picture is not None:
-            path = folder / f"{name.removeprefix('pictures/')}.png"
-            picture.save(path, "PNG")
-            drawn[name] = path
     return drawn, complaints
 
 
 def _parts(run: Path, index: ShardIndex) -> Iterator[tuple]:
     """(name, function that draws it) of each picture."""
     config = from_dict(RunConfig, yaml.safe_load((run / "config.yaml").read_text()))
-    if index.features is None:
+    split = index.split(config.data.train_split)
+    if index.features:
+        yield "pictures/correlations", lambda: draw_correlations(index, split)
+    else:
         from dist_train.preview import is_augmented, preview_gallery
 
-        split = index.split(config.data.train_split)
         yield "pictures/samples", lambda: draw_gallery(sample_gallery(index, split))
         if is_augmented(config, index):
             yield "pictures/augmentation", lambda: draw_gallery(preview_gallery(config, index))
@@ -55,7 +58,9 @@ def _parts(run: Path, index: ShardIndex) -> Iterator[tuple]:
         raw = json.loads(path.read_text())
         counts = np.array(raw["confusion"])
         yield f"pictures/confusion-{raw['split']}", lambda counts=counts: draw_confusion(counts, index.classes)
-        if index.features is None:
+        if index.features:
+            yield f"pictures/ranking-{raw['split']}", lambda raw=raw: draw_ranking(run, index, raw["split"])
+        else:
             yield f"pictures/mistakes-{raw['split']}", lambda raw=raw: draw_mistakes(raw, index)
 
 
@@ -79,10 +84,7 @@ def draw_mistakes(evaluation: dict, index: ShardIndex):
 
 def draw_confusion(counts: np.ndarray, classes: list[str]):
     """A confusion matrix: PIL's Image. counts: (K, K) int, rows the true class; of many classes, the most confused."""
-    import io
-
     from matplotlib.figure import Figure
-    from PIL import Image
 
     shown = most_confused(counts) if len(classes) > MAX_MATRIX_CLASSES else np.arange(len(classes))
     names, counts = [without_formulas(classes[k][:20]) for k in shown], counts[np.ix_(shown, shown)]
@@ -100,6 +102,53 @@ def draw_confusion(counts: np.ndarray, classes: list[str]):
             if count:
                 ink = "white" if share[i, j] > 0.5 else "black"
                 axes.text(j, i, f"{count:,}", ha="center", va="center", fontsize=8, color=ink)
+    return _as_image(figure)
+
+
+def draw_ranking(run: Path, index: ShardIndex, split: str):
+    """ROC and precision-recall curves of a table's split, side by side: PIL's Image, or None where no class can be ranked."""
+    from matplotlib.figure import Figure
+
+    from dist_train.scores import rankings, table_scores
+
+    found = rankings(*table_scores(run, index.split(split)), index.classes)
+    if not found:
+        return None
+    figure = Figure(figsize=(6.4 * len(found), 4.8), layout="constrained")
+    for axes, ranking in zip(figure.subplots(1, len(found), squeeze=False).flat, found, strict=True):
+        names = iter(ranking.legend)
+        for curve in ranking.curves:
+            look = {"color": "0.7", "linewidth": 1} if curve.band else {"color": f"C{curve.colour}"}
+            name = "" if curve.band else next(names, ("",))[0]
+            axes.plot(curve.x, curve.y, label=without_formulas(name) or None, **look)
+        axes.set_title(without_formulas(ranking.title), fontsize=10)
+        axes.set_xlabel(ranking.x_name)
+        if ranking.legend:
+            axes.legend(fontsize=8)
+    return _as_image(figure)
+
+
+def draw_correlations(index: ShardIndex, split: SplitIndex):
+    """How a table's features go together, from -1 to 1: PIL's Image."""
+    from matplotlib.figure import Figure
+
+    values, labels = read_rows(split, len(index.features))
+    best = np.argsort(-separation(values, labels), kind="stable")
+    together, names = telling_correlations(values, index.features, best)
+    names = [without_formulas(name[:24]) for name in names]
+    side = max(4.0, 0.3 * len(names) + 2)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(together, cmap="RdBu", vmin=-1, vmax=1)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    figure.colorbar(picture, ax=axes, shrink=0.7)
+    return _as_image(figure)
+
+
+def _as_image(figure):
+    from PIL import Image
+
     file = io.BytesIO()
     figure.savefig(file, dpi=110)
     return Image.open(file)

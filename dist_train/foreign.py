@@ -1,7 +1,6 @@
 """`dist-train index`: WebDataset tars made by others are indexed where they lie, on a disk or behind URLs; they are only read."""
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -12,7 +11,7 @@ import numpy as np
 
 from dist_train.errors import UserError
 from dist_train.foreign_tar import Parsed
-from dist_train.index import ShardIndex, SplitIndex, load_index, save_index, save_table
+from dist_train.index import ShardIndex, SplitIndex, holds_foreign_index, load_index, save_index, save_table
 from dist_train.read_foreign import Sums, read_tars
 from dist_train.remote import is_remote, shown
 from dist_train.shard_cache import DEFAULT_GB, ShardCache, default_folder
@@ -154,13 +153,7 @@ def _write_table(folder: Path, name: str, part: list[tuple[str, Parsed]], num_cl
 
 def _check_own(folder: Path) -> None:
     path = folder / "index.json"
-    if not path.exists():
-        return
-    try:
-        foreign = json.loads(path.read_text())["source"].get("foreign")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        foreign = False
-    if not foreign:
+    if path.exists() and not holds_foreign_index(folder):
         raise UserError(
             f"{path}: exists and was not written by dist-train index.\n"
             f"  A set that dist-train shard made needs no other index; remove the file if it is something else."

@@ -24,7 +24,7 @@ SAMPLE = np.dtype([
     ("offset", "<u8"),    # first byte of the payload in the tar
     ("size", "<u4"),      # bytes of the payload
     ("label", "<i4"),     # class number
-    ("height", "<u2"),    # pixels as stored, 0 for tables
+    ("height", "<u2"),    # pixels as displayed (EXIF applied), 0 for tables
     ("width", "<u2"),
     ("checksum", "<u8"),  # xxh3_64 of the payload
 ])  # fmt: skip
@@ -41,7 +41,7 @@ class SplitIndex:
     shard_bytes: np.ndarray  # (S,) int64
     shard_checksums: list[str]  # xxh3_128 of the whole file, hex
     class_counts: np.ndarray  # (K,) int64
-    table_checksum: str = ""  # xxh3_128 of the table, and of the names where they are kept, hex
+    table_checksum: str = ""  # xxh3_128 of the table and, after a blank, of the names where they are kept, hex
     remote: object = None  # shard_cache.RemoteShards where the shards are fetched when they are needed
     first: np.ndarray = field(init=False)  # (S + 1,) int64
 
@@ -80,17 +80,21 @@ class SplitIndex:
         return table
 
     @property
+    def rows_checksum(self) -> str:
+        """xxh3_128 of the table of samples alone, hex."""
+        return self.table_checksum.partition(" ")[0]
+
+    @property
     def table_files(self) -> dict[str, str]:
         """File name -> checksum, of the table of samples, and of their names where they are kept."""
-        table, _, names = self.table_checksum.partition(" ")
-        return {f"{self.name}.samples.npy": table} | ({f"{self.name}.names.txt": names} if names else {})
+        names = self.table_checksum.partition(" ")[2]
+        return {f"{self.name}.samples.npy": self.rows_checksum} | ({f"{self.name}.names.txt": names} if names else {})
 
     def check_table(self) -> None:
         """Raise UserError where the table of samples is not the one that the index was written with."""
-        name, checksum = next(iter(self.table_files.items()))
-        path = Path(self.folder, name)
+        path = Path(self.folder, f"{self.name}.samples.npy")
         try:
-            is_ours = file_checksum(path) == checksum
+            is_ours = file_checksum(path) == self.rows_checksum
         except OSError as error:
             raise UserError(f"{path}: cannot read the table of samples: {error}\n  {_advice(self.folder)}") from None
         if not is_ours:
@@ -131,6 +135,11 @@ class ShardIndex:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the tars were made by others, and only indexed here."""
+        return bool(self.source.get("foreign"))
 
     def split(self, name: str) -> SplitIndex:
         if name not in self.splits:
@@ -190,6 +199,14 @@ def load_index(folder: str | os.PathLike, cache_dir: str = "", cache_gb: float =
 
         return behind_urls(index, cache_dir, cache_gb)
     return index
+
+
+def holds_foreign_index(folder: str | os.PathLike) -> bool:
+    """Whether there is an index of tars made by others; nothing else of it needs to be whole or of this version."""
+    try:
+        return bool(json.loads(Path(folder, "index.json").read_text(encoding="utf-8"))["source"].get("foreign"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def save_table(folder: str | os.PathLike, split: str, rows: np.ndarray, names: list[str]) -> str:

@@ -120,7 +120,7 @@ class Order:
     def _to_tape(self, epoch: int, places: np.ndarray) -> np.ndarray:
         n = self.num_samples
         if self.window_shards >= self.num_shards:  # one window over everything: lanes would only rename the places
-            return permute(places, np.int64(n), fold(self.seed, _WINDOWS, epoch))
+            return permute(places, np.int64(n), hash_words(self.seed, _WINDOWS, epoch))
         lane, place = places % self.lanes, places // self.lanes
         short, extra = divmod(n, self.lanes)  # the first `extra` lanes are one sample longer
         lane_start = lane * short + np.minimum(lane, extra)
@@ -129,14 +129,14 @@ class Order:
         window = place // window_samples
         window_start = window * window_samples
         size = np.minimum(lane_samples - window_start, window_samples)
-        key = mix(fold(self.seed, _WINDOWS, epoch) ^ mix((lane << 32 | window).astype(np.uint64)))
+        key = mix(hash_words(self.seed, _WINDOWS, epoch) ^ mix((lane << 32 | window).astype(np.uint64)))
         return lane_start + window_start + permute(place - window_start, size, key)
 
     def _shard_tape(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards in this epoch's order (S,), and where each begins on the tape (S,). Kept for the two newest epochs."""
         tape = self._epochs.get(epoch)
         if tape is None:
-            draws = mix(np.arange(self.num_shards, dtype=np.uint64) ^ fold(self.seed, _SHARDS, epoch))
+            draws = mix(np.arange(self.num_shards, dtype=np.uint64) ^ hash_words(self.seed, _SHARDS, epoch))
             shard_order = np.argsort(draws, kind="stable")
             starts = np.concatenate([[0], np.cumsum(self.shard_samples[shard_order])[:-1]]).astype(np.int64)
             tape = self._epochs[epoch] = shard_order, starts
@@ -171,7 +171,7 @@ def sample_keys(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarra
     epoch, for what shall alternate and not be left to chance (augment.flip_alternates).
     """
     by_epoch, keys = (np.array(numbers, np.uint64, order="C") for numbers in (epochs, samples))
-    by_epoch ^= fold(seed, _KEYS)
+    by_epoch ^= hash_words(seed, _KEYS)
     _mix_in_place(by_epoch)
     _mix_in_place(keys)
     signs = keys ^ np.asarray(epochs, np.uint64) << np.uint64(63)
@@ -207,7 +207,7 @@ def _mix_in_place(x: np.ndarray, scratch: np.ndarray | None = None) -> None:
 
 
 @functools.lru_cache(1024)
-def fold(*words: int) -> np.uint64:
+def hash_words(*words: int) -> np.uint64:
     """One 64-bit key from several integers; the order of the words counts."""
     key = np.zeros(1, np.uint64)
     for word in words:

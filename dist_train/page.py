@@ -1,10 +1,9 @@
 """A page of charts and tables with the look of a run's report: one file, no requests, light and dark."""
 
-import contextlib
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dist_train.durable import replace_text
 from dist_train.errors import UserError
 
 
@@ -43,7 +42,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture. uri: as `sheets.pixels_uri` gives; is_small: shown with hard pixels; note: the line below it."""
+    """One picture. uri: of its bytes, data:image/...; is_small: shown with hard pixels; note: the line below it."""
 
     uri: str
     is_small: bool = False
@@ -95,12 +94,8 @@ def write_template(path: Path, template: str, **facts) -> None:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     page = jinja.get_template(template).render(**facts)
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
+        replace_text(path, page)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise UserError(f"{path}: the page cannot be written: {error.strerror or error}.") from None

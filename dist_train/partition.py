@@ -3,7 +3,7 @@
 import numpy as np
 import xxhash
 
-from dist_train.order import fold, mix
+from dist_train.order import hash_words, mix
 from dist_train.sources import SPLITS
 
 TRAIN, VAL, TEST = range(len(SPLITS))
@@ -40,7 +40,7 @@ def assign_splits(
 
 def name_draws(names: list[str], seed: int) -> np.ndarray:
     """(N,) uint64 random bits of each sample, from its name and the seed alone: adding a file moves few others."""
-    return mix(np.array([xxhash.xxh3_64_intdigest(name.encode()) for name in names], np.uint64) ^ fold(seed, _SPLIT))
+    return mix(np.array([xxhash.xxh3_64_intdigest(name.encode()) for name in names], np.uint64) ^ hash_words(seed, _SPLIT))
 
 
 def cut_into_shards(
@@ -53,7 +53,7 @@ def cut_into_shards(
     """
     if not len(rows):
         return []
-    shuffled = rows[np.lexsort((rows, mix(draws[rows] ^ fold(_PLACE))))]
+    shuffled = rows[np.lexsort((rows, mix(draws[rows] ^ hash_words(_PLACE))))]
     total = int(((sizes[rows] + 511) // 512 * 512 + _MEMBER_BYTES).sum())
     num_shards = min(len(rows), max(min_shards, -(-total // max(1, int(shard_bytes)))))
     return np.array_split(shuffled, num_shards)

@@ -2,6 +2,7 @@
 layer looks for."""
 
 import base64
+import contextlib
 import io
 import itertools
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dist_train.decode import DecodeError, decode_into, picture_size
+from dist_train.durable import put_in_place
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex, SplitIndex
 from dist_train.page import Cell, Chart, Gallery
@@ -117,6 +119,18 @@ def draw_gallery(gallery: Gallery, tile: int = 96):
                 lines = [part[: tile // 6] for part in shown.note.split(" + ")]
                 pen.text((x, y + tile + 2), "\n".join(lines[:2]), fill="dimgray", font=small, spacing=1)
     return sheet
+
+
+def save_png(image, path: Path) -> None:
+    """Write PIL's Image as PNG, whole or not at all. Raises UserError if it cannot be written."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        image.save(partial, "PNG")
+        put_in_place(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}.\n  Pick another place with --out.") from None
 
 
 def pixel_counts(pictures: Iterator[np.ndarray]) -> np.ndarray:

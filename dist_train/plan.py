@@ -36,7 +36,7 @@ def command(config: RunConfig, step: int) -> str:
     data, usual = config.data, DataConfig()
     settings = {"split": "train_split", "window-shards": "window_shards", "lanes": "lanes"}
     more = [f"--{option} {getattr(data, name)}" for option, name in settings.items() if getattr(data, name) != getattr(usual, name)]
-    words = [f"dist-train plan --json --shards {shlex.quote(data.shards)} --global-batch-size {data.global_batch_size}",
+    words = [f"dist-train plan --json --shards {shlex.quote(shown(data.shards))} --global-batch-size {data.global_batch_size}",
              f"--seed {config.seed} --steps {step}:{step + 1}", *more]  # fmt: skip
     return "known with data.folds 0 only: a fold's order is its own" if data.folds else " ".join(words)
 

@@ -78,6 +78,11 @@ def text_width(text: str) -> float:
     return sum(12.0 if unicodedata.east_asian_width(letter) in "WF" else 6.6 for letter in text)
 
 
+def fitted(width: float) -> str:
+    """The style of a drawing of that width: it shrinks with the page while its letters stay above 10 px, then it is scrolled."""
+    return f"width:{width:.0f}px;max-width:max(100%,{0.85 * width:.0f}px)"
+
+
 def without_formulas(text: str) -> str:
     """Text for matplotlib, which takes what stands between two dollars for mathematics."""
     return text.replace("$", r"\$")
@@ -97,12 +102,9 @@ def heat_map(counts: np.ndarray, names: list[str]) -> str:
     slant = max(map(text_width, labels)) > cell - 2
     if not slant:
         top, height = 40, 40 + size + 4
-    shrink = ";max-width:100%" if k <= 14 else ""  # a larger one would become unreadable: it is scrolled instead
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    style = f"width:{width:.0f}px{shrink}"
-    parts = [
-        f'<svg class="matrix" viewBox="0 0 {width:.0f} {height:.0f}" style="{style}" role="img" aria-label="confusion">'
-    ]
+    view = f'viewBox="0 0 {width:.0f} {height:.0f}" style="{fitted(width)}"'
+    parts = [f'<svg class="matrix" {view} role="img" aria-label="confusion">']
     parts.append(text_at(left + size / 2, 13, "predicted", "middle"))
     parts.append(
         f'<g transform="rotate(-90 12 {top + size / 2:.0f})">{text_at(12, top + size / 2, "true", "middle")}</g>'

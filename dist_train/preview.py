@@ -1,7 +1,6 @@
 """What the network sees: the same pictures, epoch after epoch, through the stream and the augmentation of training."""
 
 import argparse
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from dist_train.index import ShardIndex
 from dist_train.mixing import mix
 from dist_train.order import Order
 from dist_train.page import Cell, Gallery, Section, write_page
-from dist_train.picture_plots import THUMBNAIL, cell, draw_gallery, some_of_each_class, thumbnails
+from dist_train.picture_plots import THUMBNAIL, cell, draw_gallery, save_png, some_of_each_class, thumbnails
 from dist_train.settings import read_config
 from dist_train.sizes import decoder_crop, input_size, on_device_augment
 
@@ -47,12 +46,7 @@ def main(argv: list[str]) -> None:
         write_page(out, f"What the network sees: {Path(options.recipe).stem}", subtitle, [],
                    [Section("Augmentation", galleries=[gallery])])  # fmt: skip
     else:
-        partial = out.with_name(f".{out.name}.partial")
-        try:
-            draw_gallery(gallery, tile=128).save(partial, "PNG")
-            os.replace(partial, out)
-        except OSError as error:
-            raise UserError(f"{out}: cannot be written: {error.strerror or error}.") from None
+        save_png(draw_gallery(gallery, tile=128), out)
     print(f"what the network sees in epochs 0 to {options.epochs - 1}: {out}")
 
 

@@ -29,7 +29,7 @@ FIRST_WAIT_S = 0.5  # before the second try; doubled before the third
 SILENCE_S = 60  # a server that sends nothing for this long is taken to be gone
 _CHUNK = 1 << 20
 _OBJECT_SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "abfss")
-_PASSING = (408, 425, 429, 500, 502, 503, 504, 520, 522, 524)  # HTTP states that a later try may find changed
+_RETRIED_STATUSES = (408, 425, 429, 500, 502, 503, 504, 520, 522, 524)  # of HTTP: a later try may meet another
 _SECRETS = re.compile(r"(?<=://)[^/@\s]+@|(?<=\?)\S+")
 
 
@@ -59,6 +59,14 @@ def shown(url: str) -> str:
     return _SECRETS.sub("", url).rstrip("?") if is_remote(url) else url
 
 
+def without_secrets(tree: dict) -> dict:
+    """Nested settings with every URL as `shown` gives it, for pages and servers."""
+    return {
+        key: without_secrets(value) if isinstance(value, dict) else shown(value) if isinstance(value, str) else value
+        for key, value in tree.items()
+    }
+
+
 def download(
     url: str, file: BinaryIO, num_bytes: int | None = None, checksum: str | None = None, advice: str = "",
     is_wanted: Callable[[], bool] = lambda: True,
@@ -84,7 +92,7 @@ def read_range(url: str, offset: int, num_bytes: int) -> bytes | None:
         except _NoRange:
             return None
         if len(found) != num_bytes:
-            raise _Passing(f"{len(found):,} bytes came, {num_bytes:,} were asked for")
+            raise _Transient(f"{len(found):,} bytes came, {num_bytes:,} were asked for")
         return found
 
     return _tried(url, attempt)
@@ -110,14 +118,14 @@ def _tried(url: str, attempt: Callable, advice: str = ""):
             time.sleep(FIRST_WAIT_S * 2 ** (number - 1) * random.uniform(0.8, 1.2))  # ranks must not come back as one
         try:
             return attempt()
-        except _Passing as fault:
+        except _Transient as fault:
             reason = str(fault)
     raise UserError(
         f"{shown(url)}: cannot be fetched: {reason} ({TRIES} tries).\n  {advice or 'Is the server well? Try again.'}"
     )
 
 
-class _Passing(Exception):
+class _Transient(Exception):
     """A fault that another try may not meet."""
 
 
@@ -143,15 +151,15 @@ def _fetch(url: str, file: BinaryIO, num_bytes, checksum, is_wanted) -> str:
                 view = view[file.write(view) :]
     if num_bytes is not None and received != num_bytes:
         found = "more" if received > num_bytes else f"{received:,}"
-        raise _Passing(f"{found} bytes came, {num_bytes:,} were expected")
+        raise _Transient(f"{found} bytes came, {num_bytes:,} were expected")
     if checksum is not None and digest.hexdigest() != checksum:
-        raise _Passing("the checksum of what came differs from the index")
+        raise _Transient("the checksum of what came differs from the index")
     file.truncate(received)
     return digest.hexdigest()
 
 
 def _chunks(url: str, span: tuple[int, int] | None = None) -> Iterator[bytes]:
-    """The file's bytes, or those of a span (first, stop), piece by piece. Raises _Passing, _NoRange or UserError."""
+    """The file's bytes, or those of a span (first, stop), piece by piece. Raises _Transient, _NoRange or UserError."""
     scheme = split_url(url).scheme
     if scheme in ("http", "https"):
         return _http_chunks(url, span)
@@ -171,7 +179,7 @@ def _http_chunks(url: str, span: tuple[int, int] | None) -> Iterator[bytes]:
         while chunk := answer.read(_CHUNK):
             yield chunk
         if getattr(answer, "length", None):  # of the bytes announced, so many did not come
-            raise _Passing(f"the connection ended {answer.length:,} bytes early")
+            raise _Transient(f"the connection ended {answer.length:,} bytes early")
 
 
 def _http_size(url: str) -> int | None:
@@ -197,11 +205,11 @@ def _http_answer(url: str, span: tuple[int, int] | None):
         error.close()
         if error.code == 416:
             raise _NoRange from None
-        if error.code in _PASSING:
-            raise _Passing(f"the server says {error.code} {error.reason}") from None
+        if error.code in _RETRIED_STATUSES:
+            raise _Transient(f"the server says {error.code} {error.reason}") from None
         raise _refused(url, error.code, f"the server says {error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException) as error:
-        raise _Passing(str(getattr(error, "reason", "") or error) or type(error).__name__) from None
+        raise _Transient(str(getattr(error, "reason", "") or error) or type(error).__name__) from None
 
 
 def _object_chunks(url: str, span: tuple[int, int] | None) -> Iterator[bytes]:
@@ -243,9 +251,9 @@ def _object_store(url: str):
     except faults.GenericError as error:
         if "credential" in str(error).lower() or "metadata" in str(error).lower():
             raise _refused(url, 401, _first_line(error)) from None
-        raise _Passing(_first_line(error)) from None
+        raise _Transient(_first_line(error)) from None
     except (OSError, faults.BaseError) as error:
-        raise _Passing(_first_line(error)) from None
+        raise _Transient(_first_line(error)) from None
 
 
 def _fsspec_chunks(url: str, span: tuple[int, int] | None) -> Iterator[bytes]:
@@ -270,7 +278,7 @@ def _fsspec_chunks(url: str, span: tuple[int, int] | None) -> Iterator[bytes]:
     except Exception as error:  # each file system of fsspec has errors of its own
         if "credential" in str(error).lower():
             raise _refused(url, 401, _first_line(error)) from None
-        raise _Passing(f"{type(error).__name__}: {_first_line(error)}") from None
+        raise _Transient(f"{type(error).__name__}: {_first_line(error)}") from None
 
 
 class Refused(UserError):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dist_train.config import FREE_SHARD_SETTINGS, ShardConfig
 from dist_train.convert import plan_conversion, write_shards
+from dist_train.durable import put_in_place
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex, file_checksum, load_index
 from dist_train.settings import flatten, to_dict
@@ -27,7 +28,7 @@ def repair(config: ShardConfig) -> list[str]:
     """
     check_settings(config)
     index = load_index(config.out)
-    if index.source.get("foreign"):
+    if index.is_foreign:
         raise UserError(f"{config.out}: is an index of tars made elsewhere; they cannot be written again from here.\n"
                         f"  See what is damaged, and what to do, with: dist-train verify {config.out}")  # fmt: skip
     damaged = damaged_shards(index)
@@ -62,8 +63,8 @@ def damaged_shards(index: ShardIndex) -> list[tuple[str, int]]:
 
 def _rewrite(config: ShardConfig, index: ShardIndex, damaged: list[tuple[str, int]]) -> None:
     with _scratch_folder(Path(f"{config.out}.repair")) as scratch:
-        source, tasks = plan_conversion(config)
-        numbers = {(SPLITS[split], number): k for k, (split, number, _) in enumerate(tasks)}
+        source, planned = plan_conversion(config)
+        numbers = {(SPLITS[shard.split], shard.number): k for k, shard in enumerate(planned)}
         if set(numbers) != {
             (name, number) for name, split in index.splits.items() for number in range(split.num_shards)
         }:
@@ -73,7 +74,7 @@ def _rewrite(config: ShardConfig, index: ShardIndex, damaged: list[tuple[str, in
                 f"{len(numbers)} shards come of it, the index lists {sum(s.num_shards for s in index.splits.values())}",
             )
         wanted = {numbers[shard]: shard for shard in damaged}
-        results = write_shards(config, source, tasks, scratch, sorted(wanted))
+        results = write_shards(config, source, planned, scratch, sorted(wanted))
         other = []
         for k, result in zip(sorted(wanted), results, strict=True):
             split, number = index.splits[wanted[k][0]], wanted[k][1]
@@ -82,7 +83,7 @@ def _rewrite(config: ShardConfig, index: ShardIndex, damaged: list[tuple[str, in
                 other.append(name)
                 continue
             with writing(Path(config.out, name)):
-                os.replace(scratch / name, Path(config.out, name))
+                put_in_place(scratch / name, Path(config.out, name))
         if other:
             shutil.rmtree(scratch, ignore_errors=True)  # another attempt would end the same
             raise _differs(config, index, f"{', '.join(other[:5])} would get other bytes than the index says")

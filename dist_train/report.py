@@ -19,6 +19,7 @@ from dist_train.index import ShardIndex, SplitIndex, load_index
 from dist_train.mistakes import worst_mistakes
 from dist_train.page import Chart, Gallery, Section, write_template
 from dist_train.picture_plots import filter_gallery, first_filters, histogram_chart, sample_gallery
+from dist_train.remote import shown
 from dist_train.settings import flatten, from_dict, to_dict
 from dist_train.table_plots import table_section
 from dist_train.track import read_metrics
@@ -59,7 +60,7 @@ def read_run(run: Path) -> dict:
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "state": _state(lines, result),
         "cards": _cards(lines, result),
-        "charts": _charts(lines),
+        "charts": _charts(lines, config),
         "restarted": any(line["kind"] == "restart" for line in lines),
         "evaluations": [line for line in lines if line["kind"] == "eval"],
         "splits": splits,
@@ -117,10 +118,10 @@ def _cards(lines: list[dict], result) -> list[tuple[str, str]]:
     return cards
 
 
-def _charts(lines: list[dict]) -> list[Chart]:
+def _charts(lines: list[dict], config: dict) -> list[Chart]:
     """Every curve there is data for."""
     trained = [line for line in lines if line["kind"] == "train"]
-    evals = [line for line in lines if line["kind"] == "eval" and " " not in line["split"]]  # "final test" is no curve
+    evals = [line for line in lines if line["kind"] == "eval"]
     x_name = "epoch" if all("epoch" in line for line in trained) else "step"
     if x_name == "epoch":  # the evaluation of the test split, at the end, does not say its own
         evals = [{"epoch": _epoch_of(line["step"], trained)} | line for line in evals]
@@ -155,8 +156,19 @@ def _charts(lines: list[dict]) -> list[Chart]:
     for title, curves, y_text, zero in charts:
         if svg := plots.line_chart(curves, x_name, y_text, zero, restarts):
             names = [(c.name, plots.COLOURS[c.colour]) for c in curves if not c.band and c.x]
-            drawn.append(Chart(title, svg, names if len(names) > 1 or curves is accuracy else []))
+            legend = names if len(names) > 1 or curves is accuracy else []
+            drawn.append(Chart(title, svg, legend, _targets_note(config) if curves is loss and len(names) > 1 else ""))
     return drawn
+
+
+def _targets_note(config: dict) -> str:
+    """What the training loss is measured against, where that is not what evaluations are: the two curves do not compare."""
+    kinds = {"label_smoothing": "optim", "mixup": "augment", "cutmix": "augment"}
+    used = [f"{section}.{name} {value:g}" for name, section in kinds.items() if (value := (config.get(section) or {}).get(name))]
+    if not used:
+        return ""
+    what = "Training is measured against softened targets"
+    return f"{what} ({', '.join(used)}), evaluations against the plain classes: these losses do not compare."
 
 
 def _best(evals: list[dict], key: str, better, x_name: str, form: str) -> str:
@@ -200,9 +212,9 @@ def _evaluation(run: Path, inference: dict, index: ShardIndex | None, path: Path
             "finding": _finding(pairs), "pairs": pairs, "classes": classes, "mistakes": mistakes, "note": note,
             "curves": curves, "curves_note": curves_note, "has_areas": any("roc" in row for row in classes),
         }  # fmt: skip
+    except UserError:
+        raise
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"{path}: not an evaluation as this version writes it: {type(error).__name__} {error}.\n"
             f"  Write it again with: dist-train eval {run} --split {path.stem.removeprefix('evaluation-')}"
@@ -249,7 +261,7 @@ def _open_shards(run: Path, config: dict, inference: dict) -> tuple[ShardIndex |
     if not inference:  # the run is not finished
         return index, ""
     if inference["classes"] != index.classes:
-        return None, f"{folder} holds other classes than those trained on, so there are no pictures to show."
+        return None, f"{shown(folder)} holds other classes than those trained on, so there are no pictures to show."
     statistics_of_run = {name: inference[name] for name in ("mean", "std") if name in inference}  # those of its fold
     return dataclasses.replace(index, **statistics_of_run), ""
 
@@ -355,4 +367,4 @@ def _shown(value) -> str:
         return ", ".join(_shown(v) for v in value)
     if value is None or value == "":
         return "–"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else shown(str(value))

@@ -1,6 +1,7 @@
 """What a run's network says of every row of a table, and the curves drawn from it."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,8 +47,29 @@ def areas(labels: np.ndarray, probabilities: np.ndarray) -> list[tuple[float, fl
     return found
 
 
+class Ranking(NamedTuple):
+    """What a chart of ROC or precision-recall curves shows. legend: (name, colour variable) of each curve that is no band."""
+
+    title: str
+    x_name: str
+    curves: list[plots.Curve]
+    legend: list[tuple[str, str]]
+    note: str
+
+
 def ranking_charts(labels: np.ndarray, probabilities: np.ndarray, classes: list[str]) -> list[Chart]:
-    """ROC and precision-recall curves: of the second class where there are two, else of the hardest against the rest."""
+    """The curves of `rankings` as charts of a page."""
+    return [
+        Chart(found.title, plots.line_chart(found.curves, found.x_name, "{:.0%}".format, zero=True), found.legend, found.note)
+        for found in rankings(labels, probabilities, classes)
+    ]
+
+
+def rankings(labels: np.ndarray, probabilities: np.ndarray, classes: list[str]) -> list[Ranking]:
+    """ROC and precision-recall curves: of the second class where there are two, else of the hardest against the rest.
+
+    labels: (N,) int; probabilities: (N, K). Empty where no class can be ranked.
+    """
     by_class = areas(labels, probabilities)
     rankable = [k for k, found in enumerate(by_class) if found]
     if not rankable:
@@ -69,13 +91,10 @@ def ranking_charts(labels: np.ndarray, probabilities: np.ndarray, classes: list[
     means = np.mean([by_class[k] for k in (shown if len(classes) == 2 else rankable)], axis=0)
     legends = [[(f"{classes[k]} {by_class[k][part]:.4f}", plots.COLOURS[colour]) for colour, k in enumerate(shown)]
                if len(classes) > 2 else [] for part in (0, 1)]  # fmt: skip
-    percent = lambda y: f"{y:.0%}"  # noqa: E731
     return [
-        Chart(f"ROC curve{whose}: area {means[0]:.4f}",
-              plots.line_chart(roc, "false positive rate", percent, zero=True), legends[0], note),
-        Chart(f"Precision and recall{whose}: average precision {means[1]:.4f}",
-              plots.line_chart(precise, "recall", percent, zero=True), legends[1], note),
-    ]  # fmt: skip
+        Ranking(f"ROC curve{whose}: area {means[0]:.4f}", "false positive rate", roc, legends[0], note),
+        Ranking(f"Precision and recall{whose}: average precision {means[1]:.4f}", "recall", precise, legends[1], note),
+    ]
 
 
 def _steps(precision: np.ndarray, recall: np.ndarray) -> tuple[list[float], list[float]]:

@@ -16,18 +16,11 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from dist_train.config import RunConfig
-from dist_train.errors import UserError
+from dist_train.config import RunConfig, changes_results
+from dist_train.errors import UserError, did_you_mean
 from dist_train.settings import from_dict, read_config, setting_names, to_dict
 
-FIXED = (
-    "track.",
-    "runtime.",
-    "data.shards",
-    "data.fold",
-    "train.precision",
-    "train.monitor",
-)  # the study's, the process's, or no result's
+FIXED = ("data.shards", "data.fold", "train.precision", "train.monitor")  # the same for the whole study, or the study's own
 VARIANT = "variant"
 _RANGE_KEYS = {"low", "high", "log", "step"}
 
@@ -142,12 +135,9 @@ def check_values(path: str, recipe: str, space: Space) -> None:
 def _name_problems(where: str, name) -> list[str]:
     known = setting_names(RunConfig)
     if name not in known:
-        import difflib
-
-        near = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"Did you mean {near[0]}?" if near else "`dist-train train --help` lists them all."
+        hint = did_you_mean(str(name), known, "`dist-train train --help` lists them all.")
         return [f"{where}: {name} is not a setting of a recipe. {hint}"]
-    if name.startswith(FIXED):
+    if not changes_results(name) or name.startswith(FIXED):
         return [f"{where}: {name} cannot be searched: no result depends on it, or it is the same for the whole study."]
     return []
 

@@ -1,12 +1,11 @@
 """Read a tree of frozen dataclasses from YAML files and the command line; every fault is named at once."""
 
 import dataclasses
-import difflib
 import typing
 from pathlib import Path
 from typing import Literal
 
-from dist_train.errors import UserError
+from dist_train.errors import UserError, did_you_mean
 
 _WRITTEN_ADVICE = "\n  Put back the settings the run was started with, or begin another run with --run."
 
@@ -14,7 +13,7 @@ _WRITTEN_ADVICE = "\n  Put back the settings the run was started with, or begin 
 def read_config(kind: type, argv: list[str], prog: str, files: list[str] = (), epilog: str = ""):
     """Read a dataclass tree from YAML files, then `--config FILE` and `--SECTION.KEY VALUE` in argv; later ones win.
 
-    kind: RunConfig or ShardConfig. prog: the command's name, for its help; epilog: that help's last words. Hyphens in
+    kind: RunConfig, ShardConfig or StudyConfig. prog: the command's name, for its help; epilog: that help's last words. Hyphens in
     option names count as underscores.
     Raises UserError with every unknown name (and the nearest one that exists) and every value of a wrong type at once.
     """
@@ -146,9 +145,8 @@ def _collect(kind: type, argv: list[str]) -> tuple[list[tuple[str, str, object]]
                     problems.append(f"{value}: expected `key: value` lines, found {type(tree).__name__}")
     for where, name, _ in settings:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-            near = near or [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
-            hint = f"Did you mean {near[0]}?" if near else "`--help` lists them all."
+            alike = [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]
+            hint = did_you_mean(name, known, f"Did you mean {alike[0]}?" if alike else "`--help` lists them all.")
             problems.append(f"{where}: {name} is not a setting. {hint}")
     if problems:  # values of the known names are looked at in the same breath
         good = [(where, name, value) for where, name, value in settings if name in known]

@@ -129,6 +129,8 @@ class ShardCache:
             self._reserve(fd, partial, url, num_bytes or 0, lambda: True, is_patient=True)
             with open(partial, "r+b", buffering=0) as file:
                 checksum = download(url, file, num_bytes)
+                with writing(partial):
+                    os.fsync(file.fileno())  # as in `_fetch`
             whole = self.folder / f"{checksum}.tar"
             with self.locked("room.lock"), writing(whole):
                 os.replace(partial, whole)

@@ -3,7 +3,6 @@
 `tables.py` makes sources of CSV files and scikit-learn's sets, `torchsets.py` of torchvision's.
 """
 
-import difflib
 import os
 import re
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dist_train.config import ShardConfig
-from dist_train.errors import UserError
+from dist_train.errors import UserError, did_you_mean
 
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
@@ -92,8 +91,7 @@ def merged(source: Source, groups: tuple[str, ...]) -> Source:
     for k, group in enumerate(groups):
         for name in [group] if group in source.classes else group.split("+"):
             if name not in source.classes:
-                near = difflib.get_close_matches(name, source.classes, n=1)
-                hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(source.classes[:30])}."
+                hint = did_you_mean(name, source.classes, f"There are {', '.join(source.classes[:30])}.")
                 problems.append(f"merge: {group}: there is no class {name!r}. {hint}")
             elif name in number:
                 problems.append(f"merge: the class {name!r} is named twice.")

@@ -6,7 +6,7 @@ import numpy as np
 
 from dist_train.index import ShardIndex, SplitIndex
 from dist_train.page import Chart, Section
-from dist_train.plots import COLOURS, nice_ticks, segment, text_at, text_width
+from dist_train.plots import COLOURS, fitted, nice_ticks, segment, text_at, text_width
 from dist_train.store import Store
 
 MAX_ROWS = 4000  # drawn, evenly over the split
@@ -135,8 +135,7 @@ def correlation_map(together: np.ndarray, names: list[str]) -> str:
     cell = 40 if k <= 8 else 26 if k <= 14 else 17
     left = 12 + max(map(text_width, labels))
     width, height = left + cell * k + 4, cell * k + left + 4
-    style = f"width:{width:.0f}px" + (";max-width:100%" if width < 420 else "")
-    view = f'viewBox="0 0 {width:.0f} {height:.0f}" style="{style}"'
+    view = f'viewBox="0 0 {width:.0f} {height:.0f}" style="{fitted(width)}"'
     parts = [f'<svg class="matrix" {view} role="img" aria-label="correlations">']
     for i, label in enumerate(labels):
         middle = (i + 0.5) * cell
@@ -181,18 +180,22 @@ def pair_scatter(values: np.ndarray, labels: np.ndarray, names: list[str], class
     return "".join([*parts, "</svg>"])
 
 
-def _correlation_chart(values: np.ndarray, names: list[str], best: np.ndarray) -> Chart:
+def telling_correlations(values: np.ndarray, names: list[str], best: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Correlations (K, K) between the first MAX_MAP features of `best`, and their names, in the table's order."""
     kept = np.sort(best[:MAX_MAP])
-    together = correlation(values[:, kept])
-    shown = [names[k] for k in kept]
+    return correlation(values[:, kept]), [names[k] for k in kept]
+
+
+def _correlation_chart(values: np.ndarray, names: list[str], best: np.ndarray) -> Chart:
+    together, shown = telling_correlations(values, names, best)
     note = "Blue: they rise together; orange: one falls as the other rises; pale: unrelated."
-    if len(kept) < len(names):
-        note += f" The {len(kept)} features that tell most of the class, of {len(names)}."
+    if len(shown) < len(names):
+        note += f" The {len(shown)} features that tell most of the class, of {len(names)}."
     title = "Correlation"
-    if len(kept) > 1:
+    if len(shown) > 1:
         i, j = np.unravel_index(np.argmax(np.abs(np.triu(together, 1))), together.shape)
         title = f"Correlation: {shown[i]} and {shown[j]} are tied most closely ({together[i, j]:+.3f})"
-    return Chart(title, correlation_map(together, shown), note=note, is_wide=len(kept) > 8)
+    return Chart(title, correlation_map(together, shown), note=note, is_wide=len(shown) > 8)
 
 
 def _pair_chart(values, labels, names: list[str], classes: list[str], best: np.ndarray) -> list[Chart]:

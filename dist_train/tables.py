@@ -1,14 +1,13 @@
 """Sources of vectors and of pictures that come as arrays: CSV files, and the sets inside scikit-learn."""
 
 import csv
-import difflib
 import re
 from pathlib import Path
 
 import numpy as np
 
 from dist_train.config import ShardConfig
-from dist_train.errors import UserError
+from dist_train.errors import UserError, did_you_mean
 from dist_train.sources import Pixels, Source, Vectors, printable
 
 SKLEARN = ("digits", "breast_cancer", "iris", "wine")
@@ -97,8 +96,7 @@ def sklearn_source(config: ShardConfig) -> Source:
     digits come as 0 to 16; pixel = round(value * 255 / 16), so that 0 stays black and 16 becomes 255.
     """
     if config.dataset not in SKLEARN:
-        near = difflib.get_close_matches(config.dataset, SKLEARN, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(SKLEARN)}."
+        hint = did_you_mean(config.dataset, SKLEARN, f"There are {', '.join(SKLEARN)}.")
         raise UserError(f"dataset: {config.dataset!r} is not a set of scikit-learn's that can be converted. {hint}")
     from sklearn import datasets
 
@@ -155,8 +153,7 @@ def read_csv(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
 def _target_column(path: Path, target: str, header: list[str]) -> int:
     if target in header:
         return header.index(target)
-    near = difflib.get_close_matches(target, header, n=1)
-    hint = f"Did you mean {near[0]}?" if near else f"The columns are {', '.join(header)}."
+    hint = did_you_mean(target, header, f"The columns are {', '.join(header)}.")
     found = f"there is no column {target!r}" if target else "`target` is not set"
     raise UserError(f"{path}: {found}; expected the name of the column that holds the class. {hint}")
 

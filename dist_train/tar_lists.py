@@ -110,11 +110,11 @@ def _wids(name: str) -> list[NamedTar]:
             )
             for entry in listed["shardlist"]
         ]  # fmt: skip
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"{shown(name)}: cannot be read as a list of shards: {type(error).__name__} {error}.\n"
             f'  Expected {{"__kind__": "{_WIDS}", "shardlist": [{{"url": ..., "nsamples": ...}}, ...]}}.'

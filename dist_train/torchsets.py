@@ -1,7 +1,6 @@
 """Sources out of torchvision's datasets, by class name; the set's own reader reads the raw files."""
 
 import contextlib
-import difflib
 import inspect
 import os
 import types
@@ -12,7 +11,7 @@ import numpy as np
 import xxhash
 
 from dist_train.config import ShardConfig
-from dist_train.errors import UserError
+from dist_train.errors import UserError, did_you_mean
 from dist_train.pictures import encode_png
 from dist_train.sources import PICTURES, Files, Pixels, Source, printable
 
@@ -120,9 +119,7 @@ def _dataset_class(name: str) -> type:
     names = [n for n in names if issubclass(getattr(datasets, n), VisionDataset)]
     if name in names:
         return getattr(datasets, name)
-    exact = [n for n in names if n.lower() == name.lower()]
-    near = exact or difflib.get_close_matches(name, names, n=1)
-    hint = f"Did you mean {near[0]}?" if near else "https://docs.pytorch.org/vision/stable/datasets.html lists them."
+    hint = did_you_mean(name, names, "https://docs.pytorch.org/vision/stable/datasets.html lists them.")
     raise UserError(f"dataset: torchvision has no set named {name!r}. {hint}")
 
 
@@ -160,8 +157,10 @@ def _open_splits(kind: type, root: str, config: ShardConfig) -> list[tuple[str, 
             try:
                 parts.append((part, opened(split=name)))
                 break
+            except UserError:
+                raise
             except ValueError as error:
-                if isinstance(error, UserError) or "argument split" not in str(error):
+                if "argument split" not in str(error):
                     raise
     if not parts or parts[0][0] != "train":
         raise UserError(f"{kind.__name__}: has no split to train on; it is no set for classification.")

@@ -56,7 +56,7 @@ def find_damage(index: ShardIndex) -> list[str]:
     for split in index.splits.values():
         problems += _check_table(index, split)
         with ThreadPoolExecutor(num_cores()) as pool:  # reading and hashing leave the interpreter lock alone
-            check = functools.partial(_check_shard, split, is_foreign=bool(index.source.get("foreign")))
+            check = functools.partial(_check_shard, split, is_foreign=index.is_foreign)
             problems += [line for lines in pool.map(check, range(split.num_shards)) for line in lines]
     return problems + [f"{path}: not in the index; expected only the shards it lists." for path in _strays(index)]
 
@@ -75,14 +75,14 @@ def _check_table(index: ShardIndex, split: SplitIndex) -> list[str]:
     path = Path(split.folder, f"{split.name}.samples.npy")
     if not path.exists():
         return [f"{path}: missing; it holds the position of every sample."]
-    checksum, _, names_checksum = split.table_checksum.partition(" ")
-    if file_checksum(path) != checksum:
+    if file_checksum(path) != split.rows_checksum:
         return [f"{path}: checksum differs from the index; positions and labels in it cannot be trusted."]
     counts = np.bincount(split.table()["label"], minlength=index.num_classes)
     problems = (
         [] if (counts == split.class_counts).all() else [f"{path}: its labels do not add up to the index's counts."]
     )
     names = path.with_name(f"{split.name}.names.txt")
+    names_checksum = split.table_files.get(names.name)
     if names_checksum and not names.exists():
         problems.append(f"{names}: missing; it says where every sample came from.")
     elif names_checksum and file_checksum(names) != names_checksum:
@@ -155,7 +155,7 @@ def _damaged(split: SplitIndex, number: int, is_foreign: bool) -> Iterator[tuple
 
 
 def _advice(index: ShardIndex) -> str:
-    if index.source.get("foreign"):
+    if index.is_foreign:
         named = [shlex.quote(shown(name)) for name in index.source.get("tars", [])]
         command = " ".join(["dist-train index", *named, "--out" * bool(named), index.folder])
         return f"  Fetch the damaged files again, or index them as they are now: {command}"

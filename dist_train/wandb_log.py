@@ -9,13 +9,16 @@ import os
 import queue
 import secrets
 import shutil
+import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from dist_train.config import RunConfig
+from dist_train.durable import replace_text
 from dist_train.errors import UserError
+from dist_train.remote import shown, without_secrets
 from dist_train.settings import to_dict
 from dist_train.wandb_file import recorded_rows
 
@@ -127,11 +130,13 @@ class WandbRun:
         settings = wandb.Settings(
             init_timeout=START_S, login_timeout=START_S, finish_timeout=UPLOAD_S,
             console="off", silent=True, save_code=False, disable_git=True, disable_job_creation=True,
+            x_disable_meta=any(shown(word) != word for word in sys.argv),  # it holds the command line
         )  # fmt: skip
         wandb.setup(settings)  # silent from the first word on
         run = wandb.init(
             project=self._project, entity=self._entity, id=self._id, name=self._folder.name, dir=str(self._folder),
-            config=to_dict(self._config), mode=mode, resume="allow" if mode == "online" else None, settings=settings,
+            config=without_secrets(to_dict(self._config)), mode=mode, resume="allow" if mode == "online" else None,
+            settings=settings,
         )  # fmt: skip
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
@@ -196,9 +201,7 @@ def _newest_steps(rows: list[dict]) -> dict[str, int]:
 def _run_id(folder: Path, env: dict) -> str:
     path = folder / "wandb-id"
     if not path.exists():
-        partial = path.with_suffix(".partial")
-        partial.write_text(env.get("WANDB_RUN_ID") or secrets.token_hex(4))
-        os.replace(partial, path)
+        replace_text(path, env.get("WANDB_RUN_ID") or secrets.token_hex(4))
     return path.read_text().strip()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from dist_train.durable import put_in_place
 from dist_train.index import SAMPLE, file_checksum
 from dist_train.sources import Source
 from dist_train.tars import TarWriter, writing
@@ -161,7 +162,7 @@ def _write_notes(path: Path, fingerprint: str, result: ShardResult) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with writing(path):
         partial.write_text(f"{xxhash.xxh3_128_hexdigest(text.encode())}\n{text}")
-        os.replace(partial, path)
+        put_in_place(partial, path)
 
 
 def _read_notes(path: Path, fingerprint: str) -> ShardResult | None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from dist_train import doctor
+from dist_train import control_groups, decode, doctor
 from dist_train.launch_traps import launch_traps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,18 +32,43 @@ def test_versions_are_held_against_requirements_torchvision_and_the_tested_ones(
     assert states(INSTALLED, required=[])[0][0] == "broken"
 
 
-def test_a_containers_share_of_the_cores_is_told(tmp_path):
-    assert doctor.cpu_quota(tmp_path) is None
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert doctor.cpu_quota(tmp_path) is None
-    (tmp_path / "cpu.max").write_text("250000 100000\n")
-    assert doctor.cpu_quota(tmp_path) == 2.5
-    (tmp_path / "old/cpu").mkdir(parents=True)
-    (tmp_path / "old/cpu/cpu.cfs_quota_us").write_text("400000\n")
-    (tmp_path / "old/cpu/cpu.cfs_period_us").write_text("100000\n")
-    assert doctor.cpu_quota(tmp_path / "old") == 4
-    (tmp_path / "old/cpu/cpu.cfs_quota_us").write_text("-1\n")
-    assert doctor.cpu_quota(tmp_path / "old") is None
+def groups(root: Path, own: str, **files: str) -> dict:
+    """Control groups in a folder. own: as /proc/self/cgroup; files: their texts by path."""
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    root.mkdir(exist_ok=True)
+    (root / "own").write_text(own)
+    return {"root": root, "own": root / "own"}
+
+
+def test_the_strictest_limit_of_all_levels_of_control_groups_counts(tmp_path):
+    new = "0::/system.slice/slurmd/job_7/step_0\n"
+    job = "system.slice/slurmd/job_7"
+    assert control_groups.cpu_quota(**groups(tmp_path / "a", new)) is None
+    assert control_groups.cpu_quota(**groups(tmp_path / "a", new, **{"cpu.max": "max 100000"})) is None
+    assert control_groups.cpu_quota(**groups(tmp_path / "a", new, **{"cpu.max": "250000 100000"})) == 2.5
+    assert control_groups.cpu_quota(**groups(tmp_path / "a", new, **{f"{job}/cpu.max": "150000 100000"})) == 1.5
+    assert control_groups.cpu_quota(**groups(tmp_path / "a", "0::/elsewhere\n")) == 2.5
+    old = "4:memory:/slurm/job_7\n3:cpu,cpuacct:/slurm/job_7/step_0\n0::/\n"
+    quota = {"cpu/slurm/job_7/cpu.cfs_quota_us": "400000", "cpu/slurm/job_7/cpu.cfs_period_us": "100000"}
+    assert control_groups.cpu_quota(**groups(tmp_path / "b", old, **quota)) == 4
+    assert control_groups.cpu_quota(**groups(tmp_path / "b", old, **{"cpu/slurm/job_7/cpu.cfs_quota_us": "-1"})) is None
+
+    memory = {"memory.max": "max", f"{job}/memory.max": "2000", f"{job}/step_0/memory.max": "max"}
+    assert control_groups.memory_limit(**groups(tmp_path / "c", new, **memory)) == 2000
+    use = {f"{job}/memory.current": "1500", f"{job}/memory.stat": "anon 700\ninactive_file 300"}
+    assert control_groups.free_memory(**groups(tmp_path / "c", new, **use)) == 800
+    assert control_groups.memory_limit(**groups(tmp_path / "d", new)) is None
+    assert control_groups.free_memory(**groups(tmp_path / "d", new)) is None
+    limits = {"memory/memory.limit_in_bytes": "9000", "memory/slurm/job_7/memory.limit_in_bytes": "3000"}
+    use = {"memory/slurm/job_7/memory.usage_in_bytes": "2900", "memory/slurm/job_7/memory.stat": "total_inactive_file 400"}
+    assert control_groups.memory_limit(**groups(tmp_path / "e", old, **limits)) == 3000
+    assert control_groups.free_memory(**groups(tmp_path / "e", old, **use)) == 500
+
+
+def test_a_containers_share_of_the_cores_is_told():
     slow = doctor.cores(64, 2.5)
     assert slow.state == "slow" and "64 cores" in slow.found and "runtime.threads 2" in slow.advice
     assert doctor.cores(4, 4.0).state == doctor.cores(4, None).state == "good"
@@ -60,12 +85,10 @@ def test_whether_bf16_is_fast_follows_from_the_processors_flags(flags, state, sa
     assert doctor.processor("Features\t: asimd bf16\n").state == "good"  # ARM
 
 
-def test_memory_allocator_and_open_files(tmp_path):
+def test_memory_allocator_and_open_files():
     meminfo = "MemTotal:       16000000 kB\nMemFree: 1 kB\nMemAvailable:    8000000 kB\nHugePages_Total: 0\n"
     assert doctor.memory(meminfo, None).found == "8.2 of 16.4 GB memory are free"
-    (tmp_path / "memory.max").write_text("2000000000\n")
-    assert "may use 2.0 GB" in doctor.memory(meminfo, doctor.memory_limit(tmp_path)).found
-    assert doctor.memory_limit(tmp_path / "none") is None
+    assert "may use 2.0 GB" in doctor.memory(meminfo, 2_000_000_000).found
     assert doctor.allocator(True, "always [madvise] never").state == "good"
     assert doctor.allocator(True, "always madvise [never]").state == doctor.allocator(False, "").state == "slow"
     assert doctor.open_files(4096) == ("good", "4,096 open files allowed", "")
@@ -92,17 +115,28 @@ def test_the_cache_needs_room_locks_and_a_disk_of_its_own(tmp_path, monkeypatch)
 
 
 def test_a_missing_native_decoder_is_slow_and_says_what_it_lacks(monkeypatch):
-    monkeypatch.setattr(
-        "dist_train.decode.decoders", lambda: {"jpeg": "simplejpeg", "native": "missing (no module); more"}
-    )
-    good, slow = doctor.decoding()
-    assert (good.state, slow.state) == ("good", "slow") and slow.found == "native decoder: missing (no module)"
+    monkeypatch.setattr(decode, "native_core", lambda: decode.NativeCore(missing="no module; none at all"))
+    *portable, slow = doctor.decoding()
+    assert {found.state for found in portable} == {"good"} and portable[0].found.startswith("jpeg: simplejpeg")
+    assert slow[:2] == ("slow", "native decoder: missing (no module; none at all)")
     assert "libjpeg-dev" in slow.advice and "a C compiler" in doctor._native_advice(None)
 
 
+@pytest.mark.parametrize(("has_checksum", "state"), [(True, "good"), (False, "note")])
+def test_a_native_core_built_without_the_header_of_xxhash_is_noted(monkeypatch, has_checksum, state):
+    monkeypatch.setattr(decode, "native_core", lambda: decode.NativeCore("", "AVX2", "3.1", has_checksum))
+    jpeg, others, checksum = doctor.decoding()
+    assert jpeg.found == "jpeg: native core (AVX2) and libjpeg-turbo 3.1" and jpeg.state == others.state == "good"
+    assert checksum.state == state and ("libxxhash-dev" in checksum.advice) == (not has_checksum)
+
+
 def test_packages_tracking_and_slurm(tmp_path):
-    notes = list(doctor.optional_packages(lambda name: name != "obstore"))
-    assert [note.state for note in notes] == ["note", "good"] and "dist_train[remote]" in notes[0].advice
+    notes = list(doctor.optional_packages(lambda name: name not in ("obstore", "onnxscript")))
+    assert notes == [
+        ("note", "obstore is not installed: shards on s3://, gs:// and az://", "pip install 'dist_train[remote]'"),
+        ("note", "onnxscript is not installed: exported networks as ONNX", "pip install 'dist_train[export]'"),
+    ]
+    assert [note.state for note in doctor.optional_packages(lambda name: True)] == ["good", "good"]
     nobody = {"HOME": str(tmp_path)}
     assert "run folder" in doctor.tracking(nobody).found
     assert "online" in doctor.tracking(nobody | {"WANDB_API_KEY": "x" * 40}).found

@@ -19,16 +19,16 @@ MODULES = sorted(p.stem for p in (ROOT / "dist_train").glob("*.py"))
 
 # Imports run downwards, from a later row to an earlier one, or inside a row without a circle.
 LAYERS = [
-    ["errors", "durable", "settings", "config", "index", "order", "boxes", "bad_samples"],  # no torch
+    ["errors", "durable", "control_groups", "settings", "config", "index", "order", "boxes", "bad_samples"],  # no torch
     ["remote", "shard_cache", "remote_index",
      "store", "picture_header", "decode", "tars", "partition", "pictures", "sources", "tables", "torchsets", "workers",
      "write_shard", "plan", "dali_index", "tar_lists", "foreign_tar", "read_foreign", "folds", "stop"],  # no torch either
     ["convert", "repair", "shard", "foreign", "verify", "launch_traps", "doctor",
      "draws", "colour", "mixing", "augment", "layers", "networks", "pretrained",
      "gpu_decode", "models", "finetune", "muon", "optim", "metrics", "progressive", "messages", "step_parts", "guard", "hybrid",
-     "wandb_file", "wandb_log", "track", "watch", "runtime", "plots", "bars", "page", "ranking", "confusion", "table_plots",
-     "picture_plots", "mistakes", "contact_sheet"],
-    ["recycled", "wanted", "decoded_file", "cache", "data", "checkpoint"],
+     "wandb_file", "wandb_log", "track", "ranks", "watch", "runtime", "plots", "bars", "page", "ranking", "confusion",
+     "table_plots", "picture_plots", "mistakes", "contact_sheet"],
+    ["recycled", "wanted", "decoded_file", "cache", "loader", "data", "checkpoint"],
     ["evaluate"],
     ["sizes", "decoder_choice", "parallel", "run", "train", "predict", "export", "scores", "preview", "figures", "report",
      "bench_step", "bench"],

@@ -2,12 +2,22 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from dist_train.errors import UserError
-from dist_train.index import SAMPLE, ShardIndex, SplitIndex, file_checksum, load_index, save_index, save_table
+from dist_train.index import (
+    SAMPLE,
+    ShardIndex,
+    SplitIndex,
+    file_checksum,
+    holds_foreign_index,
+    load_index,
+    save_index,
+    save_table,
+)
 
 
 def make_index(folder) -> ShardIndex:
@@ -33,6 +43,8 @@ def test_an_index_reads_back_as_it_was_written(tmp_path):
     assert split.table()["label"].tolist() == [0, 1, 0, 1, 1, 0, 1] and split.names()[6] == "a/6.jpg"
     files = (tmp_path / "train.samples.npy", tmp_path / "train.names.txt")
     assert split.table_checksum == " ".join(map(file_checksum, files))
+    assert split.rows_checksum == file_checksum(files[0])
+    assert list(split.table_files) == [path.name for path in files] and split.table_files[files[0].name] == split.rows_checksum
     with pytest.raises(UserError, match="no split 'val'; it has train"):
         read.split("val")
 
@@ -69,3 +81,16 @@ def test_a_table_that_does_not_fit_the_index_is_refused(tmp_path):
     (tmp_path / "train.samples.npy").write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot read"):
         split.table()
+
+
+def test_an_index_of_tars_made_by_others_is_told_from_ours(tmp_path):
+    index = make_index(tmp_path)
+    assert not index.is_foreign and not holds_foreign_index(tmp_path) and not holds_foreign_index(tmp_path / "nothing")
+    save_index(replace(index, source={"foreign": True}))
+    assert load_index(tmp_path).is_foreign and holds_foreign_index(tmp_path)
+    raw = json.loads((tmp_path / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps(raw | {"format": "another", "checksum": "0"}))
+    assert holds_foreign_index(tmp_path)  # of another version: its tars are others' all the same
+    for damaged in ("[]", "{", '{"source": []}', '{"source": null}'):
+        (tmp_path / "index.json").write_text(damaged)
+        assert not holds_foreign_index(tmp_path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dist_train import order as order_module
-from dist_train.order import Order, evaluation_share, fold, mix, permute, rank_share, sample_keys, uniform
+from dist_train.order import Order, evaluation_share, hash_words, mix, permute, rank_share, sample_keys, uniform
 
 GRIDS = [  # shard sizes, global batch, window_shards, lanes
     ([100, 90, 80, 7], 64, 16, 0),  # fewer shards than a window: a full shuffle
@@ -90,7 +90,7 @@ def test_a_billion_samples_cost_little_time_and_memory():
 
 def test_permute_is_a_permutation_of_every_size():
     for size in [1, 2, 3, 4, 5, 16, 17, 100, 1023, 1024, 1025]:
-        assert sorted(permute(np.arange(size), np.int64(size), fold(size))) == list(range(size))
+        assert sorted(permute(np.arange(size), np.int64(size), hash_words(size))) == list(range(size))
 
 
 needs_native = pytest.mark.skipif(order_module.native is None, reason="there is no native core")
@@ -134,7 +134,7 @@ def test_permute_mixes_evenly():
     counts = np.zeros((8, 8))
     trials = 4000
     for key in range(trials):
-        counts[np.arange(8), permute(np.arange(8), np.int64(8), fold(key))] += 1
+        counts[np.arange(8), permute(np.arange(8), np.int64(8), hash_words(key))] += 1
     chi_square = ((counts - trials / 8) ** 2 / (trials / 8)).sum()
     assert chi_square < 93
 

@@ -33,6 +33,8 @@ def test_the_command_for_a_step_of_a_training_prints_that_steps_samples(capsys):
     assert plan.command(RunConfig(data=DataConfig(shards="my set", train_split="all")), 3) == (
         "dist-train plan --json --shards 'my set' --global-batch-size 128 --seed 0 --steps 3:4 --split all"
     )
+    secret = RunConfig(data=DataConfig(shards="https://me:geheim@host/set?signature=geheim"))
+    assert "--shards https://host/set --global" in plan.command(secret, 3)
     assert "data.folds 0 only" in plan.command(RunConfig(data=DataConfig(shards="S", folds=5)), 3)
     for more in ({}, {"window_shards": 2, "lanes": 4}):
         data = DataConfig(shards="S", global_batch_size=40, **more)

@@ -141,6 +141,16 @@ def test_the_page_says_where_a_step_goes_and_how_near_the_peak_it_is(tmp_path):
     assert "0.31, 77.0%" in page
 
 
+def test_a_loss_of_softened_targets_is_told_from_a_plain_one(tmp_path):
+    run = make_run(tmp_path, ["a", "b"], finished=False)
+    assert "softened targets" not in report.write_report(run).read_text()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["optim"]["label_smoothing"], config["augment"]["cutmix"] = 0.1, 1.0
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    page = report.write_report(run).read_text()
+    assert page.count("softened targets (optim.label_smoothing 0.1, augment.cutmix 1)") == 1
+
+
 def test_a_diverged_run_has_a_report(tmp_path):
     run = make_run(tmp_path, ["a", "b"], finished=False)
     line = {
@@ -193,7 +203,14 @@ def test_a_finished_run_on_a_table_has_its_pictures_and_the_right_areas(tmp_path
         assert part in page, part
     assert page.count(f'<td class="number">{area:.4f}</td>') == 2  # of two classes, both have the same
     assert Links(page).open == []
+    drawn, complaints = draw_figures(run, index)
+    assert sorted(drawn) == ["pictures/confusion-test", "pictures/correlations", "pictures/ranking-test"] and not complaints
+    for path in drawn.values():
+        with Image.open(path) as image:
+            assert min(image.size) > 300 and len(np.unique(np.asarray(image.convert("L")))) > 10
     (run / "weights.safetensors").write_bytes(b"damaged")
+    drawn, complaints = draw_figures(run, index)
+    assert "pictures/ranking-test" not in drawn and complaints[0].startswith("the picture pictures/ranking-test is missing: ")
     page = report.write_report(run).read_text()
     assert "No ROC and precision-recall curves" in page and "Correlation" in page
 
@@ -212,17 +229,23 @@ def test_shards_behind_a_url_show_their_pictures(made_up, tmp_path):
     config = yaml.safe_load((run / "config.yaml").read_text())
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    config["data"] |= {"shards": f"http://127.0.0.1:{server.server_address[1]}", "cache_dir": str(tmp_path / "cache")}
+    url = f"http://127.0.0.1:{server.server_address[1]}?signature=geheim"
+    config["data"] |= {"shards": url, "cache_dir": str(tmp_path / "cache")}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "environment.json").write_text(json.dumps({"command": f"dist-train train --data.shards {url}"}))
     try:
         page = report.write_report(run).read_text()
+        assert "--data.shards http://127.0.0.1" in page and "geheim" not in page
+        (run / "inference.json").write_text(json.dumps({"classes": DIGITS[::-1]}))
+        assert "geheim" not in report.write_report(run).read_text()
+        (run / "inference.json").write_bytes((made_up[0] / "inference.json").read_bytes())
     finally:
         server.shutdown()
         server.server_close()
     pictures = re.findall(r'src="(data:image/png[^"]+)"', page)
     assert pictures == re.findall(r'src="(data:image/png[^"]+)"', made_up[1])
     page = report.write_report(run).read_text()  # the server is gone
-    assert "No pictures: http://127.0.0.1" in page and "<img" not in page
+    assert "No pictures: http://127.0.0.1" in page and "<img" not in page and "geheim" not in page
 
 
 def test_a_trained_run_shows_its_data_its_augmentation_and_its_filters(trained):
@@ -380,6 +403,14 @@ def test_small_rates_have_labels_of_their_own():
 def test_dollars_in_names_are_dollars():
     counts = np.array([[3, 1], [2, 4]])
     assert draw_confusion(counts, ["$1_$5", "x$^$"]).size == draw_confusion(counts, ["a", "b"]).size
+
+
+@pytest.mark.parametrize("num_classes", [2, 5, 10, 14, 30])
+def test_letters_of_a_matrix_stay_readable_on_a_phone(num_classes):
+    svg = plots.heat_map(np.eye(num_classes, dtype=int), [f"class number {k}" for k in range(num_classes)])
+    width = float(re.search(r'viewBox="0 0 (\d+) ', svg)[1])
+    least = float(re.search(r"width:\d+px;max-width:max\(100%,(\d+)px\)", svg)[1])
+    assert 10 < 12 * least / width < 12  # px: page.css has 12 at full width
 
 
 def test_wide_letters_have_room():

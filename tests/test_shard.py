@@ -28,6 +28,7 @@ from dist_train.index import load_index
 from dist_train.partition import assign_splits, cut_into_shards, name_draws
 from dist_train.pictures import PixelSums, mean_and_std
 from dist_train.tars import TarWriter, header
+from dist_train.verify import inspect_main
 
 
 def make_folder(root: Path, per_class=12, classes=("cats", "dogs", "owls"), size=(10, 14), seed=0) -> Path:
@@ -250,6 +251,27 @@ def test_a_finished_set_is_kept_until_its_replacement_is_whole(tmp_path):
     again = convert(config_for(tmp_path, overwrite=True))
     assert sum(split.num_samples for split in again.splits.values()) == 35
     assert sorted(os.listdir(tmp_path / "shards")) == ["set"]
+
+
+def test_what_inspect_draws_is_replaced_with_the_set(tmp_path):
+    rows = "".join(f"{i % 7},{i * i},{'ab'[i % 2]}\n" for i in range(40))
+    (tmp_path / "t.csv").write_text(f"x,y,kind\n{rows}")
+    settings = {"source": "csv", "path": str(tmp_path / "t.csv"), "target": "kind", "out": str(tmp_path / "set")}
+    convert(ShardConfig(**settings))
+    inspect_main([settings["out"]])
+    drawn = [tmp_path / "set/inspect.png", tmp_path / "set/inspect.html"]
+    assert all(path.exists() for path in drawn)
+    convert(ShardConfig(**settings, overwrite=True))
+    assert not any(path.exists() for path in drawn)
+
+
+def test_notes_of_a_shard_are_on_the_disk_before_their_name(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    make_folder(tmp_path / "raw")
+    index = convert(config_for(tmp_path, workers=1))
+    notes = [path for path in synced if path.endswith(f".done.{os.getpid()}.partial")]
+    assert len(notes) == sum(split.num_shards for split in index.splits.values())
 
 
 def test_files_of_others_are_never_deleted(tmp_path):

@@ -344,6 +344,8 @@ def test_tables_of_scikit_learn_come_by_name(tmp_path):
     index = convert(ShardConfig(source="sklearn", dataset="breast_cancer", out=str(tmp_path / "set")))
     assert index.classes == ["malignant", "benign"] and len(index.features) == 30
     assert sum(split.class_counts for split in index.splits.values()).tolist() == [212, 357]
+    with pytest.raises(UserError, match="Did you mean iris"):  # a name in another case is the nearest
+        open_source(ShardConfig(source="sklearn", dataset="IRIS"))
     with pytest.raises(UserError, match="Did you mean digits"):
         open_source(ShardConfig(source="sklearn", dataset="digit"))
 
