@@ -32,13 +32,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from benchmarks.training import TimedTraining, make_shards, settings  # noqa: E402
+from benchmarks.training import make_shards, open_training, settings  # noqa: E402
 from dist_train import decoder_choice, runtime  # noqa: E402
+from dist_train.bench_step import TimedRun  # noqa: E402
 from dist_train.errors import UserError  # noqa: E402
 from dist_train.gpu_decode import GpuDecoder  # noqa: E402
 from dist_train.layers import set_dropout_keys  # noqa: E402
 from dist_train.metrics import flops_per_sample  # noqa: E402
-from dist_train.train import run_training  # noqa: E402
+from dist_train.train import forward_backward, run_training  # noqa: E402
 
 # An accuracy that many know; chosen from what others found for such nets, not yet measured. Evaluated once, at the end: no
 # checkpoint and no evaluation comes between, and nothing is compiled, which would take longer than it wins.
@@ -127,14 +128,14 @@ def checks(sizes: Sizes, device, scratch: Path, report: dict, cifar10: str) -> d
     """
     shards: dict[int, str] = {}
 
-    def training(name, pixels, batch, precision, is_synthetic, *more) -> TimedTraining:
+    def training(name, pixels, batch, precision, is_synthetic, *more) -> TimedRun:
         if pixels not in shards:
             shards[pixels] = make_shards(scratch / str(pixels), pixels, sizes.pictures)
         forget_precision()
         accelerator, world = runtime.start(precision, 0, 300)
         argv = ("--train.log_every_steps", str(sizes.steps), *sizes.more, *more)
         config = settings(shards[pixels], name, pixels, batch, precision, *argv)
-        return TimedTraining(config, scratch, accelerator, world, is_synthetic)
+        return open_training(config, scratch, accelerator, world, is_synthetic)
 
     def speed(name, pixels, batch, precision, *more) -> dict:
         trainer = training(name, pixels, batch, precision, True, *more)
@@ -291,7 +292,7 @@ def peak_tflops(device, precision: str, size: int) -> float:
     return 2 * size**3 / best / 1e12
 
 
-def waits(trainer: TimedTraining, device) -> dict:
+def waits(trainer: TimedRun, device) -> dict:
     """Five steps in which any wait for the device is an error."""
     trainer.window()
     step = Steps(trainer)
@@ -305,12 +306,12 @@ def waits(trainer: TimedTraining, device) -> dict:
 class Steps:
     """Single steps of a trainer, one after the other: what `train` does between two log lines."""
 
-    def __init__(self, trainer: TimedTraining):
+    def __init__(self, trainer: TimedRun):
         self.trainer, self.batches = trainer, trainer.run.stream(trainer.state.step)
 
     def __call__(self) -> torch.Tensor:
         run, state = self.trainer.run, self.trainer.state
-        loss = run.forward_backward(next(self.batches))
+        loss = forward_backward(run, next(self.batches))
         run.agree_to_stop(state, loss)
         if run.config.optim.clip_norm:
             run.parallel.clip_gradients(run.config.optim.clip_norm)
@@ -343,7 +344,7 @@ def like_the_cpu(run) -> dict:
     return {"losses": losses, "gradient_error": error}
 
 
-def plain_loop(trainer: TimedTraining, device, sizes: Sizes) -> dict:
+def plain_loop(trainer: TimedRun, device, sizes: Sizes) -> dict:
     """The network of a run in a loop as tutorials show it: float32, one batch in memory, torch's SGD."""
     network = trainer.run.network
     optimizer = torch.optim.SGD(network.parameters(), 0.001, momentum=0.9)
@@ -363,7 +364,7 @@ def plain_loop(trainer: TimedTraining, device, sizes: Sizes) -> dict:
     return {"images_per_s": round(statistics.median(rates[1:]), 1)}
 
 
-def fed(make: Callable[[bool], TimedTraining], sizes: Sizes) -> dict:
+def fed(make: Callable[[bool], TimedRun], sizes: Sizes) -> dict:
     """From shards and from memory, in turns."""
     trainers = {"shards": make(False), "memory": make(True)}
     rates = {kind: [] for kind in trainers}
@@ -378,7 +379,7 @@ def fed(make: Callable[[bool], TimedTraining], sizes: Sizes) -> dict:
     }
 
 
-def median_rate(trainer: TimedTraining, repeats: int) -> float:
+def median_rate(trainer: TimedRun, repeats: int) -> float:
     rates = [trainer.window()["images_per_s"] for _ in range(repeats + 1)]
     return statistics.median(rates[1:])
 

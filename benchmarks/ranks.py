@@ -1,6 +1,8 @@
 """Ranks forked from a process that has imported torch once, so that a start takes a second; and what runs below a process."""
 
+import contextlib
 import os
+import random
 import socket
 import sys
 import time
@@ -15,12 +17,18 @@ def load_torch() -> None:
     import dist_train.train  # noqa: F401
 
 
+def free_port() -> int:
+    """A port on which nobody listens, below those that the system lends to whoever connects to another."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def start(num_ranks: int, argv: list[str], folder: Path) -> list[int]:
     """Fork the ranks of a job; returns their process ids."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pids = []
+    port, pids = free_port(), []
     for rank in range(num_ranks):
         pid = os.fork()
         if pid == 0:

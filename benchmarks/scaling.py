@@ -1,9 +1,10 @@
 """Many ranks: images a second and bytes sent a step for ddp and hybrid, in turns, in one run.
 
-    python benchmarks/scaling.py [--model alexnet] [--size 64] [--batch-size 128] [--precision fp32] [--ranks 2] [--json]
+    python benchmarks/scaling.py [--model alexnet] [--size 64] [--batch-size 128] [--ranks 2] [--json]
     python benchmarks/scaling.py --hosts 1 2 4       one rank a host, hosts joined by 1 Gbit/s links; root and iproute2
 
-The trainer as it is, on one batch in memory. Beside each figure stands what the model of docs/scaling.md predicts from the
+The trainer as it is, on one batch in memory, in bf16 where the processor has instructions for it, else in fp32, unless a
+--precision is asked for; the results name it. Beside each figure stands what the model of docs/scaling.md predicts from the
 bytes, the bandwidth of an all-reduce, and the same layout's step without messages ("alone"), all measured here in turns.
 Bytes are those that left this host's interfaces (all ranks', where they share a host). A host has the same threads however
 many there are. Writes benchmarks/results/scaling.json, a part for each kind of run.
@@ -16,7 +17,6 @@ import math
 import os
 import platform
 import resource
-import socket
 import statistics
 import subprocess
 import sys
@@ -26,6 +26,8 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.ranks import free_port  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUTS = ("ddp", "hybrid")
@@ -37,7 +39,7 @@ def main() -> None:
     parser.add_argument("--model", default="alexnet")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=128, help="the global one")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument(
         "--hosts", type=int, nargs="+", help="numbers of hosts, one rank on each, instead of --ranks here"
@@ -59,8 +61,11 @@ def main() -> None:
     if options.predict:
         return predict(json.loads(Path(options.out).read_text())[options.predict], options.gbit)
     with tempfile.TemporaryDirectory() as scratch:
-        from benchmarks.training import make_shards
+        import torch
 
+        from benchmarks.training import make_shards, precision_for
+
+        options.precision = precision_for(options.precision, torch.device("cpu"))  # on which the ranks compute
         options.shards = make_shards(Path(scratch), options.size, max(256, options.batch_size))
         if options.hosts:
             # hosts that are pieces of one machine share its cores
@@ -77,7 +82,8 @@ def main() -> None:
     out.write_text(json.dumps(kept, indent=1) + "\n")
     if options.json:
         last = results[-1]
-        print(json.dumps({layout: last[layout]["images_per_s"] for layout in LAYOUTS if layout in last}))
+        rates = {layout: last[layout]["images_per_s"] for layout in LAYOUTS if layout in last}
+        print(json.dumps(rates | {"precision": last["precision"]}))
 
 
 def on_this_machine(options) -> dict:
@@ -142,7 +148,7 @@ def work(options) -> None:
     import torch
     import torch.distributed as dist
 
-    from benchmarks.training import TimedTraining, settings
+    from benchmarks.training import open_training, settings
     from dist_train import runtime
 
     num_ranks, num_local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -151,7 +157,7 @@ def work(options) -> None:
     for layout in LAYOUTS if num_ranks > 1 else ("ddp",):
         more = ("--train.parallel", layout, "--train.log_every_steps", str(options.steps))
         config = settings(options.shards, options.model, options.size, options.batch_size, options.precision, *more)
-        trainings[layout] = TimedTraining(config, Path(options.shards, layout), accelerator, world, is_synthetic=True)
+        trainings[layout] = open_training(config, Path(options.shards, layout), accelerator, world, is_synthetic=True)
     kinds = [(layout, is_alone) for layout in trainings for is_alone in ((False, True) if num_ranks > 1 else (False,))]
     found = {layout + " alone" * is_alone: {"images_per_s": [], "bytes": [], "cpu_s": []} for layout, is_alone in kinds}
     for turn in range(options.repeats + 1):
@@ -159,7 +165,7 @@ def work(options) -> None:
             if num_ranks > 1:
                 dist.barrier()
             before, cpu = sent_bytes(), cpu_seconds()
-            with without_messages(trainings[layout].run) if is_alone else contextlib.nullcontext():
+            with without_messages() if is_alone else contextlib.nullcontext():
                 rate = trainings[layout].window()["images_per_s"]
             if num_ranks > 1:
                 dist.barrier()
@@ -177,12 +183,14 @@ def work(options) -> None:
 
 
 @contextlib.contextmanager
-def without_messages(run):
+def without_messages():
     """Every rank for itself, with the arithmetic and the memory of its layout: what a step would take on an endless link.
 
     What others would send is a copy of this rank's own, so weights and losses mean nothing from here on.
     """
     import torch.distributed as dist
+
+    from dist_train import train
 
     done = mock.Mock()
 
@@ -193,14 +201,14 @@ def without_messages(run):
         parts.copy_(own)
         return done
 
-    forward_backward = run.forward_backward
+    forward_backward = train.forward_backward
 
-    def alone(batch):
+    def alone(run, batch):
         with run.parallel.accumulating():
-            return forward_backward(batch)
+            return forward_backward(run, batch)
 
     silent = {"all_gather_into_tensor": all_gather, "all_to_all_single": all_to_all, "all_reduce": lambda *a, **k: done}
-    with mock.patch.multiple(dist, **silent), mock.patch.object(run, "forward_backward", alone):
+    with mock.patch.multiple(dist, **silent), mock.patch.object(train, "forward_backward", alone):
         yield
 
 
@@ -351,12 +359,6 @@ def show(options, where: str, found: dict) -> dict:
 def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

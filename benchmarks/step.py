@@ -1,15 +1,24 @@
 """The training step beside a plain torch loop: images a second, in turns, in one run.
 
-    python benchmarks/step.py --model alexnet --size 64 --batch-size 128 [--precision fp32|bf16] [--json]
-    python benchmarks/step.py --size 227 --batch-size 32 --precision bf16 --peer keras=PYTHON --peer lightning=PYTHON
+    python benchmarks/step.py --model alexnet --size 64 --batch-size 128 [--shards FOLDER] [--precision fp32|bf16] [--json]
+    python benchmarks/step.py --size 227 --batch-size 32 --peer keras=PYTHON --peer lightning=PYTHON
 
 plain: torchvision's network, float32, its own SGD, one batch in memory, nothing else. dist_train: the trainer as it is,
 from JPEG shards, augmented. synthetic: the same on one batch in memory; what dist_train lacks to it is the data's stall.
 arithmetic: the convolutions and matrix products of a step by themselves, in the trainer's precision and memory layout, on
 inputs that lie ready: what no trainer on these kernels exceeds, so dist_train's share of it says what is left to win. keras
 (Keras 3 on TensorFlow, mixed_bfloat16, AlexNet only) and lightning (bf16-mixed): on one batch in memory, run by a Python of
-an environment that has them. Each is a process of its own, and they compute one at a time. Writes
-benchmarks/results/step-<model>-<size>-[<precision>-]<device>.json.
+an environment that has them. Each is a process of its own, and they compute one at a time.
+
+Precision is bf16 on a GPU and where the processor has instructions for it, else fp32, unless one is asked for.
+
+Shards are, unless some are given, 1,024 pictures or four batches of them, made up: noise of 8x8 pixels enlarged to the network's
+size, JPEGs of one size, which data.cache auto keeps decoded in memory once they have been read. With --shards (shards/cifar10,
+say) the pictures are real, and dist_train is measured twice: with data.cache auto after an epoch has been read, when decoded
+pictures come from memory where they are kept (one size, data.decoded_gb at most), and as uncached, with data.cache none, when each
+is read and decoded anew. The stream keeps no more ahead than a measurement uses, so that its work falls into the time measured.
+
+Writes benchmarks/results/step-<model>-<size>-[<set>-]<precision>-<device>.json.
 """
 
 import argparse
@@ -26,6 +35,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 KINDS = ("plain", "dist_train", "synthetic", "arithmetic")
+UNCACHED = "uncached"  # of real shards only
 PEERS = ("keras", "lightning")
 
 
@@ -34,7 +44,8 @@ def main() -> None:
     parser.add_argument("--model", default="alexnet")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    parser.add_argument("--shards", default="", metavar="FOLDER", help="pictures to train on; default made up")
     parser.add_argument("--compile", action="store_true", help="torch.compile the trainer's network")
     parser.add_argument(
         "--steps", type=int, default=4, help="steps of a measurement; as many before it are not counted"
@@ -45,43 +56,61 @@ def main() -> None:
     )
     parser.add_argument("--out", default="")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--worker", choices=(*KINDS, *PEERS), help=argparse.SUPPRESS)
-    parser.add_argument("--shards", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=(*KINDS, UNCACHED, *PEERS), help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", help=argparse.SUPPRESS)
+    parser.add_argument("--classes", type=int, default=10, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return work(options)
-    options.pythons = dict.fromkeys(KINDS, sys.executable) | dict(peer.split("=", 1) for peer in options.peer)
-    if unknown := options.pythons.keys() - {*KINDS, *PEERS}:
+    kinds = (*KINDS, UNCACHED) if options.shards else KINDS
+    options.pythons = dict.fromkeys(kinds, sys.executable) | dict(peer.split("=", 1) for peer in options.peer)
+    if unknown := options.pythons.keys() - {*kinds, *PEERS}:
         parser.error(f"--peer {unknown.pop()}: expected one of {', '.join(PEERS)}, as in keras=/path/to/python")
-    with tempfile.TemporaryDirectory() as scratch:
-        from benchmarks.training import make_shards
+    with tempfile.TemporaryDirectory() as options.scratch:
+        import torch
 
-        shards = make_shards(Path(scratch), options.size, max(1024, 4 * options.batch_size))
-        figures = in_turns(options, shards)
+        from benchmarks.training import make_shards, precision_for
+        from dist_train.index import load_index
+
+        options.precision = precision_for(options.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        if options.shards:
+            options.classes = load_index(options.shards).num_classes
+        else:
+            make_shards(Path(options.scratch), options.size, max(1024, 4 * options.batch_size))
+        figures = in_turns(options)
     result = summary(figures) | surroundings(options, figures)
-    precision = "" if options.precision == "fp32" else f"{options.precision}-"
-    out = Path(options.out or f"benchmarks/results/step-{options.model}-{options.size}-{precision}{result['device']}.json")
+    out = out_path(options, result["device"])
     out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{options.model}@{options.size}, batch {options.batch_size}, {options.precision} but for plain: {result['hardware']}")
     for kind in options.pythons:
         rates = [f["images_per_s"] for f in figures[kind]]
         print(
             f"{kind:12} {statistics.median(rates):10.1f} images/s   {min(rates):.1f} to {max(rates):.1f}, n {len(rates)}"
         )
-    print(f"ratio {result['ratio']:.2f}, stall of the data {result['data_stall']:.1%}, "
-          f"{result['arithmetic_share']:.0%} of the arithmetic's rate, written to {out}")  # fmt: skip
+    for kind, feed in result["feed"].items():
+        print(f"{kind} is fed from {feed}: its data stall {result['data_stall' if kind == 'dist_train' else 'uncached_stall']:.1%}")
+    print(f"ratio {result['ratio']:.2f}, {result['arithmetic_share']:.0%} of the arithmetic's rate, written to {out}")
     if options.json:
-        print(json.dumps({k: result[k] for k in (*options.pythons, "ratio", "data_stall", "arithmetic_share", "over_peers")}))
+        keys = (*options.pythons, "ratio", "data_stall", "uncached_stall", "arithmetic_share", "over_peers", "precision", "feed")
+        print(json.dumps({key: result[key] for key in keys if key in result}))
 
 
-def in_turns(options, shards: str) -> dict[str, list[dict]]:
+def out_path(options, device: str) -> Path:
+    """Where a run's figures go: what they depend on is in the name."""
+    pictures = [Path(options.shards).name] if options.shards else []
+    name = "-".join(["step", options.model, str(options.size), *pictures, options.precision, device])
+    return Path(options.out or f"benchmarks/results/{name}.json")
+
+
+def in_turns(options) -> dict[str, list[dict]]:
     """The figures of each kind: one window a kind and turn, in an order that changes from turn to turn."""
+    found = ["--precision", options.precision, "--classes", str(options.classes), "--scratch", options.scratch]
     workers = {
         kind: subprocess.Popen(
-            [python, *sys.argv, "--worker", kind, "--shards", shards],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [python, *sys.argv, *found, "--worker", kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         for kind, python in options.pythons.items()
-    }  # fmt: skip
+    }
     kinds = tuple(workers)
     figures = {kind: [] for kind in kinds}
     try:
@@ -106,7 +135,11 @@ def summary(figures: dict[str, list[dict]]) -> dict:
     """Medians; ratio, stall and share are medians of the turns' own ratios, which a busy machine disturbs less."""
     rates = {kind: [f["images_per_s"] for f in lines] for kind, lines in figures.items()}
     turns = list(zip(*(rates[kind] for kind in KINDS), strict=True))
-    return {
+    uncached = {}
+    if UNCACHED in rates:
+        pairs = zip(rates[UNCACHED], rates["synthetic"], strict=True)
+        uncached = {"uncached_stall": round(statistics.median(1 - ours / synthetic for ours, synthetic in pairs), 4)}
+    return uncached | {
         **{kind: round(statistics.median(rate), 1) for kind, rate in rates.items()},
         "ratio": round(statistics.median(ours / plain for plain, ours, *_ in turns), 3),
         "data_stall": round(statistics.median(1 - ours / synthetic for _, ours, synthetic, _ in turns), 4),
@@ -131,8 +164,16 @@ def surroundings(options, figures) -> dict:
         name = next(
             (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
         )
-    device = figures["dist_train"][-1]["device"]
+    last = figures["dist_train"][-1]
+    device = last["device"]
+    if options.shards:
+        feed = {"dist_train": f"{options.shards}, data.cache auto: " + (
+            "gathered from memory, as in later epochs" if last["is_kept"] else "not kept, so read and decoded as without")}
+        feed |= {UNCACHED: f"{options.shards}, data.cache none: read and decoded, as in every epoch"}
+    else:
+        feed = {"dist_train": f"made-up JPEGs of {options.size} px, data.cache auto: gathered from memory once all have been read"}
     return {
+        "feed": feed,
         "model": options.model, "size": options.size, "batch_size": options.batch_size, "precision": options.precision,
         "compile": options.compile, "steps": options.steps, "n": options.repeats, "device": device,
         "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{name}, {os.cpu_count()} cores, {flags}",
@@ -149,14 +190,20 @@ def work(options) -> None:
 
 
 def trainer(options):
-    from benchmarks.training import TimedTraining, settings
+    from benchmarks.training import open_training, settings
     from dist_train import runtime
 
-    more = ["--train.log_every_steps", str(options.steps)] + (["--train.compile", "true"] if options.compile else [])
-    config = settings(options.shards, options.model, options.size, options.batch_size, options.precision, *more)
+    shards = options.shards or f"{options.scratch}/shards"
+    more = ["--train.log_every_steps", str(options.steps)]
+    more += ["--train.compile", "true"] if options.compile else []
+    more += ["--data.cache", "none"] if options.worker == UNCACHED else []
+    config = settings(shards, options.model, options.size, options.batch_size, options.precision, *more)
     accelerator, world = runtime.start(options.precision, 0, 300)
-    training = TimedTraining(config, Path(options.shards), accelerator, world, options.worker == "synthetic")
-    return lambda: training.window() | {"device": world.device.type}
+    folder = Path(options.scratch, options.worker)
+    training = open_training(config, folder, accelerator, world, options.worker == "synthetic")
+    if options.shards and options.worker == "dist_train" and training.is_kept:
+        training.read_an_epoch()
+    return lambda: training.window() | {"device": world.device.type, "is_kept": training.is_kept}
 
 
 def plain(options):
@@ -166,10 +213,10 @@ def plain(options):
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    model = torchvision.models.get_model(options.model, num_classes=10).to(device)
+    model = torchvision.models.get_model(options.model, num_classes=options.classes).to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.001, momentum=0.9, weight_decay=5e-4)
     images = torch.randn(options.batch_size, 3, options.size, options.size, device=device)
-    labels = torch.randint(0, 10, (options.batch_size,), device=device)
+    labels = torch.randint(0, options.classes, (options.batch_size,), device=device)
 
     def window() -> dict:
         for _ in range(2):  # the first stretch warms up, as the trainer's
@@ -204,13 +251,13 @@ def keras(options):
         conv(384, 3, padding="same", activation="relu"), conv(256, 3, padding="same", activation="relu"),
         conv(256, 3, padding="same", activation="relu"), layers.MaxPool2D(3, 2),
         layers.Flatten(), layers.Dropout(0.5), layers.Dense(4096, activation="relu"), layers.Dropout(0.5),
-        layers.Dense(4096, activation="relu"), layers.Dense(10, dtype="float32"),
+        layers.Dense(4096, activation="relu"), layers.Dense(options.classes, dtype="float32"),
     ])  # fmt: skip
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(0.001, momentum=0.9, weight_decay=5e-4), loss)
     draw = np.random.default_rng(0)
     images = tf.constant(draw.standard_normal((options.batch_size, options.size, options.size, 3), np.float32))
-    batch = images, tf.constant(draw.integers(0, 10, options.batch_size))
+    batch = images, tf.constant(draw.integers(0, options.classes, options.batch_size))
     batches = tf.data.Dataset.from_tensors(batch).repeat()
 
     def window() -> dict:
@@ -239,7 +286,7 @@ def lightning(options):
     class Classifier(lightning.LightningModule):
         def __init__(self):
             super().__init__()
-            self.network = torchvision.models.get_model(options.model, num_classes=10)
+            self.network = torchvision.models.get_model(options.model, num_classes=options.classes)
 
         def training_step(self, batch, index):
             return torch.nn.functional.cross_entropy(self.network(batch[0]), batch[1])
@@ -252,7 +299,7 @@ def lightning(options):
                 self.began = time.perf_counter()
 
     model, batch_size, size = Classifier(), options.batch_size, options.size
-    batch = torch.randn(batch_size, 3, size, size), torch.randint(0, 10, (batch_size,))
+    batch = torch.randn(batch_size, 3, size, size), torch.randint(0, options.classes, (batch_size,))
     precision = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[options.precision]
 
     def window() -> dict:
@@ -281,7 +328,7 @@ def arithmetic(options):
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
-    network = torchvision.models.get_model(options.model, num_classes=10)
+    network = torchvision.models.get_model(options.model, num_classes=options.classes)
     network = network.to(device, dtype, memory_format=torch.channels_last).eval()
     images = torch.randn(options.batch_size, 3, options.size, options.size, device=device, dtype=dtype)
     layers = []
@@ -325,4 +372,6 @@ def arithmetic(options):
 
 
 if __name__ == "__main__":
-    main()
+    from dist_train.cli import run_command
+
+    sys.exit(run_command(lambda _: main(), sys.argv[1:]))

@@ -1,20 +1,16 @@
-"""The trainer as it is, on shards made on the fly, for the scripts here that time it."""
+"""The trainer as it is, on real shards or on some made on the fly, for the scripts here that time it."""
 
 import contextlib
 import io
-import itertools
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from dist_train import shard
+from dist_train import runtime, shard
+from dist_train.bench_step import TimedRun
 from dist_train.config import RunConfig
-from dist_train.data import to_device
-from dist_train.run import Run
 from dist_train.settings import read_config
-from dist_train.track import SilentTracker
-from dist_train.train import train
 
 
 def make_shards(folder: Path, size: int, num_pictures: int = 1024) -> str:
@@ -43,26 +39,18 @@ def settings(shards: str, model: str, size: int, batch_size: int, precision: str
     return read_config(RunConfig, argv, "benchmark")
 
 
-class TimedTraining(SilentTracker):
-    """A run that trains for a window of steps whenever it is asked, and says how fast.
+def precision_for(asked: str, device) -> str:
+    """The precision of a benchmark: as asked, or for auto bf16, where a GPU or a CPU that has instructions for it computes."""
+    if asked != "auto":
+        return asked
+    return "fp32" if runtime.is_slow("bf16", device) else "bf16"
+
+
+def open_training(config: RunConfig, folder: Path, accelerator, world, is_synthetic: bool) -> TimedRun:
+    """A run that trains for two stretches of train.log_every_steps whenever it is asked, and says how fast the second one was.
 
     is_synthetic: one batch in memory takes the place of the stream.
     """
-
-    def __init__(self, config: RunConfig, folder: Path, accelerator, world, is_synthetic: bool):
-        self.every, self.lines = config.train.log_every_steps, []
-        self.run = Run(config, folder, accelerator, world)
-        self.state = self.run.new_state()
-        self.run.tracker, self.run.save = self, lambda state, is_best: None  # a checkpoint is no part of a step
-        if is_synthetic:
-            batch = next(to_device(self.run.stream(0), world.device))
-            self.run.stream = lambda first_step: (batch for _ in itertools.count())  # which can be closed
-
-    def train(self, step: int, values: dict) -> None:
-        self.lines.append(values)
-
-    def window(self) -> dict:
-        """Two stretches between log lines; the figures of the second, when everything is warm: images_per_s, data_wait."""
-        self.run.halt_step = self.state.step + 2 * self.every
-        train(self.run, self.state)
-        return {key: self.lines[-1][key] for key in ("images_per_s", "data_wait", "loss")}
+    training = TimedRun(config, folder, accelerator, world, config.train.log_every_steps)
+    training.feed(is_synthetic)
+    return training

@@ -1,23 +1,25 @@
-"""`dist-train bench data`: images a second of each part of the feeding, alone and together, and which part limits.
+"""`dist-train bench data`: images a second of each part of the feeding, alone and together, and what limits a training.
 
 dist-train bench data --shards shards/cifar10 --batch-size 512
 dist-train bench data --config recipes/cifar10-alexnet.yaml
 """
 
 import argparse
+import contextlib
+import dataclasses
 import itertools
 import json
-import math
-import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from dist_train import runtime
+from dist_train import bench_step, runtime
 from dist_train.augment import Augment
 from dist_train.boxes import random_resized_boxes
 from dist_train.cache import DecodedCache
@@ -30,61 +32,100 @@ from dist_train.order import Order, sample_keys
 from dist_train.settings import read_config
 from dist_train.sizes import decoder_crop, input_size, on_device_augment
 from dist_train.store import Store
+from dist_train.workers import num_cores
 
 MOST_MB = 256  # payloads kept in memory, so that decoding can be measured without reading
+STEPS = 3  # of the network, timed after as many to warm up: a second of AlexNet, minutes of VGG13 at 224 px on few cores
 
 
 def main(argv: list[str]) -> None:
-    """`dist-train bench data (--shards DIR | --config RECIPE) [...]`, or `bench step` (see bench_step). Raises UserError."""
-    if argv[:1] == ["step"]:
-        from dist_train import bench_step
+    """`dist-train bench data (--shards DIR | --config RECIPE) [...]`, or `bench step` (see bench_step). Raises UserError.
 
+    With a recipe its step is timed too, so that what the network needs stands beside what the feeding has.
+    """
+    if argv[:1] == ["step"]:
         return bench_step.main(argv[1:])
     if argv[:1] not in (["data"], ["-h"], ["--help"]):
         what = argv[0] if argv else "nothing"
         raise UserError(f"dist-train bench: {what} is not a benchmark; there are bench data and bench step.")
-    parser = argparse.ArgumentParser("dist-train bench data", description="What the feeding can give, part by part.")
+    parser = argparse.ArgumentParser(
+        "dist-train bench data", description="What the feeding can give, part by part, and what a recipe's step needs of it.",
+        epilog="There is also dist-train bench step --config RECIPE: where the time of a training step goes.",
+    )  # fmt: skip
     parser.add_argument("--shards", metavar="DIR", help="set to read; with --config it replaces the recipe's")
-    parser.add_argument("--config", metavar="RECIPE", help="batch size, crop and augmentation are this recipe's")
+    parser.add_argument(
+        "--config", metavar="RECIPE", help="batch size, crop and augmentation are this recipe's, and its step is timed"
+    )
     parser.add_argument("--batch-size", type=int, help="images a batch; default the recipe's, else 128")
     parser.add_argument(
         "--image-size", type=int, help="height and width that enter the network; 0 keeps the stored one"
     )
     parser.add_argument("--crop", choices=("random_resized", "resize"), help="what the decoder cuts out")
-    parser.add_argument("--threads", type=int, default=0, help="decoding threads; default the cores at hand")
+    parser.add_argument("--threads", type=int, help="decoding threads; default the recipe's, else the cores at hand")
     parser.add_argument("--seconds", type=float, default=0.5, help="length of one measurement; each is taken 5 times")
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     options = parser.parse_args(argv[1:] if argv[0] == "data" else argv)
     config = read_config(RunConfig, _settings(options), "dist-train bench data")
     if not config.data.shards:
         raise UserError("dist-train bench data: no shards; name them with --shards, or a recipe with --config.")
-    accelerator, _ = runtime.start("fp32", config.runtime.threads, config.runtime.timeout_s)
-    figures = measure(config, accelerator.device, options.seconds)
+    precision = runtime.precision_here(config.train.precision) if options.config else "fp32"
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
+    accelerator, world = runtime.start(precision, config.runtime.threads, config.runtime.timeout_s)
+    with contextlib.ExitStack() as leaving:
+        leaving.callback(runtime.end)
+        step = None
+        if options.config:
+            if world.world_size > 1:
+                raise UserError(f"dist-train bench data: {world.world_size} processes; it measures what one of them feeds to one "
+                                f"network.\n  Start it without a launcher; bench step takes several.")  # fmt: skip
+            step = leaving.enter_context(_step(config, accelerator, world))
+        figures = measure(config, accelerator.device, options.seconds, step=step)
     show(figures, config)
     if options.json:
         print(json.dumps(figures))
 
 
-def measure(config: RunConfig, device: torch.device, seconds: float, repeats: int = 5) -> dict:
+def measure(
+    config: RunConfig, device: torch.device, seconds: float, repeats: int = 5, step: Callable[[], float] | None = None
+) -> dict:
     """{part: {"images_per_s": median, "spread": (lowest, highest)}, ...}, the parts measured in turns, repeats times.
 
     bytes: read and checked. decode: payloads in memory into batches. stream: both, as in a training's first epoch.
     cached: as in later ones, where decoded pictures are kept. device: the stream brought to a GPU. augment: that and the
-    recipe's augmentation. A table has nothing to decode or augment.
+    recipe's augmentation. A table has nothing to decode or augment. The CPU decodes, whatever data.decode says.
+    step: times the network, on one batch in memory, and returns its images a second; in turns with the parts, but no longer
+    than they take. Besides the parts come "limits" and "most_to_win", and with a step what `compared` says.
     """
-    threads = config.data.threads or len(os.sched_getaffinity(0))
+    threads = config.data.threads or num_cores()
     parts = _parts(config, device, threads)
-    rates = {name: [] for name in parts}
+    rates = {name: [] for name in parts} | ({"step": []} if step else {})
     for part in parts.values():
         next(part)  # the first batch opens files and wakes threads
+    step_s = 0.0
     for _ in range(repeats):
         for name, part in parts.items():
             rates[name].append(_rate(part, seconds, device))
+        if step and step_s < repeats * seconds:
+            began = time.perf_counter()
+            rates["step"].append(step())
+            step_s += time.perf_counter() - began
     figures = {
         name: {"images_per_s": statistics.median(rate), "spread": (min(rate), max(rate))}
         for name, rate in rates.items()
     }
+    medians = {name: part["images_per_s"] for name, part in figures.items()}
+    figures |= compared(medians, shares_cores=device.type == "cpu") if step else alone(medians)
     return figures | {"threads": threads, "batch_size": config.data.global_batch_size, "on": str(device)}
+
+
+@contextlib.contextmanager
+def _step(config: RunConfig, accelerator, world: runtime.World) -> Iterator[Callable[[], float]]:
+    """Something that trains the recipe's network for some steps on one batch in memory, and returns images a second."""
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, decode="cpu"))
+    with tempfile.TemporaryDirectory(prefix="dist_train-bench-") as folder:
+        with contextlib.closing(bench_step.TimedRun(config, Path(folder), accelerator, world, STEPS)) as timed:
+            timed.feed(is_synthetic=True)
+            yield lambda: timed.window()["images_per_s"]
 
 
 def show(figures: dict, config: RunConfig) -> None:
@@ -95,36 +136,84 @@ def show(figures: dict, config: RunConfig) -> None:
     table = Table(box=None)
     for column in ("part", "images/s", "lowest", "highest"):
         table.add_column(column, justify="left" if column == "part" else "right")
-    parts = {name: part for name, part in figures.items() if isinstance(part, dict)}
-    for name, part in parts.items():
-        rates = (part["images_per_s"], *part["spread"])
-        table.add_row(_MEANING[name], *(f"{rate:,.0f}" for rate in rates))
-    console = Console()
+    for name, meaning in _MEANING.items():
+        if name in figures:
+            rates = (figures[name]["images_per_s"], *figures[name]["spread"])
+            table.add_row(meaning, *(f"{rate:,.0f}" for rate in rates))
+    console = Console(highlight=False)
     console.print(
         f"{config.data.shards}: batches of {figures['batch_size']}, {figures['threads']} threads, {figures['on']}"
     )
     console.print(table)
-    console.print(verdict({name: part["images_per_s"] for name, part in parts.items()}), highlight=False)
-    if "decode" in parts:
+    console.print("\n".join(verdict(figures, config)))
+    if "decode" in figures:
         for what, who in decoders().items():
-            console.print(f"  {what}: {who}", highlight=False)
+            console.print(f"  {what}: {who}")
 
 
-def verdict(rates: dict[str, float]) -> str:
-    """Which part limits, and what a faster one could win. rates: images/s by part, as `measure` names them."""
+def verdict(figures: dict, config: RunConfig) -> list[str]:
+    """Lines that say what limits, and what a faster one could win. figures: as `measure` returns them."""
+    if "need" not in figures:
+        part, win = _sentence(figures["limits"]), figures["most_to_win"]
+        if win is None:
+            read, stream = (figures[name]["images_per_s"] for name in ("bytes", "stream"))
+            return [f"{part}: the stream brings {stream:,.0f} samples a second, reading alone {read:,.0f}."]
+        return [f"{part}: if it cost nothing, there would be {win:.1f} times as many images a second."]
+    lines = [f"Need: a step of {config.model.name} in {config.train.precision} takes {figures['need']:,.0f} images/s."]
+    for name, when in (("first", "in the first epoch"), ("later", "in later ones, from what is kept decoded")):
+        if name in figures["epochs"]:
+            epoch = figures["epochs"][name]
+            given = "with a feed that cost nothing" if epoch["limits"] == "the step" else "if it cost nothing,"
+            lines.append(f"Have: {epoch['have']:,.0f} images/s {when}. {_sentence(epoch['limits'])}: {given} the training would be "
+                         f"{epoch['most_to_win']:.2f} times as fast at most.")  # fmt: skip
+    return lines
+
+
+def alone(rates: dict[str, float]) -> dict:
+    """{"limits": the feed's slowest part, augmentation among them, "most_to_win": how many times as many images a second without
+    it, None where nothing tells}. rates: images/s by part, as `measure` names them."""
     brought = rates.get("device", rates["stream"])
     if rates.get("augment", brought) < 0.8 * brought:
-        gain = brought / rates["augment"]
-        return f"Augmentation limits: without it there would be {gain:.1f} times as many images a second."
-    if brought < 0.8 * rates["stream"]:
-        gain = rates["stream"] / brought
-        return f"The way to the device limits: without it there would be {gain:.1f} times as many images a second."
+        return {"limits": "augmentation", "most_to_win": brought / rates["augment"]}
+    part, without = limit(rates)
+    return {"limits": part, "most_to_win": without and max(1.0, without / brought)}
+
+
+def compared(rates: dict[str, float], shares_cores: bool) -> dict:
+    """The feed beside the step, which augments: {"need": images/s that the step takes, "epochs": {"first": {"have": images/s of
+    the feed, "limits", "most_to_win"}, "later": the same, where decoded samples are kept}, and of most epochs "limits",
+    "most_to_win"}.
+
+    most_to_win: how many times as fast a training is once the feed's part that limits costs nothing, or all of the feed where
+    the step limits. shares_cores: feed and step run on the same cores, so that their times add up; else the slower one counts.
+    """
+    need = rates["step"]
+
+    def epoch(part: str, have: float, without: float) -> dict:
+        now, then = ((1 / (1 / feed + 1 / need) if shares_cores else min(feed, need)) for feed in (have, without))
+        if have >= need:
+            part, then = "the step", need
+        return {"have": have, "limits": part, "most_to_win": max(1.0, then / now)}
+
+    part, without = limit(rates)
+    epochs = {"first": epoch(part, rates.get("device", rates["stream"]), without or float("inf"))}
+    if "cached" in rates:
+        epochs["later"] = epoch("gathering", rates["cached"], float("inf"))
+    most = epochs.get("later", epochs["first"])
+    return {"need": need, "epochs": epochs, "limits": most["limits"], "most_to_win": most["most_to_win"]}
+
+
+def limit(rates: dict[str, float]) -> tuple[str, float | None]:
+    """The slowest part of bringing a batch for the first time, and images/s without it; None where nothing tells."""
+    if rates.get("device", rates["stream"]) < 0.8 * rates["stream"]:
+        return "the way to the device", rates["stream"]
     if rates.get("decode", float("inf")) < rates["bytes"]:
-        gain = rates["bytes"] / rates["stream"]
-        return (
-            f"Decoding limits: if it cost nothing, reading alone would give {gain:.1f} times as many images a second."
-        )
-    return "Reading limits: a faster disk, or shards nearer to the machine, would help."
+        return "decoding", rates["bytes"]
+    return "reading", rates.get("decode", rates.get("cached"))  # a table's rows are kept as they are read
+
+
+def _sentence(part: str) -> str:
+    return f"{part[0].upper()}{part[1:]} limits"
 
 
 _MEANING = {
@@ -134,6 +223,7 @@ _MEANING = {
     "cached": "decoded once, then gathered",
     "device": "read, decoded, on the device",
     "augment": "read, decoded, augmented",
+    "step": "one batch in memory, trained on",
 }
 
 
@@ -162,13 +252,9 @@ def _parts(config: RunConfig, device: torch.device, threads: int) -> dict[str, I
     if not is_table:
         parts["decode"] = _decoded(config, index, threads)
     parts["stream"] = map(len, stream())
-    kept_size = index.image_size or input_size(config, index)
-    shape = (len(index.features) * 4,) if is_table else (*kept_size, 3)
-    if (
-        crop == "resize"
-        and index.split(data.train_split).stored.num_samples * math.prod(shape) <= data.decoded_gb * 1e9
-    ):
-        parts["cached"] = _after_an_epoch(map(len, stream(DecodedCache("auto", data.decoded_gb))), num_samples)
+    if bench_step.is_kept(config, index):
+        cache = DecodedCache("device" if data.cache == "device" else "auto", data.decoded_gb, device=device)
+        parts["cached"] = _after_an_epoch(map(len, to_device(stream(cache), device)), num_samples)
     if device.type != "cpu":
         parts["device"] = map(len, to_device(stream(), device))
     if not is_table:
@@ -250,7 +336,7 @@ def _ahead(work: Callable, jobs: Iterator, threads: int) -> Iterator[int]:
 
 def _rate(part: Iterator[int], seconds: float, device: torch.device) -> float:
     """Images a second over at least `seconds`. What had been made ahead before the clock started is not counted."""
-    made_ahead = 4 * len(os.sched_getaffinity(0))
+    made_ahead = 4 * num_cores()
     for _ in range(made_ahead):
         next(part)
     _wait_for(device)

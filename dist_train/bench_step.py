@@ -9,18 +9,26 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
+import statistics
 import tempfile
 from pathlib import Path
 
-from dist_train import runtime
+from dist_train import ranks, runtime
+from dist_train.cache import available_bytes
 from dist_train.config import RunConfig
 from dist_train.data import to_device
+from dist_train.decoder_choice import settled
 from dist_train.errors import UserError
-from dist_train.run import Run, State
+from dist_train.index import ShardIndex
+from dist_train.run import Run
 from dist_train.settings import read_config
+from dist_train.sizes import decoder_crop
 from dist_train.step_parts import PARTS, StepParts
 from dist_train.track import SilentTracker
 from dist_train.train import train
+
+FOR_EVER = 1e6  # epochs: the end of a run, and its evaluations, never come
 
 
 def main(argv: list[str]) -> None:
@@ -29,17 +37,19 @@ def main(argv: list[str]) -> None:
         "dist-train bench step", description="Where a step's time goes. Other options are those of dist-train train.",
         allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=20, help="steps timed, after ten to warm up")
+    parser.add_argument("--steps", type=int, default=10, help="steps of a window, after as many to warm up")
+    parser.add_argument("--turns", type=int, default=3, help="windows from shards and from memory each, in turns")
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     options, settings = parser.parse_known_args(argv)
     config = read_config(RunConfig, settings, "dist-train bench step")
-    if options.steps < 1:
-        raise UserError(f"dist-train bench step: --steps is {options.steps}; expected at least 1.")
+    for name in ("steps", "turns"):
+        if getattr(options, name) < 1:
+            raise UserError(f"dist-train bench step: --{name} is {getattr(options, name)}; expected at least 1.")
     if not config.data.shards:
         raise UserError("dist-train bench step: no shards; name them with --data.shards, or a recipe with --config.")
     accelerator, world = runtime.start(config.train.precision, config.runtime.threads, config.runtime.timeout_s)
     try:
-        figures = measure(config, accelerator, world, options.steps)
+        figures = measure(config, accelerator, world, options.steps, options.turns)
     finally:
         runtime.end()
     if world.is_main:
@@ -48,33 +58,41 @@ def main(argv: list[str]) -> None:
             print(json.dumps(figures))
 
 
-def measure(config: RunConfig, accelerator, world: runtime.World, num_steps: int) -> dict:
-    """Train for two windows, from the shards and from one batch in memory, and time the parts of both.
+def measure(config: RunConfig, accelerator, world: runtime.World, num_steps: int, num_turns: int) -> dict:
+    """Train in windows from the shards and from one batch in memory, in turns; then time the parts of a window of shards.
 
-    {"images_per_s", "synthetic_images_per_s", "step_s", "shares": {part: 0..1}, "tflops", "mfu"}; images of all ranks.
-    Nothing is written but into a temporary folder, and no evaluation comes between. Pictures are at full size.
+    {"images_per_s": median, "spread": (lowest, highest), "synthetic_images_per_s", "synthetic_spread", "free_feed_win": median
+    of synthetic / real - 1, "step_s", "shares": {part: 0..1}, "limits": the largest part, "most_to_win": how many times as fast
+    without it, "tflops", "mfu", ...}; images of all ranks. Rates are those of an undisturbed training; shares, and
+    "timed_step_s", those of steps that wait for the device at every part. Where decoded samples are kept ("is_kept"), an epoch is
+    read before: later ones are what is timed.
     """
-    config = dataclasses.replace(config, augment=dataclasses.replace(config.augment, start_size=0))
-    endless = dataclasses.replace(config.train, epochs=1e6, eval_every_epochs=0, checkpoint_every_steps=0, profile_steps=0,
-                                  patience=0, log_every_steps=10**9)  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="dist_train-bench-") as folder, contextlib.ExitStack() as open_files:
-        run = open_files.enter_context(
-            contextlib.closing(Run(dataclasses.replace(config, train=endless), Path(folder), accelerator, world))
-        )
-        run.tracker, run.save = SilentTracker(), lambda state, is_best: None
-        state = run.new_state()
-        real = _window(run, state, num_steps)
-        batch = next(to_device(run.stream(0), world.device))
-        run.stream = lambda first_step: (batch for _ in itertools.count())  # it has to be one that can be closed
-        synthetic = _window(run, state, num_steps)
-        rate = config.data.global_batch_size / real.step_s()
-        run.parts = real
-        figures = {
-            "images_per_s": rate, "synthetic_images_per_s": config.data.global_batch_size / synthetic.step_s(),
-            "step_s": real.step_s(), "shares": real.shares(), **run.work_figures(rate, state.step - 1), "num_steps": num_steps,
-            "world_size": world.world_size, "device": str(world.device),
-        }  # fmt: skip
-    return figures
+    with tempfile.TemporaryDirectory(prefix="dist_train-bench-") as folder:
+        threads = config.data.threads or world.num_cores
+        config = ranks.on_main(world, settled, config, Path(folder), world.device, threads)
+        with contextlib.closing(TimedRun(config, Path(folder), accelerator, world, num_steps)) as timed:
+            if timed.is_kept:
+                timed.read_an_epoch()
+            rates = {"shards": [], "memory": []}
+            for turn in range(num_turns):
+                for kind in (list(rates), list(rates)[::-1])[turn % 2]:
+                    timed.feed(is_synthetic=kind == "memory")
+                    rates[kind].append(timed.window()["images_per_s"])
+            timed.feed(is_synthetic=False)
+            parts = timed.parts()
+            rate = statistics.median(rates["shards"])
+            work = timed.run.work_figures(rate, timed.state.step - 1)
+    limiting = max(PARTS, key=parts.shares().get)
+    wins = [memory / shards - 1 for shards, memory in zip(rates["shards"], rates["memory"], strict=True)]
+    return {
+        "images_per_s": rate, "spread": (min(rates["shards"]), max(rates["shards"])),
+        "synthetic_images_per_s": statistics.median(rates["memory"]),
+        "synthetic_spread": (min(rates["memory"]), max(rates["memory"])), "free_feed_win": statistics.median(wins),
+        "step_s": config.data.global_batch_size / rate, "shares": parts.shares(), "timed_step_s": parts.step_s(),
+        "limits": limiting, "most_to_win": gain(parts.shares()[limiting]), **work, "is_kept": timed.is_kept,
+        "decode": config.data.decode, "precision": config.train.precision, "num_steps": num_steps, "num_turns": num_turns,
+        "world_size": world.world_size, "device": str(world.device),
+    }  # fmt: skip
 
 
 def show(figures: dict) -> None:
@@ -86,19 +104,21 @@ def show(figures: dict) -> None:
     for column in ("part", "ms", "share", "if it cost nothing"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for part, share in figures["shares"].items():
-        table.add_row(
-            part, f"{1000 * share * figures['step_s']:.2f}", f"{share:.1%}", f"{gain(share):.2f} times as fast"
-        )
+        milliseconds = 1000 * share * figures["timed_step_s"]
+        table.add_row(part, f"{milliseconds:.2f}", f"{share:.1%}", f"{gain(share):.2f} times as fast")
     console = Console(highlight=False)
-    console.print(f"{figures['num_steps']} steps on {figures['world_size']} x {figures['device']}")
+    console.print(f"{figures['num_steps']} steps on {figures['world_size']} x {figures['device']}, {figures['precision']}, "
+                  f"that wait for the device at every part: {1000 * figures['timed_step_s']:.2f} ms a step, undisturbed "
+                  f"{1000 * figures['step_s']:.2f}")  # fmt: skip
     console.print(table)
-    console.print(
-        f"{figures['images_per_s']:,.0f} images/s from shards, {figures['synthetic_images_per_s']:,.0f} from one batch in "
-        f"memory; {figures['tflops']:.3g} TFLOP/s, {figures['mfu']:.0%} of what a matrix product reaches here"
-    )
-    limiting = max(PARTS, key=figures["shares"].get)
-    console.print(f"The largest part is {limiting}; without it a step would be {gain(figures['shares'][limiting]):.2f} times as "
-                  f"fast, and nothing that makes it faster can win more.")  # fmt: skip
+    feed = "gathered from what an epoch before kept decoded" if figures["is_kept"] else "read and decoded as in every epoch"
+    shards, memory = (f"{low:,.0f} to {high:,.0f}" for low, high in (figures["spread"], figures["synthetic_spread"]))
+    console.print(f"{figures['images_per_s']:,.0f} images/s from shards, {feed} ({shards}); "
+                  f"{figures['synthetic_images_per_s']:,.0f} from one batch in memory ({memory}), in {figures['num_turns']} turns; "
+                  f"{figures['tflops']:.3g} TFLOP/s, {figures['mfu']:.0%} of what a matrix product reaches here")  # fmt: skip
+    console.print(f"The largest part is {figures['limits']}; without it a step would be {figures['most_to_win']:.2f} times as "
+                  f"fast, and nothing that makes it faster can win more. A feed that cost nothing would change the rate by "
+                  f"{figures['free_feed_win']:+.1%}.")  # fmt: skip
 
 
 def gain(share: float) -> float:
@@ -106,12 +126,86 @@ def gain(share: float) -> float:
     return 1 / (1 - share) if share < 1 else float("inf")
 
 
-def _window(run: Run, state: State, num_steps: int) -> StepParts:
-    run.parts = run.new_parts(num_steps)
-    run.halt_step = state.step + run.parts.skip + num_steps + 1
-    train(run, state)
-    if run.stop_requests:
-        raise UserError(f"dist-train bench step: ended before its figures were complete ({run.stop_requests.reason}).")
-    if not run.parts.is_complete:  # the last step's end: the loop has left without asking for another batch
-        run.parts.mark("data")
-    return run.parts
+class TimedRun(SilentTracker):
+    """A run that trains for a window of steps whenever it is asked, from its shards or from one batch in memory.
+
+    Nothing is written but into `folder`; no evaluation and no checkpoint comes between; pictures are at full size. The stream
+    keeps no more ahead than `num_steps` of every thread, so that what a window uses is made while it is timed.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, accelerator, world: runtime.World, num_steps: int):
+        train_config = dataclasses.replace(
+            config.train, epochs=FOR_EVER, eval_every_epochs=FOR_EVER, checkpoint_every_steps=0, profile_steps=0, patience=0,
+            max_steps=0, log_every_steps=num_steps,
+        )  # fmt: skip
+        augment = dataclasses.replace(config.augment, start_size=0)
+        self.num_steps, self._lines = num_steps, []
+        self.run = Run(dataclasses.replace(config, train=train_config, augment=augment), folder, accelerator, world)
+        self.state = self.run.new_state()
+        self.run.tracker, self.run.save = self, lambda state, is_best: None  # a checkpoint is no part of a step
+        self.is_kept = is_kept(config, self.run.index)
+        threads = config.data.threads or world.num_cores
+        share_bytes = config.data.global_batch_size // world.world_size * decoded_bytes(config, self.run.index)
+        ahead_mb = min(config.data.prefetch_mb, math.ceil(num_steps * threads * share_bytes / 2**20))
+        self.run.config = dataclasses.replace(
+            self.run.config, data=dataclasses.replace(config.data, prefetch_mb=ahead_mb)
+        )
+        self._stream, self._batch = self.run.stream, None
+
+    def train(self, step: int, values: dict) -> None:
+        self._lines.append(values)
+
+    def feed(self, is_synthetic: bool) -> None:
+        """Let the steps that follow come from one batch in memory, or from the shards, as they do at first."""
+        if is_synthetic and self._batch is None:
+            self._batch = next(to_device(self._stream(0), self.run.world.device))
+        # a generator, since a stream is closed
+        self.run.stream = (lambda first_step: (self._batch for _ in itertools.count())) if is_synthetic else self._stream
+
+    def window(self) -> dict:
+        """The log line of the second of two stretches of num_steps: images_per_s of all ranks, data_wait, loss, ...
+
+        In the first one everything gets warm.
+        """
+        self._train(2 * self.num_steps)
+        return self._lines[-1]
+
+    def parts(self) -> StepParts:
+        """The parts of num_steps. No `window` comes after: its stretches would not end at log lines."""
+        self.run.parts = self.run.new_parts(self.num_steps)
+        self._train(self.run.parts.skip + self.num_steps + 1)
+        if not self.run.parts.is_complete:  # the last step's end: the loop has left without asking for another batch
+            self.run.parts.mark("data")
+        return self.run.parts
+
+    def read_an_epoch(self) -> None:
+        """Bring every sample once, so that all are there that are kept decoded."""
+        with contextlib.closing(self._stream(0)) as stream:
+            for _ in itertools.islice(stream, math.ceil(self.run.steps_per_epoch)):
+                pass
+
+    def close(self) -> None:
+        self.run.close()
+
+    def _train(self, num_steps: int) -> None:
+        self.run.halt_step = self.state.step + num_steps
+        train(self.run, self.state)
+        if self.run.stop_requests:
+            raise UserError(f"the timed steps were ended before they were complete ({self.run.stop_requests.reason}).")
+
+
+def is_kept(config: RunConfig, index: ShardIndex) -> bool:
+    """Whether decoded samples of the training split are kept from epoch to epoch."""
+    data, is_table = config.data, index.features is not None
+    if data.cache == "none" or (not is_table and decoder_crop(config, index)[0] == "random_resized"):
+        return False
+    num_bytes = index.split(data.train_split).stored.num_samples * decoded_bytes(config, index)
+    return data.cache != "auto" or num_bytes <= min(data.decoded_gb * 1e9, available_bytes() // 2)
+
+
+def decoded_bytes(config: RunConfig, index: ShardIndex) -> int:
+    """Bytes of a sample as the stream brings it."""
+    if index.features is not None:
+        return 4 * len(index.features)
+    _, size = decoder_crop(config, index)
+    return 3 * math.prod((size, size) if size else index.image_size)

@@ -1,8 +1,8 @@
 """Who decodes a run's pictures, the CPU or the GPU: what it began with, what was asked for, or what is faster here."""
 
-import os
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,21 +19,24 @@ from dist_train.order import sample_keys
 from dist_train.settings import read_written
 from dist_train.sizes import decoder_crop
 from dist_train.store import Store
+from dist_train.workers import num_cores
 
 PAYS_FROM = 1.1  # times the CPU's speed: the GPU has a network to train as well
 TRIAL_PICTURES, TRIAL_ROUNDS = 256, 3
+LEAST_OF_A_THREAD = 32  # pictures: they take far longer than waking a thread
 
 
-def settled(config: RunConfig, folder: Path, device: torch.device) -> RunConfig:
+def settled(config: RunConfig, folder: Path, device: torch.device, num_threads: int = 0) -> RunConfig:
     """The settings with data.decode "cpu" or "gpu": as the run in the folder has it, else as asked, else as measured.
 
-    Raises UserError where the GPU is to decode and there is none.
+    num_threads: decoding threads of one rank; 0 is one for each core that this process may use. Raises UserError where the
+    GPU is to decode and there is none.
     """
     kind, written = config.data.decode, folder / "config.yaml"
     if kind == "auto" and written.exists():
         kind = (read_written(written).get("data") or {}).get("decode", "cpu")
     if kind == "auto":
-        found = rates(config, GpuDecoder(device)) if device.type == "cuda" else None
+        found = rates(config, GpuDecoder(device), num_threads) if device.type == "cuda" else None
         kind = "gpu" if found and found.get("gpu", 0) > PAYS_FROM * found["cpu"] else "cpu"
     if kind == "gpu" and device.type != "cuda":
         raise UserError(
@@ -48,11 +51,11 @@ def settled(config: RunConfig, folder: Path, device: torch.device) -> RunConfig:
     return replace(config, data=replace(config.data, decode=kind))
 
 
-def rates(config: RunConfig, gpu: GpuDecoder) -> dict[str, float] | None:
-    """Images a second of {"cpu", "gpu"} on the first pictures of the training split, in turns: all threads, one GPU.
+def rates(config: RunConfig, gpu: GpuDecoder, num_threads: int = 0) -> dict[str, float] | None:
+    """Images a second of {"cpu", "gpu"} on the first pictures of the training split, in turns: one rank's threads, one GPU.
 
-    None where no picture is cut at random (those are decoded once and kept, or small) and where torchvision has no decoder
-    for a GPU; without "gpu" where that has taken none of the pictures.
+    num_threads: as in `settled`; all of them decode at once. None where no picture is cut at random (those are decoded once
+    and kept, or small) and where torchvision has no decoder for a GPU; without "gpu" where that has taken none of the pictures.
     """
     index = open_index(config)
     crop, image_size = decoder_crop(config, index)
@@ -63,15 +66,22 @@ def rates(config: RunConfig, gpu: GpuDecoder) -> dict[str, float] | None:
     shapes, keys = store.table[samples], sample_keys(config.seed, np.zeros_like(samples), samples)
     boxes = random_resized_boxes(keys, shapes["height"], shapes["width"], config.augment.scale, config.augment.ratio)
     size = (image_size, image_size) if image_size else index.image_size
-    at, rows = store.locate(samples), np.empty((len(samples), *size, 3), np.uint8)
-    where = (at.fds, at.offsets, at.sizes, None, boxes)
-    ways = {"cpu": lambda: decode_from_files(*where, rows), "gpu": lambda: gpu(*where, size)}
-    seconds = {way: [] for way in ways}
-    for _ in range(TRIAL_ROUNDS + 1):
-        for way, decode in ways.items():
-            began = time.perf_counter()
-            decode()
-            seconds[way].append(time.perf_counter() - began)
-    found = {way: len(samples) / statistics.median(times[1:]) for way, times in seconds.items()}
-    threads = config.data.threads or len(os.sched_getaffinity(0))
-    return {"cpu": threads * found["cpu"]} | ({"gpu": found["gpu"]} if gpu.has_decoded else {})
+    at, num_threads = store.locate(samples), num_threads or num_cores()
+    share = max(-(-len(samples) // num_threads), min(LEAST_OF_A_THREAD, len(samples)))
+    parts = [(np.arange(share) + i * share) % len(samples) for i in range(num_threads)]
+    rows = np.empty((num_threads, share, *size, 3), np.uint8)
+
+    def decode(part: np.ndarray, out: np.ndarray) -> None:
+        decode_from_files(at.fds[part], at.offsets[part], at.sizes[part], None, boxes[part], out)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        ways = {"cpu": (num_threads * share, lambda: list(pool.map(decode, parts, rows))),
+                "gpu": (len(samples), lambda: gpu(at.fds, at.offsets, at.sizes, None, boxes, size))}  # fmt: skip
+        found = {way: [] for way in ways}
+        for _ in range(TRIAL_ROUNDS + 1):
+            for way, (num_pictures, work) in ways.items():
+                began = time.perf_counter()
+                work()
+                found[way].append(num_pictures / (time.perf_counter() - began))
+    medians = {way: statistics.median(rates[1:]) for way, rates in found.items()}
+    return medians if gpu.has_decoded else {"cpu": medians["cpu"]}

@@ -12,11 +12,13 @@ and no step of a series stands in it twice, however often the run was stopped. `
 the time between a stop and the restart is left out.
 """
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from dist_train.config import RunConfig
@@ -68,7 +70,7 @@ class Tracker:
     def __init__(self, metrics, console, wandb):
         self._metrics, self._console, self._wandb = metrics, console, wandb
         self.takes_figures = wandb is not None
-        self._profiled = False
+        self._has_profile = any(line["kind"] == "profile" for line in metrics.lines)
 
     def train(self, step: int, values: dict) -> None:
         """Record a step's figures: epoch, loss, lr, images_per_s, data_wait (share of the time, 0..1), any others."""
@@ -83,17 +85,17 @@ class Tracker:
         self._send(line)
 
     def profile(self, step: int, step_s: float, shares: dict[str, float]) -> None:
-        """Record, once a run, where the time of a step goes. shares: {part: 0..1}; step_s: mean of the profiled steps."""
-        line = (
-            self._metrics.append({"kind": "profile", "step": step, "step_s": step_s, **shares})
-            if not self._profiled
-            else None
-        )
-        self._profiled = True
-        if line:
-            parts = "  ".join(f"{part} {share:.0%}" for part, share in shares.items())
-            self._console.message(f"where a step's {1000 * step_s:,.1f} ms go: {parts}")
-            self._send(line)
+        """Record, once a run however often it is resumed, where the time of a step goes.
+
+        shares: {part: 0..1}; step_s: mean of the profiled steps.
+        """
+        if self._has_profile:
+            return
+        self._has_profile = True
+        line = self._metrics.append({"kind": "profile", "step": step, "step_s": step_s, **shares})
+        parts = "  ".join(f"{part} {share:.0%}" for part, share in shares.items())
+        self._console.message(f"where a step's {1000 * step_s:,.1f} ms go: {parts}")
+        self._send(line)
 
     def message(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -131,14 +133,14 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int):
         self.path = path
-        with self._named_errors():
+        with _named_errors(path):
             self.lines = [line for line in read_metrics(path) if line["step"] <= resume_step]
         self._newest = {}
         for line in self.lines:
             self._newest[series(line)] = line["step"]
         before_s = max((line.get("time_s") or 0 for line in self.lines), default=0)
         self._began = time.monotonic() - before_s
-        with self._named_errors():
+        with _named_errors(path):
             partial = path.with_suffix(".jsonl.partial")
             with open(partial, "w") as file:
                 file.writelines(json.dumps(line) + "\n" for line in self.lines)
@@ -155,7 +157,7 @@ class MetricsFile:
             if line["step"] <= self._newest.get(series(line), -1):
                 return None
             self._newest[series(line)] = line["step"]
-        with self._named_errors():
+        with _named_errors(self.path):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
             if sync:
@@ -163,26 +165,20 @@ class MetricsFile:
         return line
 
     def close(self) -> None:
-        with self._named_errors():
+        with _named_errors(self.path):
             os.fsync(self._file.fileno())
             self._file.close()
 
-    def _named_errors(self):
-        return _FileErrors(self.path)
 
-
-class _FileErrors:
-    def __init__(self, path):
-        self.path = path
-
-    def __enter__(self): ...
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, OSError):
-            raise UserError(
-                f"{self.path}: cannot write the run's figures: {error.strerror}.\n"
-                f"  Make room or give the folder back its rights, then go on with --resume."
-            ) from error
+@contextlib.contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write the run's figures: {error.strerror}.\n"
+            f"  Make room or give the folder back its rights, then go on with --resume."
+        ) from error
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -265,17 +261,17 @@ class Eta:
         return (now - began) / (step - first_step) * max(0, self._num_steps - step)
 
 
-# How each known figure is shown; others go to the file alone.
+# How each known figure is shown; others go to the file alone. "mfu" never comes without "tflops" (Run.work_figures).
 _SHOWN = {
-    "epoch": "epoch {:.2f}", "loss": "loss {:.4f}", "top1": "top1 {:.2%}", "top5": "top5 {:.2%}", "lr": "lr {:.2e}",
-    "images_per_s": "{:,.0f} images/s", "data_wait": "waits for data {:.0%}",
-    "mfu": "MFU {:.0%}", "samples": "{:,} samples",
+    "epoch": "epoch {epoch:.2f}", "loss": "loss {loss:.4f}", "top1": "top1 {top1:.2%}", "top5": "top5 {top5:.2%}",
+    "lr": "lr {lr:.2e}", "images_per_s": "{images_per_s:,.0f} images/s", "data_wait": "waits for data {data_wait:.0%}",
+    "tflops": "{tflops:,.2f} TFLOP/s (MFU {mfu:.0%})", "samples": "{samples:,} samples",
 }  # fmt: skip
 
 
 def _figures(step: int | None, values: dict) -> str:
     parts = [] if step is None else [f"step {step:<6}"]
-    parts += [text.format(values[name]) for name, text in _SHOWN.items() if values.get(name) is not None]
+    parts += [text.format(**values) for name, text in _SHOWN.items() if values.get(name) is not None]
     return "  ".join(parts)
 
 

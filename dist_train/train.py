@@ -278,7 +278,7 @@ def run_training(argv: list[str]) -> int:
         leaving.push(runtime.leave)
         watch = leaving.enter_context(Watch(world, config.runtime.timeout_s, runtime.master_address()))
 
-        config = ranks.on_main(world, settled, config, folder, world.device)
+        config = ranks.on_main(world, settled, config, folder, world.device, config.data.threads or world.num_cores)
 
         def claim_folder() -> None:
             try:

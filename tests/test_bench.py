@@ -1,15 +1,19 @@
-"""bench data: every part is measured on a real set, and the verdict follows from the figures."""
+"""bench data and bench step: every part is measured on a real set, and what limits follows from the figures."""
 
+import dataclasses
 import json
-import re
+import time
 
 import pytest
 import torch
+import yaml
 from conftest import tiny_run
 
 from dist_train import bench, bench_step
-from dist_train.config import DataConfig, RunConfig
+from dist_train.config import AugmentConfig, DataConfig, RunConfig
 from dist_train.errors import UserError
+from dist_train.folds import open_index
+from dist_train.step_parts import StepParts
 
 
 def test_every_part_of_the_feeding_is_measured(digits, capsys):
@@ -21,7 +25,9 @@ def test_every_part_of_the_feeding_is_measured(digits, capsys):
     for part in parts.values():
         assert 0 < part["spread"][0] <= part["images_per_s"] <= part["spread"][1]
     assert figures["batch_size"] == 64 and figures["threads"] == 1
-    assert any("limits" in line for line in lines)
+    assert figures["limits"] in ("reading", "decoding", "augmentation") and figures["most_to_win"] >= 1
+    (limits,) = (line for line in lines if "limits: if it cost nothing" in line)
+    assert f"{figures['most_to_win']:.1f} times as many" in limits
 
 
 def test_a_table_is_measured_without_decoding(tmp_path):
@@ -30,24 +36,78 @@ def test_a_table_is_measured_without_decoding(tmp_path):
     shard.main(["--source", "sklearn", "--dataset", "iris", "--out", str(tmp_path / "iris"), "--workers", "1"])
     config = RunConfig(data=DataConfig(shards=str(tmp_path / "iris"), global_batch_size=16, threads=1))
     figures = bench.measure(config, torch.device("cpu"), 0.01, repeats=2)
-    assert set(figures) == {"bytes", "stream", "cached", "threads", "batch_size", "on"}
+    assert set(figures) == {"bytes", "stream", "cached", "limits", "most_to_win", "threads", "batch_size", "on"}
+    assert figures["limits"] == "reading"
+    uncached = dataclasses.replace(config, data=dataclasses.replace(config.data, cache="none"))
+    figures = bench.measure(uncached, torch.device("cpu"), 0.01, repeats=1)
+    assert "cached" not in figures and figures["most_to_win"] is None
+    assert all(f"{figures[name]['images_per_s']:,.0f}" in bench.verdict(figures, uncached)[0] for name in ("bytes", "stream"))
+
+
+def test_what_the_network_needs_stands_beside_what_the_feeding_has(digits, tmp_path, capsys):
+    argv = tiny_run(digits, tmp_path / "unused")
+    settings = {}
+    for key, value in zip(argv[::2], argv[1::2], strict=True):
+        if key not in ("--run", "--track.wandb"):  # YAML reads its "off" as false
+            section, _, name = key.removeprefix("--").partition(".")
+            settings.setdefault(section, {})[name] = yaml.safe_load(value)
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    bench.main(["data", "--config", str(recipe), "--seconds", "0.02", "--json"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    figures, out = json.loads(last), " ".join(" ".join(lines).split())
+    assert figures["need"] == figures["step"]["images_per_s"] > 0 and figures["threads"] == 1
+    assert figures["epochs"]["first"]["have"] == figures["stream"]["images_per_s"]
+    assert figures["epochs"]["later"]["have"] == figures["cached"]["images_per_s"]
+    # a network takes longer than 96 rows of 64 bytes from memory
+    assert figures["limits"] == "the step" and 1 < figures["most_to_win"] < 2
+    assert f"takes {figures['need']:,.0f} images/s" in out and "in later ones" in out
+    assert f"the training would be {figures['most_to_win']:.2f} times as fast at most" in out
+    assert not (tmp_path / "unused").exists()
 
 
 @pytest.mark.parametrize(
-    ("rates", "verdict"),
+    ("rates", "part", "win"),
     [
-        ({"bytes": 900, "decode": 300, "stream": 300, "augment": 290}, "Decoding limits.* 3.0 times"),
-        ({"bytes": 200, "decode": 300, "stream": 190, "augment": 180}, "Reading limits"),
-        ({"bytes": 900, "decode": 300, "stream": 300, "augment": 100}, "Augmentation limits.* 3.0 times"),
-        (
-            {"bytes": 900, "decode": 800, "stream": 800, "device": 200, "augment": 190},
-            "The way to the device .* 4.0 times",
-        ),
-        ({"bytes": 900, "stream": 800}, "Reading limits"),
+        ({"bytes": 900, "decode": 300, "stream": 300, "augment": 290}, "decoding", 3),
+        ({"bytes": 200, "decode": 380, "stream": 190, "augment": 180}, "reading", 2),
+        ({"bytes": 900, "decode": 300, "stream": 300, "augment": 100}, "augmentation", 3),
+        ({"bytes": 900, "decode": 800, "stream": 800, "device": 200, "augment": 190}, "the way to the device", 4),
+        ({"bytes": 900, "stream": 800, "cached": 8000}, "reading", 10),
+        ({"bytes": 900, "stream": 800}, "reading", None),
     ],
 )
-def test_the_verdict_names_the_slowest_part(rates, verdict):
-    assert re.search(verdict, bench.verdict(rates))
+def test_the_slowest_part_of_the_feeding_limits(rates, part, win):
+    assert bench.alone(rates) == {"limits": part, "most_to_win": win}
+
+
+@pytest.mark.parametrize(
+    ("rates", "shares_cores", "first", "later"),
+    [
+        # beside a GPU the slower of the two counts: 300 becomes 450, what the step takes
+        ({"bytes": 900, "decode": 300, "stream": 300, "step": 450}, False, (300, "decoding", 1.5), None),
+        ({"bytes": 900, "decode": 300, "stream": 300, "step": 200}, False, (300, "the step", 1), None),
+        ({"bytes": 900, "decode": 800, "stream": 800, "device": 200, "step": 400}, False, (200, "the way to the device", 2), None),
+        # on the same cores times add up: 1/300 + 1/600 becomes 1/900 + 1/600
+        ({"bytes": 900, "decode": 300, "stream": 300, "step": 600}, True, (300, "decoding", 1.8), None),
+        ({"bytes": 900, "decode": 300, "stream": 300, "cached": 900, "step": 100}, True, (300, "the step", 4 / 3),
+         (900, "the step", 10 / 9)),
+        ({"bytes": 200, "stream": 200, "cached": 400, "step": 800}, True, (200, "reading", 5 / 3), (400, "gathering", 3)),
+    ],
+)  # fmt: skip
+def test_feed_and_step_together_say_what_limits_a_training(rates, shares_cores, first, later):
+    found = bench.compared(rates, shares_cores)
+    assert found["need"] == rates["step"] and list(found["epochs"]) == (["first", "later"] if later else ["first"])
+    for name, (have, part, win) in {"first": first, "later": later or first}.items():
+        expected = {"have": have, "limits": part, "most_to_win": pytest.approx(win)}
+        assert found["epochs"].get(name, expected) == expected
+    assert (found["limits"], found["most_to_win"]) == ((later or first)[1], pytest.approx((later or first)[2]))
+
+
+def test_help_names_both_benchmarks(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--help"])
+    assert "dist-train bench data" in (out := capsys.readouterr().out) and "dist-train bench step" in out
 
 
 def test_no_shards_and_no_benchmark_are_named():
@@ -57,16 +117,49 @@ def test_no_shards_and_no_benchmark_are_named():
         bench.main(["speed"])
 
 
-def test_a_step_is_timed_from_shards_and_from_memory(digits, tmp_path, capsys):
-    settings = tiny_run(digits, tmp_path / "unused")
+def test_a_step_is_timed_from_shards_and_from_memory(digits, tmp_path, capsys, monkeypatch):
+    settings, asked = tiny_run(digits, tmp_path / "unused", "--optim.schedule", "plateau"), []
     at = settings.index("--run")
-    bench.main(["step", *settings[:at], *settings[at + 2 :], "--steps", "4", "--json"])
-    out = capsys.readouterr().out
-    figures = json.loads(out.splitlines()[-1])
+    monkeypatch.setattr(bench_step, "settled", lambda config, folder, device, num_threads: asked.append(num_threads) or config)
+    bench.main(["step", *settings[:at], *settings[at + 2 :], "--steps", "4", "--turns", "2", "--json"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    figures, out = json.loads(last), " ".join(" ".join(lines).split())
     assert figures["images_per_s"] == pytest.approx(96 / figures["step_s"])
-    assert figures["synthetic_images_per_s"] > 0 and 0 < figures["mfu"] < 1.5
+    for rate, spread in (("images_per_s", "spread"), ("synthetic_images_per_s", "synthetic_spread")):
+        assert 0 < figures[spread][0] < figures[rate] < figures[spread][1]
+    assert 0 < figures["mfu"] < 1.5 and figures["is_kept"] and asked == [1]  # as a training asks, who decodes
     assert sum(figures["shares"].values()) == pytest.approx(1, abs=1e-3) and figures["shares"]["backward"] > 0
-    assert "The largest part is" in out and not (tmp_path / "unused").exists()
+    assert f"The largest part is {figures['limits']}; without it" in out
+    assert f"A feed that cost nothing would change the rate by {figures['free_feed_win']:+.1%}." in out
+    assert not (tmp_path / "unused").exists()
+
+
+def test_rates_come_from_steps_in_which_no_part_is_timed(digits, tmp_path, capsys, monkeypatch):
+    mark = StepParts.mark
+
+    def slow_mark(parts, part):
+        if parts.num_steps:
+            time.sleep(0.02)
+        mark(parts, part)
+
+    monkeypatch.setattr(StepParts, "mark", slow_mark)
+    settings = tiny_run(digits, tmp_path / "unused", "--data.cache", "none")
+    at = settings.index("--run")
+    bench.main(["step", *settings[:at], *settings[at + 2 :], "--steps", "2", "--turns", "1", "--json"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["timed_step_s"] > figures["step_s"] + 0.1 and not figures["is_kept"]  # six marks and more a step
+
+
+def test_what_is_kept_decoded_follows_from_cache_crop_and_size(digits):
+    def config(**data) -> RunConfig:
+        return RunConfig(data=DataConfig(shards=digits, **data), augment=AugmentConfig(crop="random_resized"))
+
+    index = open_index(config())
+    for data, expected in (({}, True), ({"cache": "none"}, False), ({"decoded_gb": 1e-6}, False), ({"cache": "disk"}, True),
+                           ({"crop": "random_resized", "image_size": 16}, False)):  # fmt: skip
+        assert bench_step.is_kept(config(**data), index) == expected, data
+    assert bench_step.decoded_bytes(config(), index) == 3 * 8 * 8
+    assert bench_step.decoded_bytes(config(crop="resize", image_size=16), index) == 3 * 16 * 16
 
 
 def test_the_gain_is_amdahls():

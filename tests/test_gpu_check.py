@@ -2,13 +2,20 @@
 
 import importlib.util
 import json
+import shutil
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 
+import benchmarks.training
+from benchmarks import step
 from benchmarks.gpu_check import CARD, goals, main
 from benchmarks.scaling import predicted_bytes, predicted_seconds
+from dist_train import runtime
 from dist_train.config import RunConfig, TrainConfig
 from dist_train.parallel import spread
 from dist_train.runtime import World
@@ -52,6 +59,22 @@ def test_what_the_time_does_not_allow_is_named(tmp_path, capsys):
     assert report["checks"] == {} and "peak" in report["left_out"]
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize("has_cifar10", [False, True])
+def test_the_makefile_times_the_way_to_94_where_there_is_cifar10_and_can_do_without_timm(tmp_path, has_cifar10):
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    if has_cifar10:
+        (tmp_path / "shards/cifar10").mkdir(parents=True)
+        (tmp_path / "shards/cifar10/index.json").touch()
+    command = ["make", "--dry-run", "-C", tmp_path, "-f", ROOT / "Makefile", "gpu-check"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    (check,) = (line for line in lines if "gpu_check.py" in line)
+    assert check.endswith("--cifar10 shards/cifar10") == has_cifar10
+    (fetch,) = (line for line in lines if "'.[bench]'" in line)
+    assert fetch.endswith("|| true") and not (tmp_path / ".venv").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys):
     assert main([]) == 2
@@ -60,6 +83,41 @@ def test_without_a_gpu_it_says_so(capsys):
 
 def test_the_networks_of_the_card_are_those_of_the_goals():
     assert {network[:2] for network in CARD.networks} == {("alexnet", 224), ("vgg13", 224), ("vgg13", 32)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "has_bf16", "expected"),
+    [("auto", True, "bf16"), ("auto", False, "fp32"), ("fp32", True, "fp32"), ("bf16", False, "bf16")],
+)
+def test_benchmarks_take_bf16_where_the_processor_has_it(monkeypatch, asked, has_bf16, expected):
+    monkeypatch.setattr(runtime, "is_slow", lambda precision, device: precision == "bf16" and not has_bf16)
+    assert benchmarks.training.precision_for(asked, torch.device("cpu")) == expected
+
+
+def test_a_result_of_a_step_is_named_by_what_it_depends_on():
+    def path(**options):
+        return str(step.out_path(SimpleNamespace(model="alexnet", size=64, precision="bf16", out="", **options), "cpu"))
+
+    assert path(shards="") == "benchmarks/results/step-alexnet-64-bf16-cpu.json"
+    assert path(shards="shards/cifar10/") == "benchmarks/results/step-alexnet-64-cifar10-bf16-cpu.json"
+
+
+def test_real_shards_are_timed_from_memory_and_decoded_anew(digits, tmp_path, monkeypatch):
+    settings, trained = benchmarks.training.settings, []
+    narrow = lambda *argv: trained.append(settings(*argv, "--model.width", "0.0625")) or trained[-1]  # noqa: E731
+    monkeypatch.setattr(benchmarks.training, "settings", narrow)
+    options = SimpleNamespace(shards=digits, scratch=str(tmp_path), model="alexnet", size=64, batch_size=8, precision="fp32",
+                              steps=1, compile=False)  # fmt: skip
+    before = sorted(Path(digits).iterdir())
+    lines = {kind: step.trainer(SimpleNamespace(worker=kind, **vars(options)))() for kind in ("dist_train", "uncached")}
+    assert [config.data.cache for config in trained] == ["auto", "none"]
+    assert [line["is_kept"] for line in lines.values()] == [True, False]
+    assert all(line["images_per_s"] > 0 for line in lines.values()) and sorted(Path(digits).iterdir()) == before
+    rates = {"plain": 1, "dist_train": 8, "uncached": 6, "synthetic": 10, "arithmetic": 16}
+    figures = {kind: [{"images_per_s": rate, "data_wait": 0}] for kind, rate in rates.items()}
+    found = step.summary(figures)
+    assert (found["data_stall"], found["uncached_stall"], found["ratio"]) == (0.2, 0.4, 8)
+    assert "uncached_stall" not in step.summary({kind: figures[kind] for kind in step.KINDS})
 
 
 def test_predicted_bytes_are_those_of_rings_and_slices():

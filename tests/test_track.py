@@ -73,6 +73,17 @@ def test_no_step_stands_twice_after_a_resume(tmp_path):
     assert times == sorted(times)
 
 
+def test_where_the_time_goes_is_said_once_a_run(tmp_path, capsys):
+    for resume_step, profiled in ((None, (20, 40)), (30, (50,)), (10, (20,))):
+        tracker = open_tracker(tmp_path, OFF, True, 100, resume_step)
+        for step in profiled:
+            tracker.profile(step, 0.03, {"data": 0.1, "forward": 0.9})
+        tracker.finish(True)
+        assert steps_of(read_metrics(tmp_path / "metrics.jsonl"), "profile") == [20]
+    # the last restart took the line of step 20 back, so it was measured and said again
+    assert capsys.readouterr().out.count("where a step's 30.0 ms go: data 10%  forward 90%") == 2
+
+
 def test_a_fresh_start_takes_back_every_line(tmp_path):
     for steps in ([0, 10], [0]):
         tracker = open_tracker(tmp_path, OFF, True, 100, None)
@@ -114,11 +125,12 @@ assert not {{"wandb", "rich", "torch", "dist_train.wandb_log"}} & set(sys.module
 
 def test_lines_for_log_files_show_the_figures(tmp_path, capsys):
     tracker = open_tracker(tmp_path, OFF, True, 100, None)
-    tracker.train(20, {**values(20), "data_wait": 0.25})
+    tracker.train(20, {**values(20), "data_wait": 0.25, "tflops": 0.3412, "mfu": 0.5649})
     tracker.evaluation(20, "val", {"loss": 0.5, "top1": 0.75})
     tracker.finish(True)
     out = capsys.readouterr().out
-    for part in ("step 20", "loss 0.0476", "lr 1.00e-02", "500 images/s", "waits for data 25%", "top1 75.00%"):
+    for part in ("step 20", "loss 0.0476", "lr 1.00e-02", "500 images/s", "waits for data 25%",
+                 "0.34 TFLOP/s (MFU 56%)", "top1 75.00%"):  # fmt: skip
         assert part in out, part
 
 
