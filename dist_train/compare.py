@@ -15,15 +15,15 @@ import yaml
 
 from dist_train import plots
 from dist_train.bars import Bar, bar_chart
-from dist_train.config import RunConfig
+from dist_train.config import RunConfig, changes_results
 from dist_train.errors import UserError
 from dist_train.page import Chart, Section, Table, write_page
+from dist_train.remote import shown
 from dist_train.report import duration
 from dist_train.settings import flatten, from_dict, to_dict
 from dist_train.track import read_metrics
 
-_NO_DIFFERENCE = ("seed", "data.fold", "runtime.", "track.", "data.threads", "data.prefetch_mb", "train.keep_checkpoints",
-                  "train.checkpoint_every_steps", "train.log_every_steps")  # fmt: skip
+_REPEATS = ("seed", "data.fold")  # runs that differ in these alone are the same training, done again
 _COLOURS = ("one", "two", "three")
 
 
@@ -98,22 +98,23 @@ def read_finished(folder: Path) -> Finished:
     evals = [line for line in lines if line["kind"] == "eval" and line["split"] == config.data.val_split
              and line.get("top1") is not None and "epoch" in line]  # fmt: skip
     return Finished(
-        name=folder.resolve().name, settings=flatten(to_dict(config)), figures=figures,
+        name=run_name(folder.resolve()), settings=flatten(to_dict(config)), figures=figures,
         seconds=max((line.get("time_s") or 0.0 for line in lines), default=0.0), epochs=float(result.get("epoch", 0)),
         samples_per_s=statistics.median(rates) if rates else None,
         curve=([line["epoch"] for line in evals], [line["top1"] for line in evals]),
     )  # fmt: skip
 
 
+def run_name(folder: Path) -> str:
+    """The folder's name; of a fold of a study's trial also the trial's, since all of them have a fold-0."""
+    return "/".join(folder.parts[-2:]) if folder.parent.parent.name == "trials" else folder.name
+
+
 def grouped(runs: list[Finished]) -> list[Group]:
     """Runs by their settings, seeds and folds together, in the order given."""
     groups: dict[str, list[Finished]] = {}
     for run in runs:
-        key = {
-            name: value
-            for name, value in run.settings.items()
-            if not name.startswith(_NO_DIFFERENCE) or name == "data.folds"
-        }
+        key = {name: value for name, value in run.settings.items() if is_difference(name)}
         groups.setdefault(json.dumps(key, sort_keys=True), []).append(run)
     return [Group(members[0].name + (f" and {len(members) - 1} more" if len(members) > 1 else ""), members)
             for members in groups.values()]  # fmt: skip
@@ -123,10 +124,12 @@ def differences(groups: list[Group]) -> dict[str, list]:
     """Setting -> its value in each group, for those that are not the same in all."""
     names = dict.fromkeys(name for group in groups for name in group.runs[0].settings)
     values = {name: [group.runs[0].settings.get(name) for group in groups] for name in names}
-    return {
-        name: row for name, row in values.items()
-        if any(value != row[0] for value in row) and (not name.startswith(_NO_DIFFERENCE) or name == "data.folds")
-    }  # fmt: skip
+    return {name: row for name, row in values.items() if any(value != row[0] for value in row) and is_difference(name)}
+
+
+def is_difference(name: str) -> bool:
+    """Whether runs with different values of a setting are different trainings."""
+    return changes_results(name) and name not in _REPEATS
 
 
 def comparison(groups: list[Group]) -> Table:
@@ -203,4 +206,4 @@ def _spoken(values: list[float], form: str) -> str:
 def _value(value) -> str:
     if isinstance(value, list):
         return ", ".join(map(_value, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value) if value != "" else "–"
+    return f"{value:.4g}" if isinstance(value, float) else shown(str(value)) if value != "" else "–"

@@ -260,9 +260,9 @@ class Run:
         saved = state.to_saved(self.accelerator.scaler)
         tensors = self.parallel.gathered(saved.tensors)
         if self.world.is_main:
-            saved = dataclasses.replace(saved, tensors=tensors)
             saved.state["data"] = self.data_facts()
-            self.checkpoints.save(saved, is_best)
+            self.tracker.sync()
+            self.checkpoints.save(dataclasses.replace(saved, tensors=tensors), is_best)
 
     def close(self) -> None:
         """Let no checkpoint be half written when the process ends; then hand the signals back, if they were taken here."""

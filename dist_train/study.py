@@ -1,14 +1,14 @@
 """Many trainings of one recipe, to find better settings: `dist-train study FILE`.
 
-Any number of processes may work on one study: start the same command on several machines, or as a SLURM array. What is
-to be done and what came of it lie in Optuna's journal; a trial whose process died is tried again by whoever comes next.
+Any number of processes may work on one study: start the same command on several machines, or launch/study.sbatch on a SLURM
+cluster. What is to be done and what came of it lie in Optuna's journal; a trial whose process died is tried again by whoever
+comes next.
 """
 
 import argparse
 import contextlib
-import fcntl
 import json
-import os
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,14 +16,15 @@ import xxhash
 import yaml
 
 from dist_train import runtime, search
-from dist_train.config import RunConfig, StudyConfig
+from dist_train.config import RunConfig, StudyConfig, changes_results
 from dist_train.errors import UserError
 from dist_train.folds import fold_view
 from dist_train.index import load_index
+from dist_train.journal import counted_trials, locked, open_journal
+from dist_train.remote import shown
 from dist_train.search import Space, changed, check_values, read_space, recipe_with
 from dist_train.settings import flatten, option_lines, read_config, to_dict
 
-_LONGEST_LINE = 1 << 24  # of a journal, bytes
 MAX_ATTEMPTS = 3  # a trial that has taken its process with it this often is given up
 
 
@@ -38,22 +39,22 @@ def main(argv: list[str]) -> int:
     refuse_ranks()
     study = open_study(plan)
     num_done, stopped = 0, ""
-    while not stopped:
-        with claimed_trial(plan, study) as trial:
-            if trial is None:
-                break
-            stopped = work_on(plan, study, trial)
-            num_done += not stopped
+    with contextlib.closing(runtime.StopRequests(plan.folder / "trials")) as requests:
+        while not stopped:
+            with claimed_trial(plan, study) as trial:
+                if trial is None:
+                    break
+                stopped = work_on(plan, study, trial, requests)
+                num_done += not stopped
+            stopped = stopped or requests.reason
     with locked(plan.folder / "report.lock"):  # whoever else is done writes the same files
         report = write_study_report(plan, study)
-    print(
-        f"{plan.folder}: {num_done} trials done here{f', stopped by {stopped}' if stopped else ''}; {report.summary}",
-        flush=True,
-    )
+    end = f", stopped by {stopped}" if stopped else ""
+    print(f"{plan.folder}: {num_done} trials done here{end}; {report.summary}", flush=True)
     if report.best_recipe:
         print(f"report: {report.page}\nbest:   dist-train train --config {report.best_recipe}", flush=True)
-    elif report.first_failure and not stopped:
-        raise UserError(f"{plan.folder}: no trial could be trained. The first one:\n  {report.first_failure}")
+    elif report.failure and not stopped:
+        raise UserError(f"{plan.folder}: {report.failure}")
     return runtime.EXIT_STOPPED if stopped else 0
 
 
@@ -69,6 +70,14 @@ class Plan:
     shards: str
 
     @property
+    def journal(self) -> Path:
+        return Path(self.config.storage or self.folder / "journal.log")
+
+    def lock(self, name: str) -> Path:
+        """Beside the journal, which all processes share; the folder of results may be each machine's own."""
+        return self.journal.with_name(f"{self.journal.name}.locks") / f"{self.folder.name}-{name}"
+
+    @property
     def num_trials(self) -> int:
         """Trials over all processes."""
         if self.config.sampler == "grid":
@@ -81,30 +90,22 @@ class Plan:
 
     def trial_folder(self, config: RunConfig) -> Path:
         """One for each set of settings: whoever trains them again finds the folds that are done."""
-        settings = sorted(
-            (k, v) for k, v in flatten(to_dict(config)).items() if not k.startswith(("runtime.", "track."))
-        )
-        return (
-            self.folder / "trials" / xxhash.xxh3_64_hexdigest(f"{settings} {self.config.folds} {self.shards}".encode())
-        )
+        settings = sorted((k, v) for k, v in flatten(to_dict(config)).items() if _counts(k))
+        name = xxhash.xxh3_64_hexdigest(f"{settings} {self.config.folds} {self.shards}".encode())
+        return self.folder / "trials" / name
 
     def identity(self) -> dict:
         """What must not change while a study lasts; the number of trials, pruning and places may."""
-        config = to_dict(self.config) | {"recipe": None, "name": None, "trials": None, "storage": None, "prune": None}
-        base = {
-            k: v
-            for k, v in flatten(to_dict(self.base)).items()
-            if not k.startswith(("runtime.", "track.", "data.shards"))
-        }
+        free = dict.fromkeys(("recipe", "name", "trials", "storage", "prune", "prune_from"))
+        config, base = to_dict(self.config) | free, {k: v for k, v in flatten(to_dict(self.base)).items() if _counts(k)}
         space = {"ranges": self.space.ranges, "choices": self.space.choices, "variants": self.space.variants}
         return json.loads(json.dumps({"study": config, "recipe": base, "space": space, "shards": self.shards}))
 
 
 def read_plan(argv: list[str]) -> Plan:
     """`dist-train study FILE [--run FOLDER] [--trials N ...]` -> Plan. Raises UserError, all faults of a kind at once."""
-    parser = argparse.ArgumentParser(
-        prog="dist-train study", description=__doc__.splitlines()[0], formatter_class=argparse.RawTextHelpFormatter
-    )
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(prog="dist-train study", description=__doc__.splitlines()[0], formatter_class=raw)
     parser.add_argument("file", help="YAML file with a `study:` part and a `search:` or `variants:` part")
     parser.add_argument("--run", help="folder of the results; default runs/NAME")
     if {"-h", "--help"} & set(argv):
@@ -116,37 +117,37 @@ def read_plan(argv: list[str]) -> Plan:
         tree = yaml.safe_load(Path(path).read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot read the study: {getattr(error, 'strerror', None) or error}") from None
-    unknown = (
-        sorted(map(str, set(tree) - {"study", "search", "variants"})) if isinstance(tree, dict) else [str(tree)[:20]]
-    )
+    parts = {"study", "search", "variants"}
+    unknown = sorted(map(str, set(tree) - parts)) if isinstance(tree, dict) else [str(tree)[:20]]
     if unknown or not isinstance(tree.get("study"), dict):
-        raise UserError(
-            f"{path}: expected the parts study, search and variants; found {', '.join(unknown) or 'no study'}."
-        )
+        raise UserError(f"{path}: expected the parts study, search and variants; found {', '.join(unknown) or 'no study'}.")
     words = [f"--{name}={value}" for name, value in tree["study"].items()]
     try:
         read_config(StudyConfig, words, "dist-train study")
     except UserError as error:
         raise UserError(str(error).replace("command line: ", f"{path}: study.")) from None
-    config = read_config(
-        StudyConfig, words + [word.replace("--study.", "--") for word in overrides], "dist-train study"
-    )
+    words += [word.replace("--study.", "--") for word in overrides]
+    config = read_config(StudyConfig, words, "dist-train study")
     if not Path(config.recipe).is_file():
         raise UserError(f"{path}: study.recipe is {config.recipe!r}, which is no file; expected a recipe's path.")
     if config.folds == 1 or config.folds < 0 or config.trials < 0:
         raise UserError(f"{path}: study.folds is {config.folds} and study.trials {config.trials}; expected 0, or folds from 2 "
                         f"and trials from 1.")  # fmt: skip
+    if "://" in config.storage:
+        raise UserError(f"{path}: study.storage is {shown(config.storage)!r}; expected the path of a journal, a file on a disk "
+                        f"that all processes share, such as /shared/tune.log.")  # fmt: skip
+    if not 0 <= config.prune_from <= 1:
+        raise UserError(f"{path}: study.prune_from is {config.prune_from}; expected a share of a training, 0 to 1.")
     space = read_space(path, tree.get("search") or {}, tree.get("variants") or {}, config.sampler)
     base = recipe_with(config.recipe, {})
     if not base.data.shards:
         raise UserError(f"{config.recipe}: data.shards is not set; a study's recipe has to name its shards.")
-    index = load_index(base.data.shards)
+    index = load_index(base.data.shards, base.data.cache_dir, base.data.cache_gb)
     if config.folds:
         fold_view(index, replace(base, data=replace(base.data, folds=config.folds)))
     elif base.data.val_split not in index.splits:
-        raise UserError(
-            f"{base.data.shards}: there is no split {base.data.val_split!r} to compare on; set study.folds, to 5 say."
-        )
+        raise UserError(f"{shown(base.data.shards)}: there is no split {base.data.val_split!r} to compare on; set study.folds, "
+                        f"to 5 say.")  # fmt: skip
     check_values(path, config.recipe, space)
     folder = Path(options.run or f"runs/{config.name or Path(path).stem}")
     return Plan(path, folder, config, space, base, index.split(base.data.train_split).fingerprint())
@@ -154,10 +155,8 @@ def read_plan(argv: list[str]) -> Plan:
 
 def refuse_ranks() -> None:
     if runtime.num_launched() > 1:
-        raise UserError(
-            "a study's trainings each take one process, and this job has several ranks.\n"
-            "  Start `dist-train study` without a launcher, as often as you like: all work on the same study."
-        )
+        raise UserError("a study's trainings each take one process, and this job has several ranks.\n"
+                        "  Start `dist-train study` without a launcher, as often as you like: all work on one study.")  # fmt: skip
 
 
 def open_study(plan: Plan):
@@ -166,28 +165,25 @@ def open_study(plan: Plan):
     Raises UserError if the folder holds another study.
     """
     optuna = _optuna()
-    journal = Path(plan.config.storage or plan.folder / "journal.log")
     try:
-        for folder in (plan.folder, journal.parent):
-            folder.mkdir(parents=True, exist_ok=True)
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        plan.lock("").parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{plan.folder}: cannot be made the folder of a study: {error.strerror}.") from None
-    with locked(plan.folder / "lock"):
-        storage = optuna.storages.JournalStorage(open_journal(journal))
+    with locked(plan.lock("claim")):
+        storage = optuna.storages.JournalStorage(open_journal(plan.journal))
         direction = "maximize" if plan.config.metric == "top1" else "minimize"
-        study = optuna.create_study(
-            storage=storage, study_name=plan.folder.name, direction=direction, load_if_exists=True
-        )
+        study = optuna.create_study(storage=storage, study_name=plan.folder.name, direction=direction, load_if_exists=True)
         before, now = study.user_attrs.get("identity"), plan.identity()
         if before is None:
             study.set_user_attr("identity", now)
-        elif before != now:
-            old, new = flatten(before), flatten(now)
+        else:
+            old, new = ({k: v for k, v in flatten(tree).items() if _counts(k.removeprefix("recipe."))} for tree in (before, now))
             names = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-            raise UserError(
-                f"{plan.folder}: the folder holds another study; these differ: {', '.join(names)}.\n"
-                f"  Take another folder with --run, or put them back."
-            )
+            if names:
+                raise UserError(f"{plan.folder}: the folder holds another study; these differ: {', '.join(names)}.\n"
+                                f"  Take another folder with --run, or put them back.")  # fmt: skip
+        queue_failed(study)
         if plan.config.sampler == "grid":  # what is missing, also where a start was cut short or there are to be more trials
             known = [trial.system_attrs.get("fixed_params", trial.params) for trial in counted_trials(study)]
             for drawn in plan.space.grid()[: plan.num_trials]:
@@ -196,59 +192,24 @@ def open_study(plan: Plan):
     return study
 
 
-def open_journal(path: Path):
-    """Optuna's journal, whose lines are written under a lock that ends with its process. Raises UserError if it is none."""
-    optuna = _optuna()
-    lock = JournalLock(path)
-    with locked(lock.path), open(path, "ab+") as file:  # the end of a line that a power cut or full disk cut short
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        if size and file.read(1) != b"{":
-            raise UserError(f"{path}: is no journal of a study.\n  Take another file for study.storage.")
-        file.seek(max(0, size - _LONGEST_LINE))
-        file.truncate(file.tell() + file.read().rfind(b"\n") + 1 if size else 0)
-    return optuna.storages.journal.JournalFileBackend(str(path), lock_obj=lock)
-
-
-class JournalLock:
-    """What Optuna holds while it writes: the kernel lets go of it if the process dies, which of a link nobody would."""
-
-    def __init__(self, path: Path):
-        self.path = path.with_name(f"{path.name}.flock")
-        self._holding = contextlib.ExitStack()
-
-    def acquire(self) -> bool:
-        self._holding.enter_context(locked(self.path))
-        return True
-
-    def release(self) -> None:
-        self._holding.close()
-
-
-def counted_trials(study) -> list:
-    """The trials of a study but for those that were queued anew under another number."""
-    return [trial for trial in study.get_trials(deepcopy=False) if "abandoned" not in trial.user_attrs]
-
-
 @contextlib.contextmanager
 def claimed_trial(plan: Plan, study):
     """Yield the next trial to train, its settings drawn; None if there is nothing left to start.
 
-    One process at a time claims. The trial's lock is held until the block ends, and the kernel lets go of it if the
-    process dies: so the others know.
+    One process at a time claims. The trial's lock is held until the block ends; the kernel lets go of it if the process dies.
     """
     optuna = _optuna()
     with contextlib.ExitStack() as holding:
-        with locked(plan.folder / "lock"):
+        with locked(plan.lock("claim")):
             queue_abandoned(plan, study)
             trials = counted_trials(study)
             queued = [t for t in trials if t.state == optuna.trial.TrialState.WAITING]
             trial = None
             if queued or (plan.config.sampler != "grid" and len(trials) < plan.num_trials):
                 study.sampler = sampler(plan, len(study.get_trials(deepcopy=False)))
-                study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5)
+                study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=round(100 * plan.config.prune_from))
                 trial = study.ask()
-                holding.enter_context(locked(_trial_lock(plan, trial.number)))
+                holding.enter_context(locked(plan.lock(f"{trial.number:05d}")))
                 plan.space.draw(trial)
         yield trial
 
@@ -259,7 +220,11 @@ def queue_abandoned(plan: Plan, study) -> None:
     names = {*plan.space.ranges, *plan.space.choices, *(["variant"] if plan.space.variants else [])}
     for dead in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
         try:
-            with locked(_trial_lock(plan, dead.number), wait=False):
+            with locked(plan.lock(f"{dead.number:05d}"), wait=False) as is_held:
+                if not is_held:
+                    return  # nobody can tell the dead from the living
+                if study.get_trials(deepcopy=False)[dead.number].state.is_finished():
+                    continue  # it has just come to its end
                 attempt = dead.user_attrs.get("attempt", 1)
                 trial = optuna.trial.Trial(study, dead._trial_id)
                 if "abandoned" in dead.user_attrs:  # whoever queued it anew was killed before this
@@ -274,6 +239,15 @@ def queue_abandoned(plan: Plan, study) -> None:
             pass  # alive
 
 
+def queue_failed(study) -> None:
+    """Queue anew, up to MAX_ATTEMPTS, the trials that could not be trained: perhaps for want of a disk, a server or memory."""
+    for failed in counted_trials(study):
+        attempt = failed.user_attrs.get("attempt", 1)
+        if failed.state == _optuna().trial.TrialState.FAIL and attempt < MAX_ATTEMPTS:
+            study.enqueue_trial(failed.system_attrs.get("fixed_params", failed.params),
+                                user_attrs={"attempt": attempt + 1, "again_of": failed.number})  # fmt: skip
+
+
 def queue_again(study, trial, drawn: dict | None, attempt: int) -> None:
     """End a running trial and queue its settings anew; None where its process died before it had drawn them all."""
     trial.set_user_attr("abandoned", True)
@@ -282,11 +256,12 @@ def queue_again(study, trial, drawn: dict | None, attempt: int) -> None:
     study.tell(trial.number, state=_optuna().trial.TrialState.FAIL)
 
 
-def work_on(plan: Plan, study, trial) -> str:
+def work_on(plan: Plan, study, trial, requests: runtime.StopRequests) -> str:
     """Train a trial and tell Optuna; returns why the process was asked to stop, or "" if it was not."""
     import torch
 
-    from dist_train.trial import Stopped, mean_figures, run_trial
+    from dist_train.study_report import described
+    from dist_train.trial import Diverged, Stopped, mean_figures, run_trial
 
     optuna = _optuna()
     config, metric, newest = plan.trial_config(trial.params), plan.config.metric, -1
@@ -299,7 +274,7 @@ def work_on(plan: Plan, study, trial) -> str:
         if percent <= newest or figures[metric] is None:
             return
         newest = percent
-        if not plan.config.prune:
+        if not plan.config.prune or percent >= 100 * max(1, plan.config.folds):  # all of it is trained: its figure counts
             return
         trial.report(figures[metric], percent)
         if trial.should_prune():
@@ -307,17 +282,21 @@ def work_on(plan: Plan, study, trial) -> str:
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(folder / "lock"):  # two trials may have drawn the same settings
-            results = run_trial(config, plan.config.folds, folder, watch)
+        with trial_folder_lock(folder / "lock", requests):
+            results = run_trial(config, plan.config.folds, folder, watch, requests)
         value = mean_figures(results)[metric]
         if value is None:
-            raise UserError(f"the validation loss is not finite: {results}")
+            raise Diverged("a training has no evaluation whose loss is finite")
     except Stopped as stop:
         queue_again(study, trial, trial.params, trial.user_attrs.get("attempt", 1))
         return str(stop) or "a request"
     except optuna.TrialPruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         print(f"trial {trial.number:<4} pruned   {described(trial.params)}", flush=True)
+    except Diverged as error:  # not a failure, of which a sampler learns nothing
+        trial.set_user_attr("why", str(error))
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        print(f"trial {trial.number:<4} diverged {described(trial.params)}: {str(error).splitlines()[0]}", flush=True)
     except (UserError, torch.OutOfMemoryError) as error:  # these settings cannot be trained; others may
         trial.set_user_attr("why", str(error))
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
@@ -330,10 +309,21 @@ def work_on(plan: Plan, study, trial) -> str:
     return ""
 
 
-def described(params: dict) -> str:
-    return "  ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items()
-    )
+@contextlib.contextmanager
+def trial_folder_lock(path: Path, requests: runtime.StopRequests):
+    """`locked`, for which one may wait as long as a trial lasts: two may have drawn the same settings. Raises Stopped."""
+    from dist_train.trial import Stopped
+
+    with contextlib.ExitStack() as holding:
+        while True:
+            try:
+                holding.enter_context(locked(path, wait=False))
+                break
+            except BlockingIOError:
+                if requests.reason:
+                    raise Stopped(requests.reason) from None
+                time.sleep(0.5)
+        yield
 
 
 def sampler(plan: Plan, number: int):
@@ -345,20 +335,9 @@ def sampler(plan: Plan, number: int):
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-@contextlib.contextmanager
-def locked(path: Path, wait: bool = True):
-    """Hold an exclusive lock on a file. Raises BlockingIOError where wait is False and another process holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _trial_lock(plan: Plan, number: int) -> Path:
-    return plan.folder / "locks" / f"{number:05d}"
+def _counts(name: str) -> bool:
+    """Whether a setting tells one trial, or study, from another: the shards do so by what is in them."""
+    return changes_results(name) and name != "data.shards"
 
 
 def _optuna():

@@ -57,6 +57,8 @@ class SilentTracker:
 
     def profile(self, step: int, step_s: float, shares: dict) -> None: ...
 
+    def sync(self) -> None: ...
+
     def message(self, text: str) -> None: ...
 
     def figures(self, pictures: dict) -> None: ...
@@ -96,6 +98,10 @@ class Tracker:
         parts = "  ".join(f"{part} {share:.0%}" for part, share in shares.items())
         self._console.message(f"where a step's {1000 * step_s:,.1f} ms go: {parts}")
         self._send(line)
+
+    def sync(self) -> None:
+        """Return when every line so far is on the disk: before a checkpoint, which a restart would go on from."""
+        self._metrics.sync()
 
     def message(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -163,6 +169,11 @@ class MetricsFile:
             if sync:
                 os.fsync(self._file.fileno())
         return line
+
+    def sync(self) -> None:
+        """Return when every line is on the disk."""
+        with _named_errors(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         with _named_errors(self.path):

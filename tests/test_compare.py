@@ -48,6 +48,19 @@ def test_seeds_and_folds_count_together_and_differences_are_shown(tmp_path):
     assert re.findall(r">([^<]+)</span>", legend) == ["a0", "b"]
 
 
+def test_settings_that_no_result_depends_on_do_not_part_seeds(tmp_path):
+    runs = [finished_run(tmp_path / "a", 0.9), finished_run(tmp_path / "b", 0.9, seed=1, data={"cache": "none", "verify": False}),
+            finished_run(tmp_path / "c", 0.9, seed=2, train={"profile_steps": 0}, data={"cache_dir": "elsewhere"})]  # fmt: skip
+    assert [len(group.runs) for group in grouped(read_all(runs))] == [3]
+    others = [finished_run(tmp_path / "d", 0.9, data={"shards": "https://me:word@host/set"}),
+              finished_run(tmp_path / "e", 0.9, train={"max_steps": 5}),
+              finished_run(tmp_path / "f", 0.9, data={"folds": 5})]  # fmt: skip
+    groups = grouped(read_all([*runs, *others]))
+    assert [len(group.runs) for group in groups] == [3, 1, 1, 1]
+    assert set(differences(groups)) == {"data.shards", "train.max_steps", "data.folds"}
+    assert "https://host/set" in comparison(groups).plain() and "word" not in comparison(groups).plain()
+
+
 def test_the_page_stands_alone(tmp_path, capsys):
     runs = [finished_run(tmp_path / name, top1, model={"width": width})
             for name, top1, width in (("small <b>", 0.8, 0.5), ("large", 0.9, 1.0))]  # fmt: skip

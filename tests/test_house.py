@@ -32,7 +32,7 @@ LAYERS = [
     ["evaluate"],
     ["sizes", "decoder_choice", "parallel", "run", "train", "predict", "export", "scores", "preview", "figures", "report",
      "bench_step", "bench"],
-    ["search", "trial", "study_report", "study", "compare"],
+    ["journal", "search", "trial", "study_report", "study", "compare"],
     ["cli"],
 ]  # fmt: skip
 LIGHT = ("config", "index", "order", "cli", "plan", "shard", "sources", "verify", "foreign", "doctor", "report",

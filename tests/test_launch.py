@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 PROJECT = Path(__file__).parent.parent
-SCRIPTS = [PROJECT / "launch/local.sh", PROJECT / "launch/train.sbatch", PROJECT / "launch/site.env.example"]
+SCRIPTS = [PROJECT / "launch" / name for name in ("local.sh", "train.sbatch", "site.env.example", "shard.sbatch", "study.sbatch")]
 ACCELERATE = [PROJECT / "accelerate_config.yaml", *sorted((PROJECT / "launch/accelerate").glob("*.yaml"))]
 
 # Stands in for Python: writes down what it was given, then does what $DO says.
@@ -79,12 +79,18 @@ def run(script, words, env):
 
 def ranks(env, count):
     """What each rank was given, once all of them have started."""
-    files = [Path(env["LOG"], f"rank{rank}") for rank in range(count)]
+    files = await_files(env, *(f"rank{rank}" for rank in range(count)))
+    return [file.read_text().split(maxsplit=6) for file in files]
+
+
+def await_files(env, *names):
+    """Files of the log folder, once all of them are there."""
+    files = [Path(env["LOG"], name) for name in names]
     deadline = time.monotonic() + 20
     while not all(file.exists() for file in files):
-        assert time.monotonic() < deadline, "the ranks did not start"
+        assert time.monotonic() < deadline, f"of {names} some did not come"
         time.sleep(0.02)
-    return [file.read_text().split(maxsplit=6) for file in files]
+    return files
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -194,6 +200,52 @@ def test_a_dry_run_of_a_conversion_shows_both_jobs(machine):
     ]
 
 
+def test_a_dry_run_of_a_study_shows_the_array_and_a_tasks_command(machine):
+    env = machine | {"DRY_RUN": "1", "TASKS": "16", "AT_ONCE": "4", "GPUS": "1", "CPUS": "8", "SBATCH_ACCOUNT": "physics"}
+    code, out, err = run("study.sbatch", [env["RECIPE"], "--trials", "9"], env | {"TIME": "2:00:00"})
+    assert code == 0, err
+    assert out.splitlines() == [
+        "SBATCH_ACCOUNT=physics",
+        f"sbatch --array=0-15%4 --cpus-per-task=8 --gpus-per-node=1 --time=2:00:00 launch/study.sbatch {env['RECIPE']} --trials 9",
+        f"ACCELERATE_USE_CPU=false {env['PYTHON']} -m dist_train study {env['RECIPE']} --trials 9",
+    ]
+    code, out, err = run("study.sbatch", [env["RECIPE"]], machine | {"DRY_RUN": "1"})
+    assert code == 0, err
+    assert out.splitlines()[0] == f"sbatch --array=0-3%4 --cpus-per-task=1 launch/study.sbatch {env['RECIPE']}"
+    assert out.splitlines()[1].startswith("ACCELERATE_USE_CPU=true ")
+    assert not Path(env["LOG"], "rank").exists()
+
+
+@pytest.mark.parametrize("words, extra, complaint", [
+    (["nowhere.yaml"], {}, "there is no such file"), (["RECIPE"], {"TASKS": "many"}, "TASKS is many, AT_ONCE many, CPUS 1"),
+    (["RECIPE"], {"GPUS": "8"}, "GPUS is 8; expected 0 or 1"),
+])  # fmt: skip
+def test_an_array_that_cannot_run_says_why(machine, words, extra, complaint):
+    code, _, err = run("study.sbatch", [machine.get(word, word) for word in words], machine | {"DRY_RUN": "1"} | extra)
+    assert code == 2 and complaint in err
+
+
+@pytest.mark.parametrize("number, code, requeued", [(signal.SIGUSR1, 85, True), (signal.SIGUSR1, 138, True),
+                                                    (signal.SIGUSR1, 0, False), (signal.SIGTERM, 85, False)])  # fmt: skip
+def test_a_warned_task_of_an_array_queues_itself_again_and_no_other(machine, number, code, requeued):
+    word = "USR1" if number == signal.SIGUSR1 else "TERM"
+    env = machine | {
+        "SLURM_JOB_ID": "77", "SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "3", "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_SUBMIT_DIR": str(PROJECT),
+        "DO": f'trap "echo {word} >> $LOG/signals; exit {code}" {word}; touch "$LOG/trapped"; while true; do sleep 0.05; done',
+    }  # fmt: skip
+    with start("study.sbatch", [env["RECIPE"], "--trials", "9"], env) as process:
+        await_files(env, "trapped")
+        process.send_signal(number)
+        process.communicate(timeout=30)
+    assert process.returncode == code
+    given = Path(env["LOG"], "rank").read_text().split()
+    assert given == [":", "false", "-m", "dist_train", "study", env["RECIPE"], "--trials", "9"]
+    assert Path(env["LOG"], "signals").read_text().split() == [word]
+    asked = Path(env["LOG"], "scontrol")
+    assert (asked.read_text() if asked.exists() else "") == ("requeue 77_3\n" if requeued else "")
+
+
 def in_job(machine, tasks="2"):
     return machine | {
         "SLURM_JOB_ID": "12345", "SLURM_NNODES": "2", "SLURM_NTASKS": tasks, "SLURM_JOB_NODELIST": "n[1-2]",
@@ -224,10 +276,10 @@ def test_the_gpus_a_job_holds_decide_unless_the_user_does(machine, given, expect
 
 @pytest.mark.parametrize("code_after_usr1, requeued", [(85, True), (7, False), (0, False)])
 def test_a_warned_job_queues_itself_again_if_it_stopped_in_order(machine, code_after_usr1, requeued):
-    env = in_job(machine) | {"DO": f"trap 'exit {code_after_usr1}' USR1; while true; do sleep 0.05; done"}
+    do = f"trap 'exit {code_after_usr1}' USR1; touch $LOG/trapped$RANK; while true; do sleep 0.05; done"
+    env = in_job(machine) | {"DO": do}
     with start("train.sbatch", [env["RECIPE"]], env) as process:
-        ranks(env, 2)
-        time.sleep(0.2)  # the stand-in sets its second trap after it has reported
+        await_files(env, "trapped0", "trapped1")
         process.send_signal(signal.SIGUSR1)
         process.communicate(timeout=30)
     assert process.returncode == code_after_usr1

@@ -1,6 +1,7 @@
 """Studies: settings are checked first, trials are those a plain training gives, nothing is lost or done twice."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -14,12 +15,19 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dist_train import runtime
+from dist_train import trial as one_trial
+from dist_train.checkpoint import Saved
+from dist_train.compare import grouped, read_all
 from dist_train.config import RunConfig, StudyConfig
 from dist_train.errors import UserError
+from dist_train.journal import counted_trials
+from dist_train.metrics import EvalResult
+from dist_train.report import write_report
 from dist_train.search import Space
 from dist_train.settings import read_config, setting_names
-from dist_train.study import main, open_study, queue_abandoned, read_plan
-from dist_train.study_report import Row, importance, mean_curve, trial_table
+from dist_train.study import claimed_trial, locked, main, open_study, queue_abandoned, read_plan
+from dist_train.study_report import Cut, Row, importance, mean_curve, setting_field, trial_table, variant_bars
 from dist_train.train import run_training
 from dist_train.trial import best_line, mean_figures
 
@@ -67,6 +75,18 @@ def start_study(path: str, **env: str) -> subprocess.Popen:
     with open(f"{path}-{time.monotonic_ns()}.log", "w") as log:
         return subprocess.Popen([sys.executable, "-m", "dist_train", "study", path], stdout=log, stderr=log,
                                 env=os.environ | {"PYTHONPATH": source} | env)  # fmt: skip
+
+
+def pretend(monkeypatch, values: dict[float, list[float]], places=(0.1, 0.3, 1.0)) -> None:
+    """Let a trial of a rate report the accuracies given, at places of its first fold, in place of training."""
+
+    def run_trial(config, folds, folder, watch, stop_requests):
+        for place, top1 in zip(places, values[config.optim.lr], strict=True):
+            watch(place, {"top1": top1, "loss": 1 - top1})
+        figures = {"top1": values[config.optim.lr][-1], "loss": 0.5}
+        return [{**figures, "best_epoch": 1.0, "train_s": 1.0}]
+
+    monkeypatch.setattr(one_trial, "run_trial", run_trial)
 
 
 def test_a_grid_trains_every_combination_once_and_writes_what_it_found(write_study, capsys):
@@ -131,13 +151,15 @@ def test_a_draw_depends_on_its_number_alone(write_study):
         assert params["data.global_batch_size"] in range(32, 65) and type(params["data.global_batch_size"]) is int
 
 
-def test_hopeless_trials_are_pruned_after_fewer_folds(write_study):
+def test_hopeless_trials_are_pruned_after_fewer_folds(write_study, capsys):
     rates = [0.01, 0.011, 0.012, 0.013, 0.014, 0.00001]
     path = write_study({"sampler": "grid", "folds": 3, "metric": "loss"}, search={"optim.lr": rates})
     assert main([path]) == 0
     (pruned,) = [t for t in trials_of(path, "PRUNED") if t.params["optim.lr"] == 0.00001]
     folder = Path("runs/tune", pruned.user_attrs["folder"])
     assert len(list(folder.glob("fold-*"))) < 3
+    shown = f"pruned after {pruned.last_step / 100:g} folds"
+    assert shown in Path("runs/tune/report.html").read_text() and shown in capsys.readouterr().out
     assert min(trials_of(path), key=lambda t: t.value).params["optim.lr"] != 0.00001
 
 
@@ -240,6 +262,19 @@ def test_a_trial_that_takes_its_process_with_it_is_given_up(write_study):
     assert last.user_attrs["why"] == "its process died 3 times"
 
 
+def test_what_could_not_be_trained_is_tried_again_at_the_next_start(write_study):
+    path = write_study({"sampler": "grid"}, search={"optim.lr": [0.01]})
+    plan = read_plan([path])
+    for attempt in (1, 2, 3):
+        study = open_study(plan)
+        with claimed_trial(plan, study) as trial:
+            assert trial.user_attrs.get("attempt", 1) == attempt and trial.params == {"optim.lr": 0.01}
+            study.tell(trial, state=type(study.get_trials()[0].state).FAIL)  # its shards' server is away, say
+        assert len(counted_trials(study)) == 1
+    with claimed_trial(plan, open_study(plan)) as trial:
+        assert trial is None  # it is the settings, then
+
+
 def test_a_kill_while_a_trial_is_queued_anew_queues_it_once(write_study):
     path = write_study({"sampler": "grid"}, search={"optim.lr": [0.01, 0.02]})
     plan = read_plan([path])
@@ -256,17 +291,163 @@ def test_a_kill_while_a_trial_is_queued_anew_queues_it_once(write_study):
 
 def test_a_stopped_study_says_so_and_queues_its_trial(write_study, monkeypatch):
     path = write_study({"sampler": "grid", "folds": 2}, search={"optim.lr": [0.01, 0.02]})
-    from dist_train import runtime, trial
 
     def stop_at_once(run, state):
         run.stop_requests._note(signal.SIGTERM, None)
         state.step = 1
 
     with monkeypatch.context() as patched:
-        patched.setattr(trial, "train", stop_at_once)
+        patched.setattr(one_trial, "train", stop_at_once)
         assert main([path]) == runtime.EXIT_STOPPED
     assert len(trials_of(path, "WAITING")) == 2
     assert main([path]) == 0 and len(trials_of(path)) == 2
+
+
+def test_a_stop_between_two_trainings_is_heard_and_costs_no_attempt(write_study, monkeypatch):
+    path = write_study({"sampler": "grid", "folds": 2}, search={"optim.lr": [0.01]})
+    before = signal.getsignal(signal.SIGUSR1)
+
+    def slow_start(*given):
+        os.kill(os.getpid(), signal.SIGUSR1)  # while shards are opened, say, before there is a training to stop
+        return run(*given)
+
+    run = one_trial.Run
+    with monkeypatch.context() as patched:
+        patched.setattr(one_trial, "Run", slow_start)
+        assert main([path]) == runtime.EXIT_STOPPED
+    assert signal.getsignal(signal.SIGUSR1) == before
+    (queued,) = trials_of(path, "WAITING")
+    assert queued.user_attrs["attempt"] == 1
+    plan = read_plan([path])
+    with locked(plan.trial_folder(plan.trial_config({"optim.lr": 0.01})) / "lock"):  # another trains the same settings
+        monkeypatch.setattr("time.sleep", lambda seconds: os.kill(os.getpid(), signal.SIGUSR1))
+        assert main([path]) == runtime.EXIT_STOPPED
+    assert len(trials_of(path, "WAITING")) == 1
+
+
+def test_trials_are_not_pruned_in_their_warm_up(write_study, monkeypatch):
+    values = {0.1 * k: [0.5, 0.6, 0.7] for k in range(1, 6)} | {7.0: [0.1, 0.65, 0.8], 8.0: [0.1, 0.1, 0.9]}
+    pretend(monkeypatch, values)
+    path = write_study({"sampler": "grid", "folds": 2}, search={"optim.lr": list(values)})
+    assert main([path]) == 0
+    assert [(t.params["optim.lr"], t.last_step) for t in trials_of(path, "PRUNED")] == [(8.0, 30)]
+    pretend(monkeypatch, values | {9.0: [0.1, 0.65, 0.8]})
+    early = write_study({"sampler": "grid", "folds": 2, "prune_from": 0.0}, "early", search={"optim.lr": [*values, 9.0]})
+    assert main([early]) == 0
+    assert [(t.params["optim.lr"], t.last_step) for t in trials_of(early, "PRUNED")] == [(7.0, 10), (8.0, 10), (9.0, 10)]
+
+
+def test_a_trial_that_diverges_is_one_to_learn_from(write_study, capsys):
+    settings = {"optim.name": "sgd", "train.eval_every_epochs": 0.5}
+    path = write_study({"sampler": "grid"}, search={"optim.lr": [0.01, 1e38]}, variants={"sgd": settings})
+    assert main([path]) == 0
+    (diverged,) = trials_of(path, "PRUNED")
+    assert diverged.params["optim.lr"] == 1e38 and "not finite" in diverged.user_attrs["why"]
+    assert not trials_of(path, "FAIL") and "1 finished, 1 diverged" in capsys.readouterr().out
+    page = Path("runs/tune/report.html").read_text()
+    assert f"trial {diverged.number} diverged: step" in page and page.count("diverged") > 1
+    alone = write_study({"sampler": "grid"}, "alone", search={"optim.lr": [1e37, 1e38]}, variants={"sgd": settings})
+    with pytest.raises(UserError, match="runs/alone: every trial diverged: lower optim.lr(.|\n)*not finite"):
+        main([alone])
+
+
+def test_a_process_with_nothing_to_do_does_not_judge_a_study_that_others_work_on(write_study):
+    path = write_study({"sampler": "grid"}, search={"optim.lr": [0.01, 0.02]})
+    plan = read_plan([path])
+    study = open_study(plan)
+    with claimed_trial(plan, study) as first, claimed_trial(plan, study):
+        first.set_user_attr("why", "it failed")
+        study.tell(first, state=type(study.get_trials()[0].state).FAIL)
+        assert main([path]) == 0
+
+
+def test_trials_of_hosts_with_their_own_run_folders_are_seen_alive(write_study):
+    path = write_study({"sampler": "grid"}, search={"optim.lr": [0.01, 0.02]})
+    shared = ["--storage", str(Path("shared/tune.log").absolute())]
+    plans = [read_plan([path, *shared, "--run", f"{host}/tune"]) for host in ("here", "there")]
+    studies = [open_study(plan) for plan in plans]
+    with claimed_trial(plans[0], studies[0]):
+        queue_abandoned(plans[1], studies[1])
+        assert [t.state.name for t in studies[1].get_trials()] == ["RUNNING", "WAITING"]
+    queue_abandoned(plans[1], studies[1])
+    assert [t.state.name for t in studies[1].get_trials()] == ["FAIL", "WAITING", "WAITING"]
+
+
+def test_a_file_system_without_locks_is_told_of_and_its_trials_are_let_be(write_study, monkeypatch, capsys):
+    def no_locks(descriptor, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    pretend(monkeypatch, {0.01: [0.5, 0.6, 0.7], 0.02: [0.5, 0.6, 0.7]})
+    path = write_study({"sampler": "grid"}, search={"optim.lr": [0.01, 0.02]})
+    plan = read_plan([path])
+    study = open_study(plan)
+    study.ask()  # and lives on, which nobody can see
+    assert main([path]) == 0
+    assert sorted(t.state.name for t in study.get_trials()) == ["COMPLETE", "RUNNING"]
+    assert capsys.readouterr().err.count("cannot be locked (No locks available)") == 1
+
+
+def test_a_moved_set_and_settings_without_effect_leave_a_study_what_it_was(write_study, table, tmp_path):
+    path = write_study({"sampler": "random", "trials": 1}, search={"optim.lr": [0.01, 0.02]})
+    plan = read_plan([path])
+    open_study(plan)
+    (tmp_path / "moved").symlink_to(table)
+    data = RECIPE["data"] | {"shards": str(tmp_path / "moved"), "threads": 2, "cache_dir": str(tmp_path / "cache")}
+    Path("base.yaml").write_text(yaml.safe_dump(RECIPE | {"data": data}))
+    moved = read_plan([path])
+    open_study(moved)
+    assert moved.base != plan.base and moved.identity() == plan.identity()
+    assert moved.trial_folder(moved.trial_config({"optim.lr": 0.01})) == plan.trial_folder(plan.trial_config({"optim.lr": 0.01}))
+    Path("base.yaml").write_text(yaml.safe_dump(RECIPE | {"data": data, "seed": 3}))
+    with pytest.raises(UserError, match="these differ: recipe.seed"):
+        open_study(read_plan([path]))
+
+
+def test_shards_behind_a_url_are_fetched_into_the_recipes_cache_and_named_without_secrets(write_study, table, monkeypatch):
+    from dist_train.index import load_index
+
+    asked = []
+
+    def loaded(*given):
+        asked.append(given)
+        return load_index(table)
+
+    data = RECIPE["data"] | {"shards": "https://me:word@host/set?sig=abc", "cache_dir": "there", "cache_gb": 7.0, "val_split": "v"}
+    path = write_study({"sampler": "grid"}, search={"optim.lr": [0.01]})
+    Path("base.yaml").write_text(yaml.safe_dump(RECIPE | {"data": data}))
+    monkeypatch.setattr("dist_train.study.load_index", loaded)
+    with pytest.raises(UserError) as told:
+        read_plan([path])
+    assert asked == [(data["shards"], "there", 7.0)]
+    assert str(told.value).startswith("https://host/set: there is no split 'v'")
+    Path("base.yaml").write_text(yaml.safe_dump(RECIPE | {"data": data | {"val_split": "val"}}))
+    pretend(monkeypatch, {0.01: [0.5, 0.6, 0.7]})
+    assert main([path]) == 0
+    page = Path("runs/tune/report.html").read_text()
+    assert "on set, " in page and "https://host/set" in page and "word" not in page and "sig=abc" not in page
+
+
+def test_a_trial_that_goes_on_keeps_count_of_what_it_was_patient_about(tmp_path):
+    saved = Saved(5, {}, {"is_best": False, "best_value": [0.9, -0.1], "bad_evaluations": 2})
+    assert one_trial.SparseCheckpoints(tmp_path, 1).has_best(saved), "or Run.resume would forget the best figures so far"
+
+
+def test_a_fold_of_a_trial_is_a_run_that_report_and_compare_read(write_study):
+    path = write_study({"sampler": "grid", "folds": 2}, search={"optim.lr": [0.003, 0.01]})
+    assert main([path]) == 0
+    trials = trials_of(path)
+    folders = [Path("runs/tune", t.user_attrs["folder"], f"fold-{fold}") for t in trials for fold in range(2)]
+    groups = grouped(read_all(folders))
+    assert [group.name for group in groups] == [f"{Path(t.user_attrs['folder']).name}/fold-0 and 1 more" for t in trials]
+    assert [group.values("val", "top1") for group in groups] == [[fold["top1"] for fold in t.user_attrs["folds"]] for t in trials]
+    assert f"{trials[0].user_attrs['folds'][0]['top1']:.2%}" in write_report(folders[0]).read_text()
+    assert yaml.safe_load((folders[0] / "config.yaml").read_text())["data"]["decode"] == "cpu", "settled, as a training's is"
+    for fold, folder in zip(trials[1].user_attrs["folds"], folders[2:], strict=True):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        last = [line for line in lines if line["kind"] == "eval"][-1]
+        assert (fold["last_top1"], fold["last_loss"]) == (last["top1"], last["loss"])
+        assert json.loads((folder / "result.json").read_text())["last_top1"] == last["top1"]
 
 
 def test_another_study_in_the_folder_is_refused(write_study):
@@ -294,6 +475,10 @@ def test_another_study_in_the_folder_is_refused(write_study):
     ({}, {}, "nothing to search"),
     ({"folds": 1}, {"search": {"optim.lr": [1]}}, "study.folds is 1"),
     ({"folds": 500}, {"search": {"optim.lr": [1]}}, "too few for data.folds"),
+    ({"storage": "sqlite:///x.db"}, {"search": {"optim.lr": [1]}}, "storage is 'sqlite:///x.db'; expected the path of a journal"),
+    ({"storage": "postgresql://me:word@host/x"}, {"search": {"optim.lr": [1]}}, "storage is 'postgresql://host/x'; expected"),
+    ({"prune_from": 30}, {"search": {"optim.lr": [1]}}, "study.prune_from is 30.0; expected a share"),
+    ({}, {"search": {"data.threads": [1, 2]}}, "data.threads cannot be searched"),
     ({"recipe": "none.yaml"}, {"search": {"optim.lr": [1]}}, "'none.yaml', which is no file"),
     ({}, {"search": {"optim.lr": [1]}, "extra": 1}, "found extra"),
 ])  # fmt: skip
@@ -328,13 +513,55 @@ def test_of_equal_accuracies_the_lower_loss_is_best():
         {"top1": 0.8, "loss": 0.1},
         {"top1": 0.95, "loss": None},
     ]
-    assert best_line(lines, "top1") == lines[1] and best_line(lines, "loss") == lines[2]
+    assert best_line(lines[:3], "top1") == lines[1] and best_line(lines, "loss") == lines[2]
+
+
+def test_a_loss_that_is_no_number_counts_in_a_trial_as_in_a_run():
+    figures = [(top1, loss) for top1 in (0.5, 0.75) for loss in (0.5, 0.25, None)]
+    lines = [{"top1": top1, "loss": loss} for top1, loss in figures]
+    results = [EvalResult(4, float("nan") if loss is None else loss, top1, None) for top1, loss in figures]
+    for monitor in ("top1", "loss"):
+        assert [one_trial.goodness(line, monitor) for line in lines] == [result.goodness(monitor) for result in results]
+    assert best_line([{"top1": 0.9, "loss": None}, {"top1": 0.8, "loss": 0.1}], "top1")["top1"] == 0.9
 
 
 def test_the_table_shows_mean_and_sample_deviation():
-    folds = [{"best_epoch": 1.0, "train_s": 2.0}, {"best_epoch": 2.0, "train_s": 3.0}]
+    folds = [{"best_epoch": 1.0, "train_s": 2.0, "last_top1": 0.9}, {"best_epoch": 2.0, "train_s": 3.0, "last_top1": 0.92}]
     row = Row(7, {"optim.lr": 0.0123456}, folds, [0.9, 0.94], Path())
-    assert trial_table([row], "top1").rows == [["7", "92.00%", "2.83%", "1.5", "5.0", "0.01235"]]
+    assert trial_table([row], "top1").rows == [["7", "92.00%", "2.83%", "91.00%", "1.5", "5.0", "0.01235"]]
+    older = Row(7, {}, [{"best_epoch": 1.0, "train_s": 2.0}], [0.9], Path())  # of a study begun before the last was kept
+    cuts = [Cut(8, {"optim.lr": 1.0}, 0.931, "pruned after 1.25 folds"), Cut(9, {"optim.lr": 9.0}, None, "diverged")]
+    table = trial_table([older], "top1", cuts)
+    assert dict(zip([name for name, _ in table.columns], zip(*table.rows, strict=True), strict=True)) == {
+        "trial": ("7", "8", "9"), "best accuracy": ("90.00%", "93.10%", ""), "±": ("", "", ""), "last": ("", "", ""),
+        "best epoch": ("1.0", "", ""), "seconds": ("2.0", "", ""), "ended": ("", "pruned after 1.25 folds", "diverged"),
+        "optim.lr": ("", "1", "9"),
+    }  # fmt: skip
+
+
+def test_a_variants_bar_is_the_mean_of_its_trials():
+    def row(number, variant, lr, value, folder):
+        return Row(number, {"variant": variant, "optim.lr": lr}, [], [value], Path(folder))
+
+    rows = [row(0, "a", 1, 0.9, "x"), row(1, "b", 1, 0.7, "y"), row(2, "a", 2, 0.8, "z"), row(3, "a", 1, 0.9, "x")]
+    bars = variant_bars(rows, "top1")
+    assert [(bar.name, bar.value) for bar in bars] == [("a", pytest.approx(0.85)), ("b", 0.7)]
+    assert bars[0].spread == pytest.approx(0.0707, abs=1e-4), "trial 3 is the training of trial 0"
+    assert [bar.name for bar in variant_bars(rows, "loss")] == ["b", "a"]
+    assert variant_bars(rows[:2], "top1") == [], "the trials' own bars show them"
+
+
+def test_a_setting_is_drawn_against_the_figure_as_it_is_searched():
+    space = Space({"optim.lr": {"low": 0.001, "high": 0.1, "log": True}}, {"model.hidden": {"[8]": [8], "[16]": [16]}})
+    rows = [Row(i, {"optim.lr": lr, "model.hidden": hidden}, [], [value], Path())
+            for i, (lr, hidden, value) in enumerate([(0.001, "[8]", 0.5), (0.01, "[16]", 0.7), (0.1, "[8]", 0.6)])]  # fmt: skip
+    svg = setting_field(space, "optim.lr", rows, [Cut(3, {"optim.lr": 0.05}, None, "diverged")], str)
+    x, y = zip(*[map(float, dot) for dot in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)], strict=True)
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2) and y[0] > y[2] > y[1]
+    assert svg.count("×") == 1 and all(f">{tick}<" in svg for tick in ("0.001", "0.01", "0.1"))
+    chosen = setting_field(space, "model.hidden", rows, [], str)
+    assert len(set(re.findall(r'<circle cx="([\d.]+)"', chosen))) == 2 and ">[8]<" in chosen
+    assert setting_field(space, "model.hidden", rows[:1], [], str) == ""
 
 
 def test_settings_that_matter_together_alone_are_not_said_to_matter_by_themselves():

@@ -2,10 +2,12 @@
 # ruff: noqa: F811
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from clusters import slurm, wait_for  # noqa: F401
 from conftest import finish_ranks, start_ranks, tiny_run
 from safetensors.torch import load_file
@@ -126,6 +128,44 @@ def test_a_conversion_in_an_array_of_jobs_is_that_of_one_machine(slurm, tmp_path
     join = slurm.run("ctl", "launch/shard.sbatch", str(dataset), PARTS="3", SBATCH_OUTPUT=str(log)).strip()
     wait_for(lambda: slurm.state(join) == "COMPLETED", lambda: log.read_text() if log.exists() else "the first part")
     assert all_bytes(out) == all_bytes(Path(convert(config).folder))
+
+
+@pytest.mark.parametrize("warned", [False, True])
+def test_a_study_in_an_array_of_two_tasks_does_every_trial_once(slurm, digits, tmp_path, warned):
+    from dist_train.study import open_study, read_plan
+
+    rates = [round(0.004 * k, 3) for k in range(1, 9)]
+    recipe = {
+        "data": {"shards": digits, "image_size": 16, "global_batch_size": 96, "threads": 1}, "track": {"wandb": "off"},
+        "model": {"name": "alexnet_bn", "width": 0.0625}, "train": {"epochs": 3.0}, "runtime": {"threads": 1},
+    }  # fmt: skip
+    study = {"recipe": str(tmp_path / "base.yaml"), "sampler": "grid", "folds": 2, "prune": False}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "tune.yaml").write_text(yaml.safe_dump({"study": study, "search": {"optim.lr": rates}}))
+    argv = [str(tmp_path / "tune.yaml"), "--run", str(tmp_path / "run")]
+    # no --parsable: it says "Submitted batch job 12"
+    job = slurm.run("ctl", "launch/study.sbatch", *argv, TASKS="2", SBATCH_OUTPUT=f"{tmp_path}/%a.out").split()[-1]
+
+    def states():
+        return re.findall(r"JobState=(\w+)", slurm.run("ctl", "scontrol", "show", "job", job))
+
+    def logs():
+        return f"{states()}: " + "\n".join(path.read_text()[-3000:] for path in sorted(tmp_path.glob("*.out")))
+
+    if warned:
+        wait_for(lambda: list(tmp_path.glob("run/trials/*/fold-1/metrics.jsonl")), logs)
+        slurm.run("ctl", "scancel", "--signal=USR1", "--batch", f"{job}_0")
+        wait_for(lambda: "queued again" in logs(), logs)
+    wait_for(lambda: states() == ["COMPLETED"] * 2, logs)
+    trials = open_study(read_plan(argv)).get_trials()
+    done = [t for t in trials if t.state.name == "COMPLETE"]
+    assert sorted(t.params["optim.lr"] for t in done) == rates, logs()
+    assert all(t.user_attrs.get("attempt", 1) == 1 for t in done), "no process died"
+    assert [t.state.name for t in trials if t not in done] == ["FAIL"] * warned, "what was stopped was queued under another number"
+    ended = [[int(n) for n in re.findall(r"(\d+) trials done here", (tmp_path / f"{k}.out").read_text())] for k in range(2)]
+    assert sum(map(sum, ended)) == len(rates) and all(map(sum, ended)), logs()
+    assert [len(ends) for ends in ended] == [1 + warned, 1]
+    assert f"{len(rates)} finished" in (tmp_path / "run/report.html").read_text()
 
 
 def test_a_signal_to_the_ranks_alone_queues_the_job_again_and_a_stop_file_does_not(slurm, digits, tmp_path):
