@@ -17,7 +17,7 @@ void baseline_free(Baseline *);
 const uint8_t *baseline_open(Baseline *, const uint8_t *jpeg, size_t size, int *height, int *width);
 
 /* Get ready to give rows top..bottom, of them the pixels left..right, pixel_bytes (3 or 4) bytes each. 0: cannot, or
- * the scan is not the picture's only one. */
+ * something else than the picture's end follows the scan. */
 int baseline_start(Baseline *, int top, int bottom, int left, int right, int pixel_bytes);
 
 /* The next rows, at most `wanted`. Answers how many; 0 for what libjpeg shall look at: damage, or sums that overflow. */

@@ -83,7 +83,7 @@ static const unsigned char *find_frame(const unsigned char *jpeg, size_t size) {
 }
 
 /* Whether the first marker in a scan's bytes is the picture's end, restarts aside. The portable path reads up to there, and
- * refuses another; this one may stop long before. */
+ * refuses most others; this one may stop long before, so it leaves all of them to that. */
 static int ends_the_picture(const unsigned char *at, const unsigned char *end, int has_restarts) {
     while ((at = memchr(at, 0xFF, end - at))) {
         while (++at < end && *at == 0xFF);

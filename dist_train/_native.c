@@ -377,7 +377,6 @@ static int has_xxh3(void) {
 static int fill(PyObject *module) {
     return PyModule_AddIntConstant(module, "CORE_VERSION", CORE_VERSION) ||
            PyModule_AddStringConstant(module, "LIBJPEG_TURBO", TEXT(LIBJPEG_TURBO_VERSION)) ||
-           PyModule_AddStringConstant(module, "VECTORS", has_avx2() ? "AVX2" : "portable") ||
            PyModule_AddIntConstant(module, "HAS_BASELINE", baseline_works()) ||
            (!has_xxh3() && PyObject_DelAttrString(module, "checksum"));
 }

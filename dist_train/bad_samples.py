@@ -37,6 +37,13 @@ class BadSamples:
         self._noted = 0  # of the reasons, handed out
         self._lock = threading.Lock()
 
+    def suspects(self, samples: np.ndarray) -> np.ndarray:
+        """(k,) int64, where samples stand that some crop of them could not be decoded of. samples: (n,) int64."""
+        if not self.reasons:
+            return np.zeros(0, np.int64)
+        with self._lock:
+            return np.flatnonzero(np.isin(samples, np.fromiter(self.reasons, np.int64)))
+
     def replaced(self, samples: np.ndarray, fault: Undecodable, num_samples: int) -> np.ndarray:
         """The samples with those of a fault noted, and the next one of the split in the place of each.
 

@@ -29,6 +29,7 @@ from dist_train.decode import decode_batch, decoders, read_from_files
 from dist_train.errors import UserError
 from dist_train.folds import open_index
 from dist_train.order import Order, sample_keys
+from dist_train.remote import shown
 from dist_train.settings import read_config
 from dist_train.sizes import decoder_crop, input_size, on_device_augment
 from dist_train.store import Store
@@ -142,7 +143,7 @@ def show(figures: dict, config: RunConfig) -> None:
             table.add_row(meaning, *(f"{rate:,.0f}" for rate in rates))
     console = Console(highlight=False)
     console.print(
-        f"{config.data.shards}: batches of {figures['batch_size']}, {figures['threads']} threads, {figures['on']}"
+        f"{shown(config.data.shards)}: batches of {figures['batch_size']}, {figures['threads']} threads, {figures['on']}"
     )
     console.print(table)
     console.print("\n".join(verdict(figures, config)))

@@ -27,12 +27,13 @@ from dist_train.sizes import decoder_crop
 from dist_train.step_parts import PARTS, StepParts
 from dist_train.track import SilentTracker
 from dist_train.train import train
+from dist_train.watch import Watch
 
 FOR_EVER = 1e6  # epochs: the end of a run, and its evaluations, never come
 
 
 def main(argv: list[str]) -> None:
-    """`dist-train bench step --config RECIPE [--steps N] [--json] [--SECTION.KEY VALUE ...]`. Raises UserError."""
+    """`dist-train bench step --config RECIPE [--steps N] [--turns N] [--json] [--SECTION.KEY VALUE ...]`. Raises UserError."""
     parser = argparse.ArgumentParser(
         "dist-train bench step", description="Where a step's time goes. Other options are those of dist-train train.",
         allow_abbrev=False,
@@ -48,10 +49,10 @@ def main(argv: list[str]) -> None:
     if not config.data.shards:
         raise UserError("dist-train bench step: no shards; name them with --data.shards, or a recipe with --config.")
     accelerator, world = runtime.start(config.train.precision, config.runtime.threads, config.runtime.timeout_s)
-    try:
+    with contextlib.ExitStack() as leaving:
+        leaving.push(runtime.leave)
+        leaving.enter_context(Watch(world, config.runtime.timeout_s, runtime.master_address()))
         figures = measure(config, accelerator, world, options.steps, options.turns)
-    finally:
-        runtime.end()
     if world.is_main:
         show(figures)
         if options.json:
@@ -129,8 +130,9 @@ def gain(share: float) -> float:
 class TimedRun(SilentTracker):
     """A run that trains for a window of steps whenever it is asked, from its shards or from one batch in memory.
 
-    Nothing is written but into `folder`; no evaluation and no checkpoint comes between; pictures are at full size. The stream
-    keeps no more ahead than `num_steps` of every thread, so that what a window uses is made while it is timed.
+    Nothing is written but into `folder`, and what data.cache keeps on disk; no evaluation and no checkpoint comes between;
+    pictures are at full size. The stream keeps no more ahead than `num_steps` of every thread, so that what a window uses is
+    made while it is timed.
     """
 
     def __init__(self, config: RunConfig, folder: Path, accelerator, world: runtime.World, num_steps: int):
@@ -141,12 +143,14 @@ class TimedRun(SilentTracker):
         augment = dataclasses.replace(config.augment, start_size=0)
         self.num_steps, self._lines = num_steps, []
         self.run = Run(dataclasses.replace(config, train=train_config, augment=augment), folder, accelerator, world)
+        if world.world_size == 1:
+            self.run.stop_requests.close()  # a signal ends the process at once, as everywhere but in a training
         self.state = self.run.new_state()
         self.run.tracker, self.run.save = self, lambda state, is_best: None  # a checkpoint is no part of a step
         self.is_kept = is_kept(config, self.run.index)
-        threads = config.data.threads or world.num_cores
+        self._threads = config.data.threads or world.num_cores
         share_bytes = config.data.global_batch_size // world.world_size * decoded_bytes(config, self.run.index)
-        ahead_mb = min(config.data.prefetch_mb, math.ceil(num_steps * threads * share_bytes / 2**20))
+        ahead_mb = min(config.data.prefetch_mb, math.ceil(num_steps * self._threads * share_bytes / 2**20))
         self.run.config = dataclasses.replace(
             self.run.config, data=dataclasses.replace(config.data, prefetch_mb=ahead_mb)
         )
@@ -163,11 +167,13 @@ class TimedRun(SilentTracker):
         self.run.stream = (lambda first_step: (self._batch for _ in itertools.count())) if is_synthetic else self._stream
 
     def window(self) -> dict:
-        """The log line of the second of two stretches of num_steps: images_per_s of all ranks, data_wait, loss, ...
+        """The log line of the last of several stretches of num_steps: images_per_s of all ranks, data_wait, loss, ...
 
-        In the first one everything gets warm.
+        In those before everything gets warm, and what threads have made ahead is used up.
         """
-        self._train(2 * self.num_steps)
+        is_ahead = self.run.stream == self._stream and not self.is_kept
+        num_warm = max(1, math.ceil(4 * self._threads / self.num_steps)) if is_ahead else 1
+        self._train((num_warm + 1) * self.num_steps)
         return self._lines[-1]
 
     def parts(self) -> StepParts:
@@ -190,8 +196,9 @@ class TimedRun(SilentTracker):
     def _train(self, num_steps: int) -> None:
         self.run.halt_step = self.state.step + num_steps
         train(self.run, self.state)
-        if self.run.stop_requests:
-            raise UserError(f"the timed steps were ended before they were complete ({self.run.stop_requests.reason}).")
+        if self.state.step < self.run.halt_step:
+            reason = self.run.stop_requests.reason or "another rank was asked"
+            raise UserError(f"the timed steps were ended before they were complete ({reason}).")
 
 
 def is_kept(config: RunConfig, index: ShardIndex) -> bool:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -132,18 +133,23 @@ class Checkpoints:
             self.name_best(self._chosen)  # again: a kill may have come before it was said
             return True
         best = self.best_path()
-        return best is not None and _place(best) <= _place(self._chosen)  # a later one was damaged
+        if best is None or _place(best) > _place(self._chosen):  # a later one was damaged
+            return False
+        with contextlib.suppress(UserError, OSError):
+            return bool(proven_files(best))
+        return False
 
     def best_path(self) -> Path | None:
         """Folder of the best checkpoint so far, if any. Raises UserError where best.json cannot be read."""
         named = self.folder / "best.json"
         try:
             name = json.loads(named.read_text())["checkpoint"]
+            is_one = bool(_NAME.fullmatch(name))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{named}: cannot be read: {error}.\n  Put it right ({{\"checkpoint\": \"step-...\"}}).") from None
-        return self.folder / name if _NAME.fullmatch(name) and (self.folder / name).is_dir() else None
+        return self.folder / name if is_one and (self.folder / name).is_dir() else None
 
     def _free_name(self, step: int) -> Path:
         """step-00000500; or step-00000500-1 and so on for the same step again, since nothing whole is ever written over."""
@@ -163,8 +169,10 @@ class Checkpoints:
         except Exception as error:  # handed to the training thread: a full disk raises various types
             self._error = error
             return
-        with contextlib.suppress(OSError, UserError):  # what stays is looked at again after the next one
+        try:
             self._prune(path)
+        except (OSError, UserError) as error:  # what stays is looked at again after the next one
+            print(f"{self.folder}: older checkpoints stay: {error}", file=sys.stderr, flush=True)
 
     def _prune(self, newest: Path) -> None:
         """Drop old checkpoints; only ever called once a newer one is on disk and proven."""
@@ -199,6 +207,17 @@ def write_checkpoint(path: Path, saved: Saved) -> None:
 
 def load_checkpoint(path: Path) -> Saved:
     """Read a checkpoint, every file checked against the manifest first. Raises UserError naming what is damaged."""
+    names = proven_files(path)
+    state = json.loads((path / "state.json").read_text())
+    tensors = {  # copies: load_file maps the file, and a mapped one that is removed stays in the way on NFS
+        Path(name).stem: {key: t.clone() for key, t in load_file(path / name).items()}
+        for name in names if name.endswith(".safetensors")
+    }  # fmt: skip
+    return Saved(state.pop("step"), tensors, state)
+
+
+def proven_files(path: Path) -> list[str]:
+    """The names of a checkpoint's files, each of which is whole. Raises UserError naming what is damaged."""
     try:
         text = (path / "manifest.json").read_bytes()
         manifest = json.loads(text)["files"]
@@ -212,12 +231,7 @@ def load_checkpoint(path: Path) -> Saved:
             raise UserError(f"{path / name}: the checkpoint lacks this file.")
         if file_checksum(path / name) != checksum:
             raise UserError(f"{path / name}: checksum differs from the manifest; the checkpoint is damaged.")
-    state = json.loads((path / "state.json").read_text())
-    tensors = {  # copies: load_file maps the file, and a mapped one that is removed stays in the way on NFS
-        Path(name).stem: {key: t.clone() for key, t in load_file(path / name).items()}
-        for name in manifest if name.endswith(".safetensors")
-    }  # fmt: skip
-    return Saved(state.pop("step"), tensors, state)
+    return list(manifest)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> tuple[dict, dict]:

@@ -41,7 +41,7 @@ class DataConfig:
     """who decodes pictures that are cut anew in every epoch: auto measures both at the start of a run where there is a GPU, and
     is cpu elsewhere. Pixels differ a little, so a run keeps what it began with; evaluation is decoded by the CPU"""
     threads: int = 0
-    """decoding threads per process; 0 is the number of cores this process may use"""
+    """decoding threads per process; 0 is this rank's share of the cores: those it may run on, divided among the ranks that may"""
     prefetch_mb: int = 256
     """decoded batches kept ahead of the step, MB per process"""
     verify: bool = True
@@ -248,7 +248,7 @@ class RuntimeConfig:
     """The process: nothing here changes a result, but for the last bits, by the number of threads that add."""
 
     threads: int = 0
-    """CPU threads of the arithmetic per process; 0 shares the cores among the processes of the machine"""
+    """CPU threads of the arithmetic per process; 0 is this rank's share of the cores, as for data.threads"""
     timeout_s: int = 300
     """a rank that does not answer for this long ends the job"""
 

@@ -28,7 +28,7 @@ def memory_limit(root: Path = ROOT, own: Path = OWN) -> int | None:
 
 
 def free_memory(root: Path = ROOT, own: Path = OWN) -> int | None:
-    """Bytes that the groups still let this process take; None if none limits it. Pages of files count as free: they can go."""
+    """Bytes that the groups still let this process take; None if none limits it. Inactive pages of files can go, so they count."""
     free = math.inf
     for folder, limit in _memory_limits(root, own):
         taken = _text(folder / "memory.current") or _text(folder / "memory.usage_in_bytes")
@@ -42,7 +42,7 @@ def free_memory(root: Path = ROOT, own: Path = OWN) -> int | None:
 def _memory_limits(root: Path, own: Path) -> Iterator[tuple[Path, int]]:
     for folder in _levels("memory", root, own):
         limit = _text(folder / "memory.max") or _text(folder / "memory.limit_in_bytes")
-        if limit.isdigit():
+        if limit.isdigit() and int(limit) < 1 << 60:  # version 1 has a number near 2^63 for none
             yield folder, int(limit)
 
 

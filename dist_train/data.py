@@ -96,8 +96,11 @@ def open_stream(
         samples, epochs = map(np.concatenate, zip(*(order.rank_batch(s, rank, world_size) for s in steps), strict=True))
         while True:
             stored = source.stored_numbers(samples)
+            keys, suspects = sample_keys(seed, epochs, stored), bad.suspects(samples)
             try:
-                return load(steps, share, stored, epochs, sample_keys(seed, epochs, stored))
+                if len(suspects):  # first and by themselves: their batches would be decoded twice
+                    load.decoded(stored, keys, suspects)
+                return load(steps, share, stored, epochs, keys)
             except Undecodable as fault:
                 samples = bad.replaced(samples, fault, source.num_samples)
 

@@ -22,15 +22,9 @@ import simplejpeg
 import xxhash
 from PIL import BmpImagePlugin, Image, PngImagePlugin, WebPImagePlugin
 
+from dist_train.core import missing, native
 from dist_train.picture_header import DecodeError, Header, png_chunks, read_header
-
-CORE_VERSION = 1  # as in _native.c
-try:
-    from dist_train import _native as native
-    if getattr(native, "CORE_VERSION", 0) != CORE_VERSION:
-        raise ImportError("the one that is there was built from other sources than these")
-except ImportError as error:
-    native, _native_missing = None, str(error)
+from dist_train.store import READ_FAILED
 
 REDUCED_BEFORE_SCALING = 4  # the resize still halves a scaled picture at least, which keeps it above 45 dB
 SPARE_ROWS = 8  # below the last one needed: the decoder's upsampling of colour looks at most two ahead
@@ -39,7 +33,6 @@ SCALED_FROM = 512  # pixels of the longer side; smaller pictures gain nothing fr
 
 SHORT_READ = "the shard ends before the sample does: it is truncated"
 CHECKSUM_DIFFERS = "the sample's checksum differs from the index"
-READ_FAILED = "the shard cannot be read"
 SHARD_FAULTS = (SHORT_READ, CHECKSUM_DIFFERS, READ_FAILED)  # so begin the reasons that are not the picture's fault
 
 _FAULTS = [None, None, SHORT_READ, READ_FAILED, CHECKSUM_DIFFERS]  # by the native core's status; 0 is done
@@ -130,7 +123,7 @@ class NativeCore(NamedTuple):
 def native_core() -> NativeCore:
     """The native core as it was built."""
     if not native:
-        return NativeCore(missing=_native_missing)
+        return NativeCore(missing=missing)
     vectors = "AVX2" if native.HAS_BASELINE else ""
     return NativeCore("", vectors, native.LIBJPEG_TURBO, hasattr(native, "checksum"))
 
@@ -143,8 +136,9 @@ def decoders() -> dict[str, str]:
             "jpeg": f"simplejpeg {simplejpeg.__version__}, resized by torch and {pillow}",
             "png, webp, bmp": pillow,
             "checksum": "the xxhash package",
-            "native": f"missing ({core.missing}); about twice as fast: install a C compiler and libjpeg-turbo's header "
-            "(Debian, Ubuntu: libjpeg-dev; Fedora: libjpeg-turbo-devel) and run pip install again",
+            "native": f"missing ({core.missing}); about twice as fast: install a C compiler, Python's header and that of "
+            "libjpeg-turbo 2.0.6 or newer (Debian, Ubuntu: python3-dev libjpeg-dev; Fedora: python3-devel libjpeg-turbo-devel) and "
+            "run pip install again",
         }
     return {
         "jpeg": f"native core{core.vectors and f' ({core.vectors})'} and libjpeg-turbo (built with {core.libjpeg_turbo})",

@@ -10,6 +10,7 @@ import platform
 import resource
 import shutil
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -199,11 +200,13 @@ def _native_advice(compiler: str | None) -> str:
     header = any(
         Path(folder, "jpeglib.h").exists() for folder in ("/usr/include", "/usr/local/include", f"{sys.prefix}/include")
     )
-    lacking = ["a C compiler"] * (not compiler) + ["jpeglib.h of libjpeg-turbo"] * (not header)
+    has_python = Path(sysconfig.get_path("include"), "Python.h").exists()
+    lacking = ["a C compiler"] * (not compiler) + ["Python.h"] * (not has_python)
+    lacking += ["jpeglib.h of libjpeg-turbo, 2.0.6 or newer"] * (not header)
     return (
-        f"about twice as fast with it; lacking: {' and '.join(lacking) or 'nothing'}. Debian, Ubuntu: apt install gcc libjpeg-dev "
-        f"libxxhash-dev;\nFedora: dnf install gcc libjpeg-turbo-devel xxhash-devel; conda: gcc libjpeg-turbo xxhash. "
-        f"Then pip install again"
+        f"about twice as fast with it; lacking: {' and '.join(lacking) or 'nothing'}. Debian, Ubuntu: apt install gcc python3-dev "
+        f"libjpeg-dev libxxhash-dev;\nFedora: dnf install gcc python3-devel libjpeg-turbo-devel xxhash-devel; conda: gcc "
+        f"libjpeg-turbo xxhash. Then pip install again"
     )
 
 

@@ -1,6 +1,7 @@
 """What is on the disk stays there: files written aside, synced and renamed, so that a power cut leaves one or the other."""
 
 import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ def replace_text(path: Path, text: str) -> None:
     try:
         partial.write_text(text, encoding="utf-8")
         put_in_place(partial, path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
@@ -35,5 +36,8 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems sync no folders
+            raise
     finally:
         os.close(descriptor)

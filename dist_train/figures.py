@@ -36,8 +36,8 @@ def draw_figures(run: Path, index: ShardIndex) -> tuple[dict[str, Path], list[st
             if picture is not None:
                 save_png(picture, path)
                 drawn[name] = path
-        except (ValueError, OSError) as error:  # a run is not lost for a picture
-            complaints.append(f"the picture {name} is missing: {str(error).splitlines()[0]}")
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # a run is not lost for a picture
+            complaints.append(f"the picture {name} is missing: {(str(error) or type(error).__name__).splitlines()[0]}")
     return drawn, complaints
 
 

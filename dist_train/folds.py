@@ -4,7 +4,6 @@ With data.folds: 5 and data.fold: 2, the training split is dealt into 5 parts, p
 split, and the other 4 are trained on. Which part a sample belongs to follows from its number, its class and the seed.
 """
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -55,7 +54,9 @@ def open_index(config: RunConfig) -> ShardIndex:
 
     Where model.pretrained brings statistics (`pretrained.published_statistics`), they are those.
     """
-    return with_statistics(view_of(config), config)
+    index = view_of(config)
+    mean, std = statistics_of(index, config)
+    return replace(index, mean=mean, std=std)
 
 
 def view_of(config: RunConfig) -> ShardIndex:
@@ -63,17 +64,16 @@ def view_of(config: RunConfig) -> ShardIndex:
     return fold_view(load_index(config.data.shards, config.data.cache_dir, config.data.cache_gb), config)
 
 
-def with_statistics(index: ShardIndex, config: RunConfig, call: Callable = lambda function, *args: function(*args)) -> ShardIndex:
-    """The index of `view_of` with the statistics of `open_index`. call: how what reads a split is called, on one rank, say."""
+def statistics_of(index: ShardIndex, config: RunConfig) -> tuple[list[float], list[float]]:
+    """(mean, std) with which a run on the index of `view_of` begins, as in `open_index`; of a fold, its pictures are read."""
     if config.model.pretrained and index.features is None:
         from dist_train.pretrained import published_statistics
 
         if found := published_statistics(config.model):
-            return replace(index, mean=found[0], std=found[1])
+            return found
     if not config.data.folds:
-        return index
-    mean, std = call(statistics, index, index.split(config.data.train_split), config.data.threads)
-    return replace(index, mean=mean, std=std)
+        return index.mean, index.std
+    return statistics(index, index.split(config.data.train_split), config.data.threads)
 
 
 def fold_view(index: ShardIndex, config: RunConfig) -> ShardIndex:

@@ -72,5 +72,5 @@ def locked(path: Path, wait: bool = True):
 
 @functools.cache  # said once
 def _tell_of_no_locks(reason: str) -> None:
-    print(f"the study's folder cannot be locked ({reason}): see to it that one process works on it. A trial whose process died is "
-          f"not tried again.", file=sys.stderr)  # fmt: skip
+    print(f"the study's journal or folder cannot be locked ({reason}): see to it that one process works on it. A trial whose "
+          f"process died is not tried again.", file=sys.stderr)  # fmt: skip

@@ -107,7 +107,7 @@ class Loader:
         if self.kept is None:
             values = self._decoded(samples, keys)
         else:
-            values = self.kept.read(samples, lambda missing: self._decoded_of(samples, keys, missing), self.pin_memory)
+            values = self.kept.read(samples, lambda missing: self.decoded(samples, keys, missing), self.pin_memory)
         labels = torch.from_numpy(self.store.table["label"][samples].astype(np.int64))
         keys = torch.from_numpy(keys)
         if self.pin_memory:  # a copy from pageable memory would make the host wait
@@ -147,8 +147,8 @@ class Loader:
             for batch in batches:
                 yield replace(batch, images=_channels_first(self.kept.gather(batch.images)))
 
-    def _decoded_of(self, samples: np.ndarray, keys: np.ndarray, places: np.ndarray) -> torch.Tensor:
-        """`_decoded` of some of the samples, those at these places."""
+    def decoded(self, samples: np.ndarray, keys: np.ndarray, places: np.ndarray) -> torch.Tensor:
+        """What the samples at these places decode to: (n, H, W, 3) uint8, or (n, F) float32 of a table. Raises Undecodable."""
         try:
             return self._decoded(samples[places], keys[places])
         except Undecodable as fault:

@@ -44,11 +44,13 @@ def spread(network: nn.Module, config: RunConfig, accelerator, world: World) -> 
 class Replicated:
     """Every rank holds the whole network; gradients are averaged while the backward pass runs (or one process, alone).
 
-    model: what the forward pass goes through.
+    model: what the forward pass goes through. is_settled: whether gradients are summed in the order in which they always will
+    be; of two ranks, either order gives the same.
     """
 
     def __init__(self, network: nn.Module, config: RunConfig, accelerator, world: World):
         self.network, self.config, self.accelerator, self.world = network, config, accelerator, world
+        self.is_settled = world.world_size < 3
         self.model = self._wrapped = self._wrap()
         self.replays_graphs = config.train.compile and config.train.compile_mode != "default"
         if config.train.compile:
@@ -225,6 +227,7 @@ class FullySharded(_Parted):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        self.is_settled = True  # it has no messages to lay out anew
         self.mesh = init_device_mesh(self.world.device.type, (self.world.world_size,))
         self.network.to(memory_format=torch.contiguous_format)  # fully_shard takes no other; pictures keep theirs
         for module in list(self.network.modules()):

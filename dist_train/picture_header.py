@@ -1,10 +1,12 @@
 """What the first bytes of a picture say: format, size and orientation, without decoding; and what is refused at once."""
 
+import re
 import struct
 from typing import NamedTuple
 
 MAX_PIXELS = 200_000_000  # larger pictures are refused as decompression bombs; a 20,000 x 10,000 scan still passes
 MAX_PIXELS_PER_BYTE = 2048  # Huffman coding spends a bit on 64 pixels at the very least, so 512 is the true limit
+_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]", re.DOTALL)  # coded data have none but restarts, D0 to D7
 MAX_SCANS = 200  # progressive pictures have about 10; thousands of empty ones keep a decoder busy for hours
 
 
@@ -78,9 +80,22 @@ def _jpeg_header(payload: bytes) -> Header:
     is_huffman = marker < 0xC8  # arithmetic coding has no such limit
     if is_huffman and height * width > MAX_PIXELS_PER_BYTE * len(payload):
         raise DecodeError(f"the header says {height} x {width} pixels, too many for {len(payload)} bytes")
-    if payload.count(b"\xff\xda", at) > MAX_SCANS:
+    if payload.count(b"\xff\xda", at) > MAX_SCANS and _num_scans(payload, at) > MAX_SCANS:
         raise DecodeError(f"a JPEG of more than {MAX_SCANS} scans")
     return Header("jpeg", height, width, orientation, channels, at if marker in (0xC0, 0xC1) else 0)
+
+
+def _num_scans(payload: bytes, at: int) -> int:
+    """Scans from the frame header at `at` to the end of the picture, behind which others may lie; as far as MAX_SCANS, and one."""
+    num_scans = 0
+    while num_scans <= MAX_SCANS and (found := _MARKER.search(payload, at)):
+        marker, at = payload[found.end() - 1], found.end()
+        if marker == 0xD9:
+            break
+        if marker not in (0x01, 0xD8) and at + 2 <= len(payload):
+            at += struct.unpack_from(">H", payload, at)[0]
+        num_scans += marker == 0xDA
+    return num_scans
 
 
 def _png_header(payload: bytes) -> Header:

@@ -1,36 +1,50 @@
 """What one rank does for all, and how the others wait for it."""
 
+import contextlib
 import itertools
 import os
 import platform
 import time
 
 from dist_train.errors import UserError
+from dist_train.watch import RankLost
 from dist_train.workers import num_cores
 
+_ENDED = "dist_train/ended"  # in the store of the process group: which rank has failed, and why
 _meetings = itertools.count()  # alike on all ranks: each comes to every meeting
 
 
 def meet(world) -> None:
     """Return when every rank has come here, however long one of them was busy: with a file, a decoded split, pictures.
 
-    A collective would fail after runtime.timeout_s. That every rank is still there is for `watch.Watch` to see.
-    world: runtime.World.
+    A collective would fail after runtime.timeout_s. Raises RankLost where another rank has failed; of one that was killed,
+    `watch.Watch` knows. world: runtime.World.
     """
     if world.world_size == 1:
         return
-    import torch.distributed as dist
-
-    store, key = dist.distributed_c10d._get_default_store(), f"dist_train/meeting-{next(_meetings)}"
+    store, key, pause_s = _store(), f"dist_train/meeting-{next(_meetings)}", 0.001
     if store.add(key, 1) == world.world_size:
         store.set(f"{key}/all", "here")
-    pause_s = 0.001
     while not store.check([f"{key}/all"]):
+        if store.check([_ENDED]):
+            raise RankLost(store.get(_ENDED).decode())
         time.sleep(pause_s)
         pause_s = min(0.2, 1.5 * pause_s)
     store.add(f"{key}/seen", 1)
     while world.rank == 0 and store.add(f"{key}/seen", 0) < world.world_size:  # the store ends with this process
         time.sleep(0.001)
+
+
+def tell_end(rank: int, error: BaseException) -> None:
+    """Tell the others, where they wait in `meet`, that this rank fails."""
+    with contextlib.suppress(OSError, RuntimeError):  # the store's process may be gone
+        _store().set(_ENDED, f"rank {rank} on {platform.node()} ended: {(str(error) or type(error).__name__)[:500]}")
+
+
+def _store():
+    import torch.distributed as dist
+
+    return dist.distributed_c10d._get_default_store()
 
 
 def on_main(world, function, *args):

@@ -111,5 +111,6 @@ def _differs(config: ShardConfig, index: ShardIndex, what: str) -> UserError:
     now = {key: value for key, value in flatten(to_dict(config)).items() if key not in FREE_SHARD_SETTINGS}
     then = flatten(to_dict(ShardConfig())) | flatten(index.source)  # a set may be older than a setting
     settings = [f"{key} was {then[key]!r} and is {now[key]!r}" for key in sorted(now) if now[key] != then[key]]
-    why = f"these settings differ: {'; '.join(settings)}" if settings else "the raw data have changed since"
+    changed = "the raw data have changed since, or an older version wrote it"
+    why = f"these settings differ: {'; '.join(settings)}" if settings else changed
     return UserError(f"{config.out}: cannot be repaired: {what}; {why}.\n  Write the set again with --overwrite true.")

@@ -1,11 +1,9 @@
-"""What a run is made of: its settings, shards, network, ranks and folder; and the state that a checkpoint holds."""
+"""What a run is made of: its settings, shards, network, ranks and folder."""
 
 import dataclasses
 import json
 import math
 import shutil
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,13 +14,13 @@ from dist_train import messages, plan, ranks, runtime, sizes
 from dist_train.augment import Augment, mix
 from dist_train.bad_samples import BadSamples, record
 from dist_train.cache import DecodedCache
-from dist_train.checkpoint import Checkpoints, Saved, optimizer_tensors, restore_optimizer
+from dist_train.checkpoint import Checkpoints
 from dist_train.config import RunConfig, conflicts
 from dist_train.data import open_stream
 from dist_train.durable import replace_text
 from dist_train.errors import UserError
 from dist_train.evaluate import Evaluation, evaluate, standardised
-from dist_train.folds import view_of, with_statistics
+from dist_train.folds import statistics_of, view_of
 from dist_train.gpu_decode import GpuDecoder
 from dist_train.guard import Guard
 from dist_train.index import ShardIndex
@@ -34,6 +32,7 @@ from dist_train.parallel import spread
 from dist_train.pretrained import put_weights
 from dist_train.progressive import Progressive
 from dist_train.settings import from_dict, read_written, to_dict
+from dist_train.state import State, plain
 from dist_train.step_parts import StepParts
 
 
@@ -45,11 +44,10 @@ class Run:
         stop_requests: runtime.StopRequests | None = None,
     ):  # fmt: skip
         self.config, self.folder, self.accelerator, self.world = config, folder, accelerator, world
-        self.stop_requests = stop_requests or runtime.StopRequests(folder)
-        self._closing = [] if stop_requests else [self.stop_requests.close]
         index = view_of(config)
         sizes.check_sizes(config, index, world)
-        self.index = with_statistics(index, config, partial(ranks.on_main, world))
+        mean, std = ranks.on_main(world, statistics_of, index, config)
+        self.index = dataclasses.replace(index, mean=mean, std=std)
         num_samples = self.index.split(config.data.train_split).num_samples
         self.steps_per_epoch = num_samples / config.data.global_batch_size
         self.num_steps = sizes.whole_steps(config.train.epochs, num_samples, config.data.global_batch_size)
@@ -89,9 +87,7 @@ class Run:
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.parts = self.new_parts(config.train.profile_steps)
         self.guard = Guard(world.device, world.world_size)
-        on_device = sizes.on_device_augment(config, self.index)
-        self.augment = None if self.index.features else Augment(
-            on_device, self.input_size, self.index.mean, self.index.std, world.device)  # fmt: skip
+        self.augment = self._new_augment()
         self.augmented = torch.compile(self._augmented, dynamic=False) if config.train.compile else self._augmented
         self.micro_batch_size = sizes.micro_batch_size(config, world.world_size)
         data = config.data
@@ -100,13 +96,19 @@ class Run:
         self.bad_samples = BadSamples(data.max_bad)
         self.gpu_decoder = GpuDecoder(world.device) if data.decode == "gpu" else None
         self.decoded = DecodedCache(data.cache, data.decoded_gb, data.cache_dir, world.device, data.verify, data.cache_gb)
+        self._owns_requests = stop_requests is None  # which is false until a stop is asked for
+        self.stop_requests = runtime.StopRequests(folder) if self._owns_requests else stop_requests
+
+    def _new_augment(self) -> Augment | None:
+        on_device, index = sizes.on_device_augment(self.config, self.index), self.index
+        return None if index.features else Augment(on_device, self.input_size, index.mean, index.std, self.world.device)
 
     def new_parts(self, num_steps: int) -> StepParts:
         """Clocks for a window of steps."""
         watched = list(self.network.parameters()) if self.world.world_size > 1 else ()
         return StepParts(self.world.device, num_steps, parameters=watched)
 
-    def new_state(self) -> "State":
+    def new_state(self) -> State:
         optim = self.config.optim
         average = WeightAverage(self.network, optim.ema_decay) if optim.ema_decay else None
         plateau = Plateau(optim.plateau_patience, optim.step_factor, higher_is_better=True)
@@ -136,7 +138,7 @@ class Run:
         is_mixing = config.mixup or config.cutmix
         return mix(pixels, labels, keys, config, self.index.num_classes) if is_mixing else (pixels, labels)
 
-    def agree_to_stop(self, state: "State", loss: torch.Tensor) -> bool:
+    def agree_to_stop(self, state: State, loss: torch.Tensor) -> bool:
         """Whether any rank was asked to stop, by the step before: looking a step late, the host never waits for the device.
 
         Called between backward and update: where the loss of any rank is not finite, this update and all later ones
@@ -145,7 +147,7 @@ class Run:
         wish = bool(self.stop_requests)
         self.guard.note(state.step, loss, wish)
         if can_skip_updates(self.optimizer):
-            _plain(self.optimizer).found_inf = self.guard.not_finite
+            plain(self.optimizer).found_inf = self.guard.not_finite
         asked = self.prove(state.step - 1 if can_skip_updates(self.optimizer) else state.step)
         return asked if self.world.world_size > 1 else wish
 
@@ -210,7 +212,7 @@ class Run:
         period = self.config.train.eval_every_epochs * self.steps_per_epoch
         return period > 0 and int(step / period) != int((step - 1) / period)
 
-    def prove_weights(self, state: "State") -> None:
+    def prove_weights(self, state: State) -> None:
         """Raise UserError, on every rank, if a weight is not finite: from a finite loss a gradient may still overflow."""
         here = [getattr(p, "to_local", lambda p=p: p)() for p in self.network.parameters()]
         norm = torch.nn.utils.get_total_norm([p.detach() for p in here if p.numel()], float("inf"))
@@ -221,12 +223,12 @@ class Run:
             raise UserError(f"step {state.step}: the weights are no longer finite, so they were not saved.\n"
                             f"  Lower optim.lr or set optim.clip_norm; --resume goes on from the last checkpoint.")  # fmt: skip
 
-    def is_evaluation_due(self, state: "State") -> bool:
+    def is_evaluation_due(self, state: State) -> bool:
         """Whether these weights are to be judged and have not been: after the last step in any case."""
         is_time = self.is_evaluation_step(state.step) or state.step >= self.num_steps
         return is_time and state.judged_step < state.step
 
-    def is_over(self, state: "State") -> bool:
+    def is_over(self, state: State) -> bool:
         """Whether nothing is left to train or to judge."""
         if self.is_evaluation_due(state):
             return False
@@ -243,16 +245,15 @@ class Run:
     def data_facts(self) -> dict[str, str]:
         """What a run's figures follow from, besides its settings: hashes, by what they are of."""
         index, data = self.index, self.config.data
-        what = json.dumps([index.classes, index.mean, index.std, index.image_size, index.features])
-        facts = {"classes, size or statistics": xxhash.xxh3_64_hexdigest(what.encode())}
+        what = json.dumps([index.classes, index.image_size, index.features])
+        facts = {"classes or size": xxhash.xxh3_64_hexdigest(what.encode())}
         for name in (data.train_split, data.val_split):
             if split := index.splits.get(name):
                 facts[f"split {name}"] = f"{split.fingerprint()} {split.rows_checksum}"
         return facts
 
-    def save(self, state: "State", is_best: bool) -> None:
-        if self.config.data.max_bad:
-            self.name_bad_samples()
+    def save(self, state: State, is_best: bool) -> None:
+        """Write a checkpoint in the background. Raises UserError, on every rank, where the weights are not to be kept."""
         self.prove()
         self.prove_weights(state)
         if self.world.world_size > 1:  # whoever resumes, in whatever number, adds to the mean over the ranks
@@ -260,9 +261,11 @@ class Run:
         saved = state.to_saved(self.accelerator.scaler)
         tensors = self.parallel.gathered(saved.tensors)
         if self.world.is_main:
-            saved.state["data"] = self.data_facts()
+            saved.state.update(data=self.data_facts(), statistics=[self.index.mean, self.index.std])
             self.tracker.sync()
             self.checkpoints.save(dataclasses.replace(saved, tensors=tensors), is_best)
+        if self.config.data.max_bad:
+            self.name_bad_samples()  # afterwards: that they are too many loses no step
 
     def close(self) -> None:
         """Let no checkpoint be half written when the process ends; then hand the signals back, if they were taken here."""
@@ -270,10 +273,10 @@ class Run:
             self.checkpoints.wait()
         finally:
             self.decoded.close()
-            for close in self._closing:
-                close()
+            if self._owns_requests:
+                self.stop_requests.close()
 
-    def resume(self, state: "State") -> list[str]:
+    def resume(self, state: State) -> list[str]:
         """Bring state to the newest whole checkpoint, if there is one; return what is to be said of damaged ones."""
         saved, complaints = self.checkpoints.agree_on_newest(self.world)
         if saved is None and self.missing_weights:
@@ -287,6 +290,9 @@ class Run:
             if differing:
                 raise UserError(f"{self.index.folder}: these are not the shards that {self.folder} was trained on: other "
                                 f"{', '.join(differing)}.\n  Put data.shards back, or begin another run with --run.")  # fmt: skip
+            mean, std = saved.state.get("statistics", (self.index.mean, self.index.std))  # whatever brought them
+            self.index = dataclasses.replace(self.index, mean=mean, std=std)
+            self.augment = self._new_augment()
             has_best = ranks.on_main(self.world, self.checkpoints.has_best, saved)
             parts = self.parallel.parts(saved.tensors)
             state.restore(dataclasses.replace(saved, tensors=parts), self.accelerator.scaler)
@@ -297,57 +303,6 @@ class Run:
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Give the network these weights; whole tensors by name."""
         put_weights(self.network, self.parallel.parts({"model": weights})["model"])
-
-
-@dataclass
-class State:
-    """What changes while training, and all that a checkpoint has to hold."""
-
-    network: torch.nn.Module  # without the wrapper of data parallelism
-    optimizer: torch.optim.Optimizer
-    average: WeightAverage | None
-    plateau: Plateau
-    loss_sum: torch.Tensor  # of the steps since the last log line, on the device
-    step: int = 0  # updates done; the state of the stream, too
-    logged_step: int = 0
-    judged_step: int = 0  # of the last evaluation that came to its end
-    best_value: list[float] | None = None  # compared from left to right
-    bad_evaluations: int = 0
-
-    def has_lost_patience(self, patience: int) -> bool:
-        return 0 < patience <= self.bad_evaluations
-
-    def to_saved(self, scaler) -> Saved:
-        """Everything by name, in memory. scaler: Accelerate's gradient scaler, or None."""
-        names = {id(p): name for name, p in self.network.named_parameters()}
-        optimizer, values = optimizer_tensors(_plain(self.optimizer), names)
-        tensors = {"model": self.network.state_dict(), "optimizer": optimizer, "sums": {"loss": self.loss_sum}}
-        average = self.average.state_dict() if self.average else {"weights": None, "num_updates": 0}
-        if self.average:
-            tensors["ema"] = average["weights"]
-        counters = ("logged_step", "judged_step", "best_value", "bad_evaluations")
-        return Saved(self.step, tensors, {
-            **{name: getattr(self, name) for name in counters}, "optimizer": values, "ema_updates": average["num_updates"],
-            "plateau": self.plateau.state_dict(), "scaler": scaler.state_dict() if scaler else None,
-        })  # fmt: skip
-
-    def restore(self, saved: Saved, scaler) -> None:
-        """The inverse of `to_saved`. Raises UserError if the checkpoint is of another network."""
-        try:
-            put_weights(self.network, saved.tensors["model"])
-        except RuntimeError as error:
-            raise UserError(f"the checkpoint of step {saved.step} does not fit this network:\n  {error}") from None
-        parameters = dict(self.network.named_parameters())
-        restore_optimizer(_plain(self.optimizer), saved.tensors["optimizer"], saved.state["optimizer"], parameters)
-        if self.average:
-            self.average.load_state_dict({"weights": saved.tensors["ema"], "num_updates": saved.state["ema_updates"]})
-        self.plateau.load_state_dict(saved.state["plateau"])
-        if scaler and saved.state["scaler"]:
-            scaler.load_state_dict(saved.state["scaler"])
-        self.loss_sum = saved.tensors["sums"]["loss"].to(self.loss_sum.device)
-        self.step, self.logged_step = saved.step, saved.state["logged_step"]
-        self.judged_step = saved.state.get("judged_step", saved.step)  # without it: written after judging
-        self.best_value, self.bad_evaluations = saved.state["best_value"], saved.state["bad_evaluations"]
 
 
 def build_network(config: RunConfig, index: ShardIndex) -> torch.nn.Module:
@@ -392,9 +347,5 @@ def can_skip_updates(optimizer) -> bool:
 
     torch's fused ones do. Under Accelerate's gradient scaler, which sets that flag for itself, they cannot be told.
     """
-    has_flag = getattr(_plain(optimizer), "_step_supports_amp_scaling", False)
+    has_flag = getattr(plain(optimizer), "_step_supports_amp_scaling", False)
     return has_flag and getattr(optimizer, "scaler", None) is None
-
-
-def _plain(optimizer):
-    return getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's wrapper

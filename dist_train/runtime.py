@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dist_train.errors import UserError, tell
-from dist_train.ranks import cores_of_rank
+from dist_train.ranks import cores_of_rank, tell_end
 from dist_train.remote import shown
 from dist_train.watch import is_lost_contact
 from dist_train.workers import num_cores
@@ -98,7 +98,7 @@ def start(precision: str, threads: int, timeout_s: int):
                 f"  Leave it out of accelerate's configuration and set {setting} in the recipe."
             )
     env["ACCELERATE_USE_CPU"] = "true" if use_cpu else "false"  # without it, ranks on the CPU would each be alone
-    # Accelerate sets torch's threads from it, where there are several ranks
+    # set, or Accelerate would choose a number, and warn
     env["OMP_NUM_THREADS"] = str(threads or max(1, num_cores() // local_world_size))
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it; without effect on the CPU
     try:
@@ -111,6 +111,13 @@ def start(precision: str, threads: int, timeout_s: int):
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
+        if accelerator.num_processes != world_size:
+            raise UserError(
+                f"WORLD_SIZE is {world_size} but Accelerate counts {accelerator.num_processes} processes: each would train "
+                f"alone.\n  Use launch/local.sh, or accelerate launch with a configuration from launch/accelerate/."
+            )
+        world = World(accelerator.process_index, world_size, local_rank, local_world_size, accelerator.device)
+        world = replace(world, num_cores=cores_of_rank(world))  # the first message between the ranks
     except RuntimeError as error:
         if not is_lost_contact(error):
             raise
@@ -119,15 +126,9 @@ def start(precision: str, threads: int, timeout_s: int):
             f"{str(error).splitlines()[0]}\n  Look for the last words of the rank that is missing, and whether that port "
             f"can be reached from every host. Slow starts of many ranks: raise runtime.timeout_s."
         ) from error
-    if accelerator.num_processes != world_size:
-        raise UserError(
-            f"WORLD_SIZE is {world_size} but Accelerate counts {accelerator.num_processes} processes: each would train "
-            f"alone.\n  Use launch/local.sh, or accelerate launch with a configuration from launch/accelerate/."
-        )
-    device = accelerator.device
-    torch.backends.cudnn.benchmark = device.type == "cuda"  # shapes are few, and stay: the fastest kernel is found by trial
-    world = World(accelerator.process_index, world_size, local_rank, local_world_size, device)
-    world = replace(world, num_cores=cores_of_rank(world))
+    # shapes are few, and stay: the fastest kernel is found by trial
+    torch.backends.cudnn.benchmark = accelerator.device.type == "cuda"
+    env["OMP_NUM_THREADS"] = str(threads or world.num_cores)
     torch.set_num_threads(threads or world.num_cores)
     return accelerator, world
 
@@ -169,7 +170,10 @@ def leave(kind, error: BaseException | None, trace) -> None:
     """
     import torch.distributed as dist
 
-    if error is not None and dist.is_available() and dist.is_initialized() and "nccl" in dist.get_backend():
+    is_grouped = dist.is_available() and dist.is_initialized()
+    if error is not None and is_grouped:
+        tell_end(dist.get_rank(), error)
+    if error is not None and is_grouped and "nccl" in dist.get_backend():
         code = tell(error)
         with contextlib.suppress(OSError):  # a reader that is gone
             sys.stdout.flush()

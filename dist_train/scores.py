@@ -27,7 +27,7 @@ def table_scores(run: Path, split: SplitIndex) -> tuple[np.ndarray, np.ndarray]:
     trained = load_run(run)
     values = read_vectors(split, np.arange(split.num_samples), len(trained.features))
     with torch.no_grad():
-        logits = trained.network(standardised(torch.from_numpy(values), trained))
+        logits = torch.cat([trained.network(standardised(rows, trained)) for rows in torch.from_numpy(values).split(65_536)])
     return split.table()["label"].astype(np.int64), logits.double().softmax(1).numpy()
 
 

@@ -17,6 +17,7 @@ import xxhash
 from dist_train.errors import UserError
 from dist_train.index import SplitIndex
 
+READ_FAILED = "the shard cannot be read"  # so begins the reason where the system refuses
 MOST_SINGLY = 32  # round trips to a server, 20 to 100 ms each, that take about as long as fetching a usual shard
 _AT_ONCE = 8  # requests in flight
 MAX_OPEN = 512  # shard files kept open per process, besides those that batches ahead hold
@@ -92,7 +93,7 @@ class Store:
                 yield next(singly)
                 continue
             fd, offset, size, checksum = next(places)
-            payload = os.pread(fd, size, offset)
+            payload = self._read(sample, fd, size, offset)
             if len(payload) < size:
                 raise self.fault(sample, f"ends after {len(payload):,} of {size:,} bytes")
             if verify and xxhash.xxh3_64_intdigest(payload) != checksum:
@@ -130,17 +131,23 @@ class Store:
             if payload is not None and xxhash.xxh3_64_intdigest(payload) == checksum:
                 return payload
         file = self._shard_file(shard)
-        payload = os.pread(file.fd, size, offset)
+        payload = self._read(sample, file.fd, size, offset)
         if xxhash.xxh3_64_intdigest(payload) != checksum:
             raise self.fault(sample, "checksum differs from the index")
         return payload
+
+    def _read(self, sample: int, fd: int, size: int, offset: int) -> bytes:
+        try:
+            return os.pread(fd, size, offset)
+        except OSError as error:
+            raise self.fault(sample, f"{READ_FAILED}: {error.strerror}") from None
 
     def fault(self, sample: int, reason: str) -> UserError:
         """The error for a sample that cannot be used, naming shard, sample, byte, and what to do."""
         path = self.path(int(self.split.shard_of(np.array([sample]))[0]))
         advice = (
             "The system refused the read: look to the disk or the file system, then start again."
-            if reason.startswith("the shard cannot be read: ")
+            if reason.startswith(READ_FAILED)
             else f"See all that is wrong with: dist-train verify {self.split.folder}"
         )
         return UserError(

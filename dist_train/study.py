@@ -25,7 +25,7 @@ from dist_train.remote import shown
 from dist_train.search import Space, changed, check_values, read_space, recipe_with
 from dist_train.settings import flatten, option_lines, read_config, to_dict
 
-MAX_ATTEMPTS = 3  # a trial that has taken its process with it this often is given up
+MAX_ATTEMPTS = 3  # tries of a trial whose process died, or that could not be trained
 
 
 def main(argv: list[str]) -> int:
@@ -288,7 +288,8 @@ def work_on(plan: Plan, study, trial, requests: runtime.StopRequests) -> str:
         if value is None:
             raise Diverged("a training has no evaluation whose loss is finite")
     except Stopped as stop:
-        queue_again(study, trial, trial.params, trial.user_attrs.get("attempt", 1))
+        with locked(plan.lock("claim")):
+            queue_again(study, trial, trial.params, trial.user_attrs.get("attempt", 1))
         return str(stop) or "a request"
     except optuna.TrialPruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)

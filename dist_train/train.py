@@ -45,11 +45,10 @@ def train(run: Run, state: State) -> None:
         return run.checkpoints.wait_together(run.world)
     clock, batches = Throughput(), to_device(run.stream(state.step), world.device)
     ranks.meet(world)  # a rank may have had to decode the split to its disk
-    is_settled = world.world_size < 3  # the sum of two is the same in either order
     for batch in timed(batches, clock, run.parts):
-        if not is_settled and state.step >= run.freeze_steps:
+        if not run.parallel.is_settled and state.step >= run.freeze_steps:
             settle_messages(run, batch)
-            is_settled = True
+            clock.read()
         lr = run.lr_at(state.step) * state.plateau.factor
         set_lr(state.optimizer, lr)
         torch.manual_seed(int(hash_words(config.seed, state.step, world.rank)) >> 1)  # for layers that draw by themselves
@@ -137,7 +136,10 @@ def settle_messages(run: Run, batch: Batch) -> None:
     would differ from the same step of a run that was not stopped, in the last bits.
     """
     before = [buffer.clone() for buffer in run.network.buffers()]
+    run.parts.pause()
+    parts, run.parts = run.parts, run.new_parts(0)
     forward_backward(run, batch)
+    run.parts, run.parallel.is_settled = parts, True
     run.optimizer.zero_grad(set_to_none=True)
     for buffer, value in zip(run.network.buffers(), before, strict=True):
         buffer.copy_(value)
@@ -291,6 +293,8 @@ def run_training(argv: list[str]) -> int:
         ranks.on_main(world, claim_folder)
         run = leaving.enter_context(contextlib.closing(Run(config, folder, accelerator, world, stop_requests)))
         state = run.new_state()
+        if run.missing_weights and not resume:
+            raise run.missing_weights
         watch.read_step = lambda: state.step
         complaints = run.resume(state) if resume else []
         goes_on = resume and (folder / "metrics.jsonl").exists()

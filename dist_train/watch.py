@@ -140,7 +140,8 @@ class Watch:
                 self._is_said = True
                 print(
                     f"[rank {self.rank}] no datagram came from {self._names(unheard)}: UDP is blocked, or the rank hangs.\n"
-                    f"  Were it lost, a collective would say so after runtime.timeout_s.", file=sys.stderr, flush=True
+                    f"  Were it lost, a collective would say so after runtime.timeout_s, or the launcher.",
+                    file=sys.stderr, flush=True,
                 )  # fmt: skip
         if not silent:
             return ""

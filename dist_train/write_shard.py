@@ -22,7 +22,7 @@ from dist_train.tars import TarWriter, writing
 from dist_train.workers import count_done
 
 _GROUP_SAMPLES, _GROUP_BYTES = 256, 16_000_000  # read together, so that pictures of one size are decoded in one call
-_VERSION = 1  # part of every fingerprint: raise it when the same task comes to give other bytes
+_VERSION = 2  # part of every fingerprint: raise it when the same task comes to give other bytes
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import xxhash
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import resized_crop
 
-from dist_train import decode
+from dist_train import core, decode
 from dist_train.decode import DecodeError, decode_batch, decode_from_files, decode_into, picture_size
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -174,6 +174,14 @@ def test_the_native_core_and_the_portable_path_give_equal_pixels(kind, size, mon
                 decode.decode_portable(payload, portable, box)
             assert status[0] == 0, "the native core left a plain JPEG to the portable path"
             assert (native == portable).all(), box
+
+
+@pytest.mark.skipif(decode.native is None, reason="there is no native core")
+def test_what_lies_behind_the_end_of_a_picture_is_no_scan_of_it(monkeypatch):
+    payload = PLAIN + b"\xff\xda" * 300  # a film behind a picture has such bytes, too
+    assert np.array_equal(decoded(payload, 40, 40), decoded(PLAIN, 40, 40))
+    monkeypatch.setattr(decode, "native", None)
+    assert np.array_equal(decoded(payload, 40, 40), decoded(PLAIN, 40, 40))
 
 
 @pytest.mark.skipif(decode.native is None, reason="there is no native core")
@@ -591,10 +599,12 @@ def test_an_odd_jfif_revision_excuses_no_other_damage(path, revision):
 
 @pytest.mark.skipif(decode.native is None, reason="there is no native core")
 def test_a_core_built_from_other_sources_is_not_used(monkeypatch):
-    monkeypatch.setattr(decode.native, "CORE_VERSION", decode.CORE_VERSION + 1)
-    other = runpy.run_path(decode.__file__)
-    assert other["native"] is None
-    assert "built from other sources" in other["decoders"]()["native"]
+    monkeypatch.setattr(decode.native, "CORE_VERSION", core.CORE_VERSION + 1)
+    other = runpy.run_path(core.__file__)
+    assert other["native"] is None and "built from other sources" in other["missing"]
+    monkeypatch.setattr(decode, "native", None)
+    monkeypatch.setattr(decode, "missing", other["missing"])
+    assert "built from other sources" in decode.decoders()["native"]
 
 
 def test_the_core_is_built_anew_and_without_an_old_xxhash(tmp_path, monkeypatch):
@@ -625,7 +635,12 @@ def compiler_or_skip() -> list[str]:
     command = (sysconfig.get_config_var("CC") or "cc").split()
     if decode.native is None or not shutil.which(command[0]):
         pytest.skip("there is no C compiler, or no native core")
-    return command
+    where = [f"-I{sys.prefix}/include", f"-L{sys.prefix}/lib"]  # conda's
+    source = subprocess.run([*command, *where, "-E", "-include", "stdio.h", "-include", "jpeglib.h", "-x", "c", "/dev/null"],
+                            capture_output=True)  # fmt: skip
+    if source.returncode:
+        pytest.skip("jpeglib.h lies where the compiler does not look")
+    return [*command, *where]
 
 
 def test_a_checksum_that_is_not_xxh3s_is_left_out_of_the_core(tmp_path):
@@ -636,9 +651,9 @@ def test_a_checksum_that_is_not_xxh3s_is_left_out_of_the_core(tmp_path):
          "-I", sysconfig.get_path("include"), "-o", library, *ROOT.glob("dist_train/_*.c"), "-ljpeg"], check=True,
     )  # fmt: skip
     spec = importlib.util.spec_from_file_location("_native", library)
-    core = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(core)
-    assert core.CORE_VERSION == decode.CORE_VERSION and not hasattr(core, "checksum")
+    built = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(built)
+    assert built.CORE_VERSION == core.CORE_VERSION and not hasattr(built, "checksum")
 
 
 def test_an_old_libjpeg_turbo_is_refused_by_the_compiler(tmp_path):

@@ -212,15 +212,19 @@ def test_a_runs_weights_bring_the_statistics_it_was_trained_with(digits, tmp_pat
             open_index(config)
 
 
-def test_a_run_goes_on_where_the_weights_it_began_with_are_gone(digits, weights, tmp_path):
-    own = shutil.copy(weights, tmp_path / "own.safetensors")
+@pytest.mark.parametrize("has_statistics", [False, True])
+def test_a_run_goes_on_where_the_weights_it_began_with_are_gone(digits, weights, tmp_path, has_statistics):
+    other = tmp_path / "other"
+    other.mkdir()
+    own = shutil.copy(weights, other / "weights.safetensors")
+    if has_statistics:  # they came from a run, and it is gone, too
+        (other / "inference.json").write_text(json.dumps({"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "features": None}))
     argv = tuned(digits, tmp_path / "run", str(own), 0.0, "--train.max_steps")
     assert run_training([*argv, "3"]) == 0
-    own.unlink()
+    assert run_training([*tuned(digits, tmp_path / "steady", str(own), 0.0), "--train.max_steps", "6"]) == 0
+    shutil.rmtree(other)
     assert run_training([*argv, "6", "--resume"]) == 0
-    steady = tuned(digits, tmp_path / "steady", weights, 0.0, "--train.max_steps", "6")
-    assert run_training(steady) == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "steady")
-    shutil.rmtree(tmp_path / "run/checkpoints")
-    with pytest.raises(UserError, match="own.safetensors"):  # not from nothing
-        run_training([*argv, "6", "--resume"])
+    (tmp_path / "run/config.yaml").unlink()
+    with pytest.raises(UserError, match="weights.safetensors"):  # begun anew, beside old checkpoints: not from nothing
+        run_training([*argv, "6"])

@@ -19,7 +19,7 @@ MODULES = sorted(p.stem for p in (ROOT / "dist_train").glob("*.py"))
 
 # Imports run downwards, from a later row to an earlier one, or inside a row without a circle.
 LAYERS = [
-    ["errors", "durable", "control_groups", "settings", "config", "index", "order", "boxes", "bad_samples"],  # no torch
+    ["errors", "durable", "control_groups", "core", "settings", "config", "index", "order", "boxes", "bad_samples"],  # no torch
     ["remote", "shard_cache", "remote_index",
      "store", "picture_header", "decode", "tars", "partition", "pictures", "sources", "tables", "torchsets", "workers",
      "write_shard", "plan", "dali_index", "tar_lists", "foreign_tar", "read_foreign", "folds", "stop"],  # no torch either
@@ -30,7 +30,7 @@ LAYERS = [
      "table_plots", "picture_plots", "mistakes", "contact_sheet"],
     ["recycled", "wanted", "decoded_file", "cache", "loader", "data", "checkpoint"],
     ["evaluate"],
-    ["sizes", "decoder_choice", "parallel", "run", "train", "predict", "export", "scores", "preview", "figures", "report",
+    ["sizes", "decoder_choice", "parallel", "state", "run", "train", "predict", "export", "scores", "preview", "figures", "report",
      "bench_step", "bench"],
     ["journal", "search", "trial", "study_report", "study", "compare"],
     ["cli"],

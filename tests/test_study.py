@@ -311,10 +311,16 @@ def test_a_stop_between_two_trainings_is_heard_and_costs_no_attempt(write_study,
         os.kill(os.getpid(), signal.SIGUSR1)  # while shards are opened, say, before there is a training to stop
         return run(*given)
 
+    class StoppedAtItsEnd(one_trial.Run):
+        def close(self):
+            os.kill(os.getpid(), signal.SIGUSR1)  # the training itself looks no more
+            super().close()
+
     run = one_trial.Run
-    with monkeypatch.context() as patched:
-        patched.setattr(one_trial, "Run", slow_start)
-        assert main([path]) == runtime.EXIT_STOPPED
+    for patch in (StoppedAtItsEnd, slow_start):
+        with monkeypatch.context() as patched:
+            patched.setattr(one_trial, "Run", patch)
+            assert main([path]) == runtime.EXIT_STOPPED
     assert signal.getsignal(signal.SIGUSR1) == before
     (queued,) = trials_of(path, "WAITING")
     assert queued.user_attrs["attempt"] == 1

@@ -161,9 +161,10 @@ def test_a_study_in_an_array_of_two_tasks_does_every_trial_once(slurm, digits, t
     done = [t for t in trials if t.state.name == "COMPLETE"]
     assert sorted(t.params["optim.lr"] for t in done) == rates, logs()
     assert all(t.user_attrs.get("attempt", 1) == 1 for t in done), "no process died"
-    assert [t.state.name for t in trials if t not in done] == ["FAIL"] * warned, "what was stopped was queued under another number"
+    stopped = [t.state.name for t in trials if t not in done]
+    assert stopped in ([], ["FAIL"] * warned), "what was stopped, unless it was between two, was queued under another number"
     ended = [[int(n) for n in re.findall(r"(\d+) trials done here", (tmp_path / f"{k}.out").read_text())] for k in range(2)]
-    assert sum(map(sum, ended)) == len(rates) and all(map(sum, ended)), logs()
+    assert sum(map(sum, ended)) == len(rates) and (warned or all(map(sum, ended))), logs()
     assert [len(ends) for ends in ended] == [1 + warned, 1]
     assert f"{len(rates)} finished" in (tmp_path / "run/report.html").read_text()
 
