@@ -123,7 +123,7 @@ class NativeCore(NamedTuple):
 def native_core() -> NativeCore:
     """The native core as it was built."""
     if not native:
-        return NativeCore(missing=missing)
+        return NativeCore(missing=missing or "not used")
     vectors = "AVX2" if native.HAS_BASELINE else ""
     return NativeCore("", vectors, native.LIBJPEG_TURBO, hasattr(native, "checksum"))
 

@@ -35,10 +35,12 @@ def meet(world) -> None:
         time.sleep(0.001)
 
 
-def tell_end(rank: int, error: BaseException) -> None:
+def tell_end(error: BaseException) -> None:
     """Tell the others, where they wait in `meet`, that this rank fails."""
-    with contextlib.suppress(OSError, RuntimeError):  # the store's process may be gone
-        _store().set(_ENDED, f"rank {rank} on {platform.node()} ended: {(str(error) or type(error).__name__)[:500]}")
+    import torch.distributed as dist
+
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # the store's process may be gone, or the group
+        _store().set(_ENDED, f"rank {dist.get_rank()} on {platform.node()} ended: {(str(error) or type(error).__name__)[:500]}")
 
 
 def _store():

@@ -172,7 +172,7 @@ def leave(kind, error: BaseException | None, trace) -> None:
 
     is_grouped = dist.is_available() and dist.is_initialized()
     if error is not None and is_grouped:
-        tell_end(dist.get_rank(), error)
+        tell_end(error)
     if error is not None and is_grouped and "nccl" in dist.get_backend():
         code = tell(error)
         with contextlib.suppress(OSError):  # a reader that is gone

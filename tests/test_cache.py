@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_train import cache, data, decode, decoded_file, open_stream
+from dist_train import cache, decode, decoded_file, loader, open_stream
 from dist_train.cache import DecodedCache, Rows, available_bytes
 from dist_train.data import open_evaluation, to_device
 from dist_train.errors import UserError
@@ -53,7 +53,7 @@ def count_decoded(monkeypatch) -> list[int]:
             counted.append(len(fds))
         return decode.decode_from_files(fds, *rest)
 
-    monkeypatch.setattr(data, "decode_from_files", counting)
+    monkeypatch.setattr(loader, "decode_from_files", counting)
     return counted
 
 

@@ -126,7 +126,7 @@ def test_a_missing_native_decoder_is_slow_and_says_what_it_lacks(monkeypatch):
 def test_a_native_core_built_without_the_header_of_xxhash_is_noted(monkeypatch, has_checksum, state):
     monkeypatch.setattr(decode, "native_core", lambda: decode.NativeCore("", "AVX2", "3.1", has_checksum))
     jpeg, others, checksum = doctor.decoding()
-    assert jpeg.found == "jpeg: native core (AVX2) and libjpeg-turbo 3.1" and jpeg.state == others.state == "good"
+    assert jpeg.found == "jpeg: native core (AVX2) and libjpeg-turbo (built with 3.1)" and jpeg.state == others.state == "good"
     assert checksum.state == state and ("libxxhash-dev" in checksum.advice) == (not has_checksum)
 
 
