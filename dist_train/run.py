@@ -118,13 +118,15 @@ class Run:
         """This rank's batches from first_step to the end of the run."""
         data, augment = self.config.data, self.config.augment
         crop, size = sizes.decoder_crop(self.config, self.index)
-        return open_stream(
+        stream = open_stream(
             self.index, data.train_split, data.global_batch_size, size, crop, seed=self.config.seed,
             threads=data.threads or self.world.num_cores, world=self.world.place, start_step=first_step, stop_step=self.num_steps,
             scale=augment.scale, ratio=augment.ratio, window_shards=data.window_shards, lanes=data.lanes,
             prefetch_mb=data.prefetch_mb, verify=data.verify, pin_memory=self.world.device.type == "cuda",
             cache=self.decoded, bad_samples=self.bad_samples, gpu_decoder=self.gpu_decoder,
         )  # fmt: skip
+        ranks.meet(self.world)  # one may have had to decode the split to its disk
+        return stream
 
     def prepare(self, images: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor):
         """Stored values -> what enters the network, augmented and normalised; and the targets, soft where mixed."""

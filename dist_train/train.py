@@ -43,9 +43,8 @@ def train(run: Run, state: State) -> None:
         judge_and_save(run, state)
     if run.is_evaluation_due(state) or run.is_over(state) or state.step >= run.halt_step:
         return run.checkpoints.wait_together(run.world)
-    clock, batches = Throughput(), to_device(run.stream(state.step), world.device)
-    ranks.meet(world)  # a rank may have had to decode the split to its disk
-    for batch in timed(batches, clock, run.parts):
+    clock = Throughput()
+    for batch in timed(to_device(run.stream(state.step), world.device), clock, run.parts):
         if not run.parallel.is_settled and state.step >= run.freeze_steps:
             settle_messages(run, batch)
             clock.read()

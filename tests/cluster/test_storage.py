@@ -90,7 +90,7 @@ def run_on_failing_disk(argv, calls, when, path=None):
 
 
 @pytest.mark.parametrize("calls, when, path, complaint", [
-    ("fsync", 5, None, "the checkpoint could not be written"),  # how a disk tells of bytes it has lost
+    ("fsync", 6, None, "the checkpoint could not be written"),  # how a disk tells of bytes it has lost
     ("write", 1, "checkpoints/step-00000006.partial/state.json", "the checkpoint could not be written"),
     ("rename,renameat,renameat2", 1, "checkpoints/step-00000006.partial", "the checkpoint could not be written"),
     ("write", 4, "metrics.jsonl", "cannot write the run's figures"),
@@ -114,4 +114,4 @@ def test_a_disk_that_fails_under_a_read_names_shard_and_sample(digits, tmp_path)
     path = f"{split.folder}/{split.files[1]}"
     argv = tiny_run(digits, tmp_path / "run")
     code, said = run_on_failing_disk(argv, "pread64,preadv,preadv2", 2, path)
-    assert code == 2 and f"{path}: the shard cannot be read (sample train/" in said, said
+    assert code == 2 and f"{path}: the shard cannot be read: Input/output error (sample train/" in said, said
