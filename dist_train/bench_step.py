@@ -18,7 +18,7 @@ from dist_train import ranks, runtime
 from dist_train.cache import available_bytes
 from dist_train.config import RunConfig
 from dist_train.data import to_device
-from dist_train.decoder_choice import settled
+from dist_train.decoder_choice import choose_decoder
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex
 from dist_train.run import Run
@@ -70,7 +70,7 @@ def measure(config: RunConfig, accelerator, world: runtime.World, num_steps: int
     """
     with tempfile.TemporaryDirectory(prefix="dist_train-bench-") as folder:
         threads = config.data.threads or world.num_cores
-        config = ranks.on_main(world, settled, config, Path(folder), world.device, threads)
+        config = ranks.on_main(world, choose_decoder, config, Path(folder), world.device, threads)
         with contextlib.closing(TimedRun(config, Path(folder), accelerator, world, num_steps)) as timed:
             if timed.is_kept:
                 timed.read_an_epoch()

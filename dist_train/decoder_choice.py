@@ -26,7 +26,7 @@ TRIAL_PICTURES, TRIAL_ROUNDS = 256, 3
 LEAST_OF_A_THREAD = 32  # pictures: they take far longer than waking a thread
 
 
-def settled(config: RunConfig, folder: Path, device: torch.device, num_threads: int = 0) -> RunConfig:
+def choose_decoder(config: RunConfig, folder: Path, device: torch.device, num_threads: int = 0) -> RunConfig:
     """The settings with data.decode "cpu" or "gpu": as the run in the folder has it, else as asked, else as measured.
 
     num_threads: decoding threads of one rank; 0 is one for each core that this process may use. Raises UserError where the
@@ -54,7 +54,7 @@ def settled(config: RunConfig, folder: Path, device: torch.device, num_threads: 
 def rates(config: RunConfig, gpu: GpuDecoder, num_threads: int = 0) -> dict[str, float] | None:
     """Images a second of {"cpu", "gpu"} on the first pictures of the training split, in turns: one rank's threads, one GPU.
 
-    num_threads: as in `settled`; all of them decode at once. None where no picture is cut at random (those are decoded once
+    num_threads: as in `choose_decoder`; all of them decode at once. None where no picture is cut at random (those are decoded once
     and kept, or small) and where torchvision has no decoder for a GPU; without "gpu" where that has taken none of the pictures.
     """
     index = open_index(config)

@@ -102,19 +102,18 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 class Plateau:
     """The factor on the learning rate that falls when a validation figure has not improved for more than `patience` evaluations.
 
-    higher_is_better: True for accuracy, False for a loss. As torch's ReduceLROnPlateau with threshold 0.
+    Higher figures are better. As torch's ReduceLROnPlateau with mode max and threshold 0.
     """
 
-    def __init__(self, patience: int, drop: float, higher_is_better: bool):
-        self.patience, self.drop, self.higher_is_better = patience, drop, higher_is_better
+    def __init__(self, patience: int, drop: float):
+        self.patience, self.drop = patience, drop
         self.factor = 1.0
         self.best: float | None = None
         self.bad_evaluations = 0
 
     def update(self, figure: float) -> None:
         """Take the figure of one evaluation into account; not-a-number counts as no improvement."""
-        sign = 1 if self.higher_is_better else -1
-        if not math.isnan(figure) and (self.best is None or sign * figure > sign * self.best):
+        if not math.isnan(figure) and (self.best is None or figure > self.best):
             self.best, self.bad_evaluations = figure, 0
             return
         self.bad_evaluations += 1

@@ -22,7 +22,7 @@ from dist_train.runtime import World
 OWN_FSDP_GROUP = 2**20  # weights from which on a layer is gathered and let go by itself
 
 
-def spread(network: nn.Module, config: RunConfig, accelerator, world: World) -> "Replicated":
+def parallelize(network: nn.Module, config: RunConfig, accelerator, world: World) -> "Replicated":
     """Lay the network over the ranks as train.parallel says; changes it. To be called before the optimizer is built.
 
     Raises UserError, naming the setting, where that network cannot lie so on these ranks.

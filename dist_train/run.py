@@ -28,7 +28,7 @@ from dist_train.layers import use_keyed_dropout, use_sync_batchnorm
 from dist_train.metrics import flops_per_sample, peak_flops
 from dist_train.models import build_model, head_name
 from dist_train.optim import Plateau, WeightAverage, build_optimizer, lr_at
-from dist_train.parallel import spread
+from dist_train.parallel import parallelize
 from dist_train.pretrained import put_weights
 from dist_train.progressive import Progressive
 from dist_train.settings import from_dict, read_written, to_dict
@@ -80,7 +80,7 @@ class Run:
             network = network.to(memory_format=torch.channels_last)
         self.network = network.to(world.device)
         self.head = head_name(self.network, self.index.num_classes)
-        self.parallel = spread(self.network, config, accelerator, world)
+        self.parallel = parallelize(self.network, config, accelerator, world)
         self.model = self.parallel.model
         optimizer = self.parallel.optimizer(build_optimizer(self.network, config.optim, self.head, config.train.precision))
         # the loader and the schedule stay with us: Accelerate would read on rank zero for all, and step once per rank
@@ -111,7 +111,7 @@ class Run:
     def new_state(self) -> State:
         optim = self.config.optim
         average = WeightAverage(self.network, optim.ema_decay) if optim.ema_decay else None
-        plateau = Plateau(optim.plateau_patience, optim.step_factor, higher_is_better=True)
+        plateau = Plateau(optim.plateau_patience, optim.step_factor)
         return State(self.network, self.optimizer, average, plateau, torch.zeros((), device=self.world.device))
 
     def stream(self, first_step: int):
@@ -150,10 +150,10 @@ class Run:
         self.guard.note(state.step, loss, wish)
         if can_skip_updates(self.optimizer):
             plain(self.optimizer).found_inf = self.guard.not_finite
-        asked = self.prove(state.step - 1 if can_skip_updates(self.optimizer) else state.step)
+        asked = self.check_loss(state.step - 1 if can_skip_updates(self.optimizer) else state.step)
         return asked if self.world.world_size > 1 else wish
 
-    def prove(self, newest_step: float = math.inf) -> bool:
+    def check_loss(self, newest_step: float = math.inf) -> bool:
         """Raise UserError, on every rank, if the loss of a step up to this one was not finite; waits for the device.
 
         Done before figures are logged and weights judged or saved. Returns whether any rank was asked to stop.
@@ -214,7 +214,7 @@ class Run:
         period = self.config.train.eval_every_epochs * self.steps_per_epoch
         return period > 0 and int(step / period) != int((step - 1) / period)
 
-    def prove_weights(self, state: State) -> None:
+    def check_weights(self, state: State) -> None:
         """Raise UserError, on every rank, if a weight is not finite: from a finite loss a gradient may still overflow."""
         here = [getattr(p, "to_local", lambda p=p: p)() for p in self.network.parameters()]
         norm = torch.nn.utils.get_total_norm([p.detach() for p in here if p.numel()], float("inf"))
@@ -238,7 +238,7 @@ class Run:
 
     def evaluate(self, split: str, confusion: bool = True) -> Evaluation:
         """Evaluate the network as it is on a split. Raises Interrupted, on every rank, if the run is asked to stop."""
-        self.prove()
+        self.check_loss()
         crop, asked = sizes.eval_crop(self.config, self.index), lambda: bool(self.stop_requests)
         with self.parallel.whole() as network:
             more = crop, asked, self.decoded, confusion
@@ -256,8 +256,8 @@ class Run:
 
     def save(self, state: State, is_best: bool) -> None:
         """Write a checkpoint in the background. Raises UserError, on every rank, where the weights are not to be kept."""
-        self.prove()
-        self.prove_weights(state)
+        self.check_loss()
+        self.check_weights(state)
         if self.world.world_size > 1:  # whoever resumes, in whatever number, adds to the mean over the ranks
             messages.average_over_ranks([state.loss_sum])
         saved = state.to_saved(self.accelerator.scaler)

@@ -125,7 +125,7 @@ def _evaluations_needed(config: RunConfig) -> str:
     return " and ".join(needs)
 
 
-def misgivings(config: RunConfig, world_size: int, network) -> list[str]:
+def config_warnings(config: RunConfig, world_size: int, network) -> list[str]:
     """What is allowed, and rarely meant."""
     found, at_once = [], micro_batch_size(config, world_size)
     if config.optim.warmup_epochs >= config.train.epochs:

@@ -17,7 +17,7 @@ from dist_train import messages, ranks, runtime
 from dist_train.checkpoint import load_checkpoint
 from dist_train.config import RunConfig
 from dist_train.data import Batch, to_device
-from dist_train.decoder_choice import settled
+from dist_train.decoder_choice import choose_decoder
 from dist_train.durable import put_in_place, replace_json
 from dist_train.errors import UserError
 from dist_train.evaluate import Interrupted, write_evaluation
@@ -30,7 +30,7 @@ from dist_train.order import hash_words
 from dist_train.remote import shown
 from dist_train.run import Run, State, inference, open_run_folder
 from dist_train.settings import read_config
-from dist_train.sizes import misgivings
+from dist_train.sizes import config_warnings
 from dist_train.step_parts import StepParts
 from dist_train.track import open_tracker
 from dist_train.watch import Watch
@@ -40,7 +40,7 @@ def train(run: Run, state: State) -> None:
     """Train from state.step until the last step, an early stop or a request to stop; evaluate and save on the way."""
     config, world = run.config, run.world
     if run.is_evaluation_due(state):  # a request to stop came before its end
-        judge_and_save(run, state)
+        validate_and_save(run, state)
     if run.is_evaluation_due(state) or run.is_over(state) or state.step >= run.halt_step:
         return run.checkpoints.wait_together(run.world)
     clock = Throughput()
@@ -69,7 +69,7 @@ def train(run: Run, state: State) -> None:
         stop = asked or state.step >= run.halt_step
         last = state.step >= run.num_steps
         if its_time(state.step, config.train.log_every_steps) or last:
-            run.prove()
+            run.check_loss()
             if config.data.max_bad:
                 run.name_bad_samples()
             mean_loss = run.mean_over_ranks(state.loss_sum) / (state.step - state.logged_step)
@@ -82,7 +82,7 @@ def train(run: Run, state: State) -> None:
             state.loss_sum, state.logged_step = torch.zeros_like(state.loss_sum), state.step
         if run.is_evaluation_due(state) and not asked:
             run.parts.pause()
-            judge_and_save(run, state)
+            validate_and_save(run, state)
             stop = stop or run.is_evaluation_due(state) or run.is_over(state)
             clock.read()  # neither evaluation nor saving is training time
         elif stop or its_time(state.step, config.train.checkpoint_every_steps):
@@ -144,16 +144,16 @@ def settle_messages(run: Run, batch: Batch) -> None:
         buffer.copy_(value)
 
 
-def judge_and_save(run: Run, state: State) -> None:
+def validate_and_save(run: Run, state: State) -> None:
     """Judge the weights and save; where a request to stop breaks it off, save as it was before: the evaluation stays due."""
     try:
-        is_best = judge(run, state)
+        is_best = validate(run, state)
     except Interrupted:
         is_best = False
     run.save(state, is_best)
 
 
-def judge(run: Run, state: State) -> bool:
+def validate(run: Run, state: State) -> bool:
     """Evaluate on the validation split, tell the plateau schedule, and say whether these weights are the best so far.
 
     Raises Interrupted, with the state as it was, if the run is asked to stop meanwhile.
@@ -279,7 +279,7 @@ def run_training(argv: list[str]) -> int:
         leaving.push(runtime.leave)
         watch = leaving.enter_context(Watch(world, config.runtime.timeout_s, runtime.master_address()))
 
-        config = ranks.on_main(world, settled, config, folder, world.device, config.data.threads or world.num_cores)
+        config = ranks.on_main(world, choose_decoder, config, folder, world.device, config.data.threads or world.num_cores)
 
         def claim_folder() -> None:
             try:
@@ -302,7 +302,7 @@ def run_training(argv: list[str]) -> int:
         is_leaving = threading.Event()
         leaving.callback(is_leaving.set)
         watch.is_busy = lambda: is_leaving.is_set() or run.checkpoints.is_writing()
-        complaints += misgivings(config, world.world_size, run.network)
+        complaints += config_warnings(config, world.world_size, run.network)
         if runtime.is_slow(config.train.precision, world.device):
             complaints.append("train.precision is bf16, which this CPU has no instructions for: fp32 is far faster here.")
         for complaint in complaints:

@@ -13,13 +13,13 @@ import torch
 from dist_train import runtime
 from dist_train.checkpoint import Checkpoints, Saved
 from dist_train.config import RunConfig
-from dist_train.decoder_choice import settled
+from dist_train.decoder_choice import choose_decoder
 from dist_train.durable import replace_json
 from dist_train.errors import UserError
 from dist_train.evaluate import Interrupted
 from dist_train.run import Run, open_run_folder
 from dist_train.track import MetricsFile, Tracker
-from dist_train.train import judge, train
+from dist_train.train import train, validate
 
 SECONDS_BETWEEN_CHECKPOINTS = 60  # a killed trial loses at most this; a shorter one leaves no checkpoint at all
 
@@ -69,7 +69,7 @@ def train_fold(
     with contextlib.ExitStack() as leaving:
         leaving.callback(runtime.end)
         num_threads = config.data.threads or world.num_cores
-        config = settled(config, folder.with_name("fold-0"), world.device, num_threads)  # all folds as the first one
+        config = choose_decoder(config, folder.with_name("fold-0"), world.device, num_threads)  # all folds as the first one
         open_run_folder(config, folder, resume=True)
         run = leaving.enter_context(contextlib.closing(Run(config, folder, accelerator, world, stop_requests)))
         run.checkpoints = SparseCheckpoints(folder, 1)
@@ -85,7 +85,7 @@ def train_fold(
             raise Stopped(run.stop_requests.reason)
         if not run.tracker.evaluations:
             try:
-                judge(run, state)
+                validate(run, state)
             except Interrupted:
                 raise Stopped(run.stop_requests.reason) from None
         result = fold_result(run.tracker, state.step, run.epoch_of(state.step), config)

@@ -120,7 +120,8 @@ def test_no_shards_and_no_benchmark_are_named():
 def test_a_step_is_timed_from_shards_and_from_memory(digits, tmp_path, capsys, monkeypatch):
     settings, asked = tiny_run(digits, tmp_path / "unused", "--optim.schedule", "plateau"), []
     at = settings.index("--run")
-    monkeypatch.setattr(bench_step, "settled", lambda config, folder, device, num_threads: asked.append(num_threads) or config)
+    monkeypatch.setattr(bench_step, "choose_decoder",
+                        lambda config, folder, device, num_threads: asked.append(num_threads) or config)  # fmt: skip
     bench.main(["step", *settings[:at], *settings[at + 2 :], "--steps", "4", "--turns", "2", "--json"])
     *lines, last = capsys.readouterr().out.splitlines()
     figures, out = json.loads(last), " ".join(" ".join(lines).split())

@@ -17,7 +17,7 @@ from benchmarks.gpu_check import CARD, goals, main
 from benchmarks.scaling import predicted_bytes, predicted_seconds
 from dist_train import runtime
 from dist_train.config import RunConfig, TrainConfig
-from dist_train.parallel import spread
+from dist_train.parallel import parallelize
 from dist_train.runtime import World
 
 
@@ -47,7 +47,7 @@ def test_the_mode_of_compiling_reaches_torch(monkeypatch):
     accelerator = SimpleNamespace(prepare_model=lambda network: network)
     for mode in ("default", "reduce-overhead"):
         config = RunConfig(train=TrainConfig(compile=True, compile_mode=mode))
-        laid = spread(torch.nn.Linear(2, 2), config, accelerator, World(0, 1, 0, 1, torch.device("cpu")))
+        laid = parallelize(torch.nn.Linear(2, 2), config, accelerator, World(0, 1, 0, 1, torch.device("cpu")))
         assert laid.replays_graphs == (mode != "default")
     assert calls == [{"dynamic": False, "mode": None}, {"dynamic": False, "mode": "reduce-overhead"}]
 

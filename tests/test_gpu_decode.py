@@ -189,33 +189,33 @@ def test_the_cpus_speed_is_that_of_its_threads_together(photographs, monkeypatch
 def test_the_threads_of_a_rank_are_those_that_are_measured(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(decoder_choice, "rates", lambda config, gpu, num_threads: asked.append(num_threads))
-    decoder_choice.settled(RunConfig(), tmp_path, torch.device("cuda"), 6)
-    decoder_choice.settled(RunConfig(), tmp_path, torch.device("cuda"))
+    decoder_choice.choose_decoder(RunConfig(), tmp_path, torch.device("cuda"), 6)
+    decoder_choice.choose_decoder(RunConfig(), tmp_path, torch.device("cuda"))
     assert asked == [6, 0]
 
 
 def test_the_choice_is_recorded_and_kept(tmp_path, monkeypatch):
     auto, gpu = RunConfig(), torch.device("cuda")
     monkeypatch.setattr(decoder_choice, "is_there", lambda: True)
-    assert decoder_choice.settled(auto, tmp_path, CPU).data.decode == "cpu"
+    assert decoder_choice.choose_decoder(auto, tmp_path, CPU).data.decode == "cpu"
     for rates, expected in (({"cpu": 100, "gpu": 200}, "gpu"), ({"cpu": 100, "gpu": 105}, "cpu"), (None, "cpu")):
         monkeypatch.setattr(decoder_choice, "rates", lambda *_, rates=rates: rates)
-        assert decoder_choice.settled(auto, tmp_path, gpu).data.decode == expected
+        assert decoder_choice.choose_decoder(auto, tmp_path, gpu).data.decode == expected
     monkeypatch.setattr(decoder_choice, "is_there", lambda: False)
-    assert decoder_choice.settled(auto, tmp_path, gpu).data.decode == "cpu"
+    assert decoder_choice.choose_decoder(auto, tmp_path, gpu).data.decode == "cpu"
     asked = RunConfig(data=DataConfig(decode="gpu"))
     with pytest.raises(UserError, match="this torchvision has no decode_jpeg"):
-        decoder_choice.settled(asked, tmp_path, gpu)
+        decoder_choice.choose_decoder(asked, tmp_path, gpu)
     monkeypatch.setattr(decoder_choice, "is_there", lambda: True)
-    assert decoder_choice.settled(asked, tmp_path, gpu).data.decode == "gpu"
+    assert decoder_choice.choose_decoder(asked, tmp_path, gpu).data.decode == "gpu"
     with pytest.raises(UserError, match="data.decode is gpu, and this machine computes on the cpu"):
-        decoder_choice.settled(asked, tmp_path, CPU)
+        decoder_choice.choose_decoder(asked, tmp_path, CPU)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"decode": "gpu"}}))
-    assert decoder_choice.settled(auto, tmp_path, gpu).data.decode == "gpu"  # measured or not
+    assert decoder_choice.choose_decoder(auto, tmp_path, gpu).data.decode == "gpu"  # measured or not
     with pytest.raises(UserError, match="go on where there is one"):
-        decoder_choice.settled(auto, tmp_path, CPU)
+        decoder_choice.choose_decoder(auto, tmp_path, CPU)
     (tmp_path / "config.yaml").write_text("seed: 0\n")  # a run from before there was a choice
-    assert decoder_choice.settled(auto, tmp_path, gpu).data.decode == "cpu"
+    assert decoder_choice.choose_decoder(auto, tmp_path, gpu).data.decode == "cpu"
 
 
 def test_a_run_does_not_change_its_decoder(digits, tmp_path):

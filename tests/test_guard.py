@@ -52,7 +52,7 @@ def train_without_reads(digits, run, monkeypatch, *argv):
 
     monkeypatch.setattr(training, "train", watched)
     monkeypatch.setattr(
-        Run, "prove_weights", lambda run, state: None
+        Run, "check_weights", lambda run, state: None
     )  # a checkpoint, unlike a step, waits by its nature
     quiet = ["--train.max_steps", "4", "--train.eval_every_epochs", "0", *argv]
     return training.run_training(tiny_run(digits, run, *quiet))

@@ -24,7 +24,7 @@ from dist_train.layers import set_dropout_keys, use_keyed_dropout, use_sync_batc
 from dist_train.models import build_model
 from dist_train.networks import ConvNet
 from dist_train.optim import build_optimizer
-from dist_train.parallel import spread
+from dist_train.parallel import parallelize
 
 WORLD_SIZE, BATCH, MICRO = 4, 24, 2
 NETWORKS = {"alexnet": 0.0625, "alexnet_bn": 0.0625, "vgg11": 0.03125}
@@ -44,7 +44,7 @@ def two_updates(config: RunConfig, accelerator, world) -> dict:
     network = use_keyed_dropout(build_model(config.model, 10, (16, 16), None, seed=1)).double()
     if world.world_size > 1:
         use_sync_batchnorm(network)
-    parallel = spread(network, config, accelerator, world)
+    parallel = parallelize(network, config, accelerator, world)
     optimizer = parallel.optimizer(build_optimizer(network, config.optim))
     share = BATCH // world.world_size
     num_micro = (
@@ -126,7 +126,7 @@ def refusals(accelerator, world) -> list[str]:
         (nn.Linear(2, 2), base.train),
     ]:
         with pytest.raises(UserError) as error:
-            spread(network, replace(base, train=train), accelerator, world)
+            parallelize(network, replace(base, train=train), accelerator, world)
         messages.append(str(error.value))
     return messages
 

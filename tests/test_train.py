@@ -20,7 +20,7 @@ from dist_train.index import load_index, save_index, save_table
 from dist_train.predict import eval_main, load_run
 from dist_train.predict import main as predict_main
 from dist_train.settings import read_config
-from dist_train.sizes import check_new, check_sizes, micro_batch_size, misgivings, on_device_augment, whole_steps
+from dist_train.sizes import check_new, check_sizes, config_warnings, micro_batch_size, on_device_augment, whole_steps
 from dist_train.train import its_time, parse, run_training
 
 
@@ -433,11 +433,11 @@ def test_settings_that_change_nothing_are_refused_and_rarely_meant_ones_are_told
     assert "model.batchnorm True: vgg16 has no such setting" in problems(model={"name": "vgg16", "batchnorm": True})
     assert "train.patience 3 go by evaluations" in problems(train={"patience": 3, "eval_every_epochs": 0})
     config = RunConfig(optim=OptimConfig(warmup_epochs=5), train=TrainConfig(epochs=5, micro_batch_size=32))
-    told = misgivings(config, 2, torch.nn.Sequential(torch.nn.BatchNorm2d(3)))
+    told = config_warnings(config, 2, torch.nn.Sequential(torch.nn.BatchNorm2d(3)))
     assert "rises to the end" in told[0] and "BatchNorm sees 64 samples at once" in told[1]
-    assert misgivings(RunConfig(), 2, torch.nn.Sequential(torch.nn.BatchNorm2d(3))) == []
+    assert config_warnings(RunConfig(), 2, torch.nn.Sequential(torch.nn.BatchNorm2d(3))) == []
     config = RunConfig(data=DataConfig(global_batch_size=254), train=TrainConfig(micro_batch_size=64))
-    assert "largest equal part of a rank's 127 samples below it is 1" in misgivings(config, 2, torch.nn.ReLU())[0]
+    assert "largest equal part of a rank's 127 samples below it is 1" in config_warnings(config, 2, torch.nn.ReLU())[0]
 
 
 def test_padded_crops_stay_beside_boxes_cut_while_decoding(digits):

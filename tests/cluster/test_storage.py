@@ -90,7 +90,8 @@ def run_on_failing_disk(argv, calls, when, path=None):
 
 
 @pytest.mark.parametrize("calls, when, path, complaint", [
-    ("fsync", 1, "checkpoints/step-00000006.partial/state.json", "the checkpoint could not be written"),  # how a disk tells of bytes it has lost
+    # how a disk tells of bytes it has lost
+    ("fsync", 1, "checkpoints/step-00000006.partial/state.json", "the checkpoint could not be written"),
     ("write", 1, "checkpoints/step-00000006.partial/state.json", "the checkpoint could not be written"),
     ("rename,renameat,renameat2", 1, "checkpoints/step-00000006.partial", "the checkpoint could not be written"),
     ("write", 4, "metrics.jsonl", "cannot write the run's figures"),
