@@ -298,8 +298,8 @@ class ShardConfig:
     drop: tuple[str, ...] = ()
     """csv: columns left out, such as a row number"""
     missing: Literal["drop", "mean", "error"] = "drop"
-    """csv: what happens to rows with missing or non-numeric values; mean is that of the column in the whole file, validation and
-    test rows included"""
+    """csv: rows with missing or non-numeric values are left out, kept (mean), or refused. What is missing then counts as the
+    column's mean over the training split, with folds over the fold's training part; in predict and in exported files, too"""
     extra: bool = False
     """torchvision: add the set's extra training samples, where it has some (SVHN)"""
     download: bool = False

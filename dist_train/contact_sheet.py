@@ -69,7 +69,7 @@ def _feature_spread(index: ShardIndex, split: SplitIndex):
     lines = -(-len(features) // 4)
     figure = Figure(figsize=(14, 2.4 * lines), layout="constrained")
     for k, (axes, feature) in enumerate(zip(figure.subplots(lines, 4, squeeze=False).flat, features, strict=False)):
-        axes.boxplot([values[:, k] for values in by_class], sym=".")
+        axes.boxplot([values[~np.isnan(values[:, k]), k] for values in by_class], sym=".")
         axes.set_xticks(range(1, len(by_class) + 1), [without_formulas(name[:12]) for name in index.classes[: len(by_class)]])
         axes.set_title(without_formulas(feature), fontsize=9)
     buffer = io.BytesIO()

@@ -25,6 +25,7 @@ from dist_train.partition import TRAIN, assign_splits, cut_into_shards, name_dra
 from dist_train.settings import to_dict
 from dist_train.shard import check_settings
 from dist_train.sources import SPLITS, Source, open_source
+from dist_train.tables import column_statistics, empty_columns
 from dist_train.tars import writing
 from dist_train.workers import num_cores, run_tasks
 from dist_train.write_shard import ShardResult, ShardTask, write_shard, written_result
@@ -186,9 +187,10 @@ def _gather(
             raise UserError(f"{what}: of the pictures that --check sample decodes none is good.\n  Use --check all.")
         mean, std = mean_and_std(totals)
     else:
-        values = source.store.rows[train_rows].astype(np.float64)
-        mean, std = values.mean(axis=0).tolist(), values.std(axis=0)
-        std = np.where(std > 0, std, 1.0).tolist()  # a column that never changes in training does no harm so
+        rows = source.store.rows[train_rows]
+        mean, std = column_statistics(rows)
+        for note in empty_columns(rows, source.features):
+            print(f"{config.path or config.dataset}: {note}")
     settings = to_dict(config)
     for free in FREE_SHARD_SETTINGS:
         settings.pop(free)

@@ -136,9 +136,12 @@ def views(pictures: torch.Tensor, flipped: bool, shift: int) -> Iterator[tuple[f
 
 
 def standardised(values: torch.Tensor, index: ShardIndex) -> torch.Tensor:
-    """A table's rows less the training split's mean, over its standard deviation. values: float32 (N, F)."""
+    """A table's rows less the training split's mean, over its standard deviation. values: float32 (N, F).
+
+    What is missing (NaN) becomes 0, as if it were the mean.
+    """
     mean, std = (constants(tuple(row), values.device) for row in (index.mean, index.std))
-    return (values - mean) / std
+    return ((values - mean) / std).masked_fill(values.isnan(), 0)
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation, fingerprint: str) -> None:

@@ -31,6 +31,7 @@ Seen = tuple[bool, int]  # whether mirror images are seen too, and pictures move
 TOLERANCE = 1e-3  # of the largest logit; sums in another order differ by 1e-6 of it in a VGG, by 6e-5 in a ViT
 MAX_CHANGED = 1e-3  # of the predictions: within that tolerance only classes as good as equal can change places
 MAX_PROTOBUF = 2**31 - 2**24  # bytes; larger ONNX files keep their weights in a second one
+_STANDARDISE = "(value - mean) / std, and 0 where the value is missing (NaN)"
 
 
 def main(argv: list[str]) -> None:
@@ -120,12 +121,13 @@ class Deployed(nn.Module):
         self.eval()
 
     def forward(self, values: Tensor) -> Tensor:
-        """values: uint8 (N, 3, H, W), or float32 (N, F) of a table. Returns float32 logits (N, K)."""
+        """values: uint8 (N, 3, H, W), or float32 (N, F) of a table, NaN where missing. Returns float32 logits (N, K)."""
         if self.size:
             values = values.to(torch.float32) / 255
             if tuple(values.shape[2:]) != self.size:
                 values = F.interpolate(values, self.size, mode="bilinear", antialias=True, align_corners=False)
-        values = (values - self.mean) / self.std
+        normalised = (values - self.mean) / self.std
+        values = normalised if self.size else normalised.masked_fill(values.isnan(), 0)
         if _num_views(self.seen) == 1:
             return self.network(values)
         weights, pictures = zip(*views(values, *self.seen), strict=True)
@@ -148,7 +150,7 @@ def describe(trained: Trained, kind: str, input_size: tuple[int, int] | None, se
         return about | {
             "input": {"name": "rows", "dtype": "float32", "shape": shape, "columns": trained.features,
                       "values": "raw" if is_graph else "standardised"},
-            "preprocessing": {"standardise": {"rule": "(value - mean) / std", "mean": trained.mean, "std": trained.std,
+            "preprocessing": {"standardise": {"rule": _STANDARDISE, "mean": trained.mean, "std": trained.std,
                                               "is_in_the_file": is_graph}},
         }  # fmt: skip
     height, width = input_size if is_graph else trained.image_size

@@ -143,6 +143,8 @@ def draw_correlations(index: ShardIndex, split: SplitIndex):
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
     figure.colorbar(picture, ax=axes, shrink=0.7)
+    if num_holes := int(np.isnan(values).sum()):
+        axes.set_title(f"{num_holes:,} of {values.size:,} values are missing, and left out", fontsize=9)
     return _as_image(figure)
 
 

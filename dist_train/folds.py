@@ -4,6 +4,7 @@ With data.folds: 5 and data.fold: 2, the training split is dealt into 5 parts, p
 split, and the other 4 are trained on. Which part a sample belongs to follows from its number, its class and the seed.
 """
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -17,6 +18,7 @@ from dist_train.index import ShardIndex, SplitIndex, load_index
 from dist_train.order import hash_words, mix
 from dist_train.pictures import PixelSums, mean_and_std
 from dist_train.store import Store
+from dist_train.tables import column_statistics, empty_columns
 from dist_train.workers import num_cores
 
 _FOLDS = 0x464F4C44  # what the hash is for, so that folds share no random bits with the order or the augmentation
@@ -131,19 +133,18 @@ def part_of(whole: SplitIndex, name: str, members: np.ndarray, labels: np.ndarra
 
 
 def statistics(index: ShardIndex, split: SplitIndex, num_threads: int = 0) -> tuple[list[float], list[float]]:
-    """(mean, std) over the samples of a split: per column of a table, or per channel of pixels/255.
+    """(mean, std) over the samples of a split: per column of a table (`column_statistics`), or per channel of pixels/255.
 
-    Reads the split once; pictures are decoded as they are stored. A column that never changes gets a deviation of 1.
-    Raises UserError if a sample cannot be read.
+    Reads the split once; pictures are decoded as they are stored. Raises UserError if a sample cannot be read.
     """
     num_threads = num_threads or num_cores()
     store, samples = Store(split.stored, 2 * num_threads), split.stored_numbers(np.arange(split.num_samples))
     if index.features is not None:
         count = len(index.features)
-        values = np.stack([np.frombuffer(payload[-4 * count :], "<f4") for payload in store.payloads(samples)])
-        values = values.astype(np.float64)
-        std = values.std(axis=0)
-        return values.mean(axis=0).tolist(), np.where(std > 0, std, 1.0).tolist()
+        rows = np.stack([np.frombuffer(payload[-4 * count :], "<f4") for payload in store.payloads(samples)])
+        for note in empty_columns(rows, index.features):
+            print(f"{index.folder}: {note}", file=sys.stderr)
+        return column_statistics(rows)
 
     def sums_of(part: np.ndarray) -> list[int]:
         sums = PixelSums()

@@ -16,6 +16,7 @@ from dist_train.read_foreign import Sums, read_tars
 from dist_train.remote import is_remote, shown
 from dist_train.shard_cache import DEFAULT_GB, ShardCache, default_folder
 from dist_train.sources import SPLIT_WORDS, SPLITS, printable
+from dist_train.tables import column_statistics, empty_columns
 from dist_train.tar_lists import NamedTar, named_tars
 from dist_train.tars import writing
 
@@ -217,12 +218,19 @@ def _split_of(path: str) -> str:
 def _statistics(what: str, sums: list[Sums], vectors: bool) -> tuple[list[float], list[float], list[str] | None]:
     """Mean, std and, for vectors, names for the features, from the sums of a split's tars."""
     if vectors:
-        values = np.array([vector for tar in sums for vector in tar.vectors], np.float64)
+        values = np.array([vector for tar in sums for vector in tar.vectors])
         weights = np.repeat([tar.weight for tar in sums], [len(tar.vectors) for tar in sums])
-        mean = np.average(values, axis=0, weights=weights)
-        std = np.sqrt(np.average((values - mean) ** 2, axis=0, weights=weights))
         features = [f"feature {k}" for k in range(values.shape[1])]
-        return mean.tolist(), np.where(std > 0, std, 1.0).tolist(), features
+        if np.isinf(values).any():
+            first = features[int(np.isinf(values).any(axis=0).argmax())]
+            raise UserError(f"{what}: some vectors are infinite at {first}; expected numbers, or NaN where one is missing.\n"
+                            f"  Write the tars again without them.")  # fmt: skip
+        if num_holes := int(np.isnan(values).sum()):
+            print(f"{what}: {num_holes:,} of the {values.size:,} values read for mean and std are missing (NaN): they count as "
+                  f"their column's mean.")  # fmt: skip
+        for note in empty_columns(values, features):
+            print(f"{what}: {note}")
+        return *column_statistics(values, weights), features
     from dist_train.pictures import mean_and_std
 
     damaged = sum(tar.num_damaged for tar in sums)

@@ -47,6 +47,7 @@ class Trained:
     image_size: tuple[int, int] | None
     eval_crop: float
     one_size: bool
+    fills_holes: bool  # missing values of a table count as their column's mean: its set was made with `missing: mean`
 
 
 def load_run(folder: str | Path) -> Trained:
@@ -74,6 +75,7 @@ def load_run(folder: str | Path) -> Trained:
     return Trained(
         folder=folder, config=config, network=network.eval(), classes=about["classes"], mean=about["mean"], std=about["std"],
         features=about["features"], image_size=size, eval_crop=about["eval_crop"], one_size=about["one_size"],
+        fills_holes=about.get("missing") == "mean",
     )  # fmt: skip
 
 
@@ -226,7 +228,10 @@ def _picture_batches(trained: Trained, paths: list[str]):
 
 
 def _table_batches(trained: Trained, paths: list[str]):
-    """Yield (names, float32 (N, F), [(name, reason)]) for the rows of CSV files with the columns of the run."""
+    """Yield (names, float32 (N, F), [(name, reason)]) for the rows of CSV files with the columns of the run.
+
+    What is missing is NaN where the run fills holes, which `standardised` does; elsewhere it is a complaint.
+    """
     for path in paths:
         header, rows, lines = read_csv(Path(path))
         lacking = [feature for feature in trained.features if feature not in header]
@@ -236,10 +241,12 @@ def _table_batches(trained: Trained, paths: list[str]):
         names, values, complaints = [], [], []
         for row, line in zip(rows, lines, strict=True):
             numbers = [number_in(row[c]) for c in columns]
-            if (bad := np.flatnonzero(np.isnan(numbers))).size:
+            if (bad := np.flatnonzero(np.isinf(numbers) if trained.fills_holes else ~np.isfinite(numbers))).size:
                 column = columns[int(bad[0])]
                 complaints.append((f"{path}:{line}", f"not a number: column {header[column]} is {row[column][:40]!r}"))
             else:
                 values.append(numbers)
                 names.append(f"{path}:{line}")
+        if num_holes := int(np.isnan(values).sum()):
+            print(f"{path}: {num_holes:,} missing values count as their column's mean in training.", file=sys.stderr)
         yield names, torch.tensor(values, dtype=torch.float32) if values else None, complaints

@@ -340,7 +340,7 @@ def inference(config: RunConfig, index: ShardIndex, size: tuple[int, int] | None
     return {
         "classes": index.classes, "mean": index.mean, "std": index.std, "features": index.features,
         "image_size": size and list(size), "one_size": index.image_size is not None,
-        "eval_crop": sizes.eval_crop(config, index),
+        "eval_crop": sizes.eval_crop(config, index), "missing": index.source.get("missing") if index.features else None,
     }  # fmt: skip
 
 

@@ -22,9 +22,16 @@ def table_section(index: ShardIndex, split: SplitIndex) -> Section:
     names, classes = index.features, index.classes
     strength = separation(values, labels)
     best = np.argsort(-strength, kind="stable")
+    num_holes = np.isnan(values).sum(axis=0)
+    best = best[num_holes[best] < len(values)]  # of a column without a value there is nothing to see
     what = f"{split.num_samples:,} rows of the {split.name} split" if len(values) == split.num_samples else (
         f"{len(values):,} of {split.num_samples:,} rows of the {split.name} split")  # fmt: skip
-    boxes = [Chart(names[k], box_plot(values[:, k], labels, classes)) for k in best[:MAX_BOXES]]
+    if num_holes.any():
+        what += f"; {num_holes.sum():,} of their {values.size:,} values are missing, and left out of the pictures"
+    boxes = [
+        Chart(names[k], box_plot(values[:, k], labels, classes), note=f"{num_holes[k]:,} missing." if num_holes[k] else "")
+        for k in best[:MAX_BOXES]
+    ]
     order = f", the {MAX_BOXES} that differ most between the classes first" if len(names) > MAX_BOXES else ""
     return Section(
         f"The table: {len(names)} features", f"{what}. Boxes hold the middle half of a class, the line is its median{order}.",
@@ -34,9 +41,9 @@ def table_section(index: ShardIndex, split: SplitIndex) -> Section:
 
 
 def read_rows(split: SplitIndex, num_features: int, most: int = MAX_ROWS) -> tuple[np.ndarray, np.ndarray]:
-    """Rows spread evenly over a split: (n, F) float32 as stored, and their classes (n,). Raises UserError.
+    """Rows spread evenly over a split: (n, F) float32 as stored, NaN where a value is missing, and their classes (n,).
 
-    Of a set behind a URL, rows of its first two shards: all would fetch all of it.
+    Of a set behind a URL, rows of its first two shards: all would fetch all of it. Raises UserError.
     """
     reach = int(split.first[2]) if split.stored.remote and split.num_shards > 2 else split.num_samples
     chosen = np.unique(np.linspace(0, reach - 1, min(most, reach)).astype(np.int64))
@@ -52,29 +59,51 @@ def read_vectors(split: SplitIndex, samples: np.ndarray, num_features: int) -> n
 
 
 def correlation(values: np.ndarray) -> np.ndarray:
-    """Pearson's correlation between columns: (n, F) -> (F, F) float64; 0 with a column that never changes."""
-    centred = values.astype(np.float64) - values.mean(axis=0, dtype=np.float64)
-    size = np.sqrt((centred**2).sum(axis=0))
-    scaled = centred / np.where(size > 0, size, 1)
-    return np.clip(scaled.T @ scaled, -1, 1)
+    """Pearson's correlation between columns: (n, F) -> (F, F) float64; 0 with a column that never changes.
+
+    Of two columns the rows count that have both: values may be NaN where they are missing.
+    """
+    centred, there = _centred(values)
+    if there.all():
+        size = np.sqrt((centred**2).sum(axis=0))
+        scaled = centred / np.where(size > 0, size, 1)
+        return np.clip(scaled.T @ scaled, -1, 1)
+    there = there.astype(np.float64)
+    count = np.maximum(there.T @ there, 1)
+    sums, squares = centred.T @ there, (centred**2).T @ there  # (i, j): of column i, over the rows that have j, too
+    left = squares - sums**2 / count
+    size = np.sqrt(np.where(left > 1e-12 * squares, left, 0))  # the rest is rounding
+    size = size * size.T
+    together = centred.T @ centred - sums * sums.T / count
+    return np.clip(np.where(size > 0, together / np.where(size > 0, size, 1), 0), -1, 1)
 
 
 def separation(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """How well each column tells the classes apart: the F statistic of a one-way analysis of variance, (F,) float64.
 
-    values: (n, F); labels: (n,). 0 for a column that never changes, infinity where classes are constant and differ.
+    values: (n, F), NaN where one is missing and so left out; labels: (n,). 0 for a column that never changes, infinity where
+    classes are constant and differ.
     """
-    values = values.astype(np.float64) - values.mean(axis=0, dtype=np.float64)
-    present = np.unique(labels)
-    between, within = np.zeros(values.shape[1]), np.zeros(values.shape[1])
-    for label in present:
-        members = values[labels == label]
-        mean = members.mean(axis=0)
-        between += len(members) * mean**2
-        within += ((members - mean) ** 2).sum(axis=0)
+    values, there = _centred(values)
+    between, within, num_classes = np.zeros((3, values.shape[1]))
+    for label in np.unique(labels):
+        members, known = values[labels == label], there[labels == label]
+        count = known.sum(axis=0)
+        mean = members.sum(axis=0) / np.maximum(count, 1)
+        between += count * mean**2
+        within += (np.where(known, members - mean, 0) ** 2).sum(axis=0)
+        num_classes += count > 0
     within = np.where(within > 1e-14 * (between + within), within, 0)  # the rest is rounding
-    between, within = between / max(len(present) - 1, 1), within / max(len(values) - len(present), 1)
+    between = between / np.maximum(num_classes - 1, 1)
+    within = within / np.maximum(there.sum(axis=0) - num_classes, 1)
     return np.where(within > 0, between / np.where(within > 0, within, 1), np.where(between > 0, np.inf, 0.0))
+
+
+def _centred(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns less their mean, 0 where a value is missing, float64 (n, F); and where there is one, bool (n, F)."""
+    there = ~np.isnan(values)
+    values = np.where(there, values, 0).astype(np.float64)
+    return np.where(there, values - values.sum(axis=0) / np.maximum(there.sum(axis=0), 1), 0), there
 
 
 def unlike(values: np.ndarray, best: np.ndarray, most: int = MAX_PAIRED, alike: float = 0.9) -> np.ndarray:
@@ -95,7 +124,11 @@ def box_figures(values: np.ndarray) -> tuple[float, float, float, float, float]:
 
 
 def box_plot(values: np.ndarray, labels: np.ndarray, classes: list[str]) -> str:
-    """One feature's spread, a box for each of the first ten classes. values, labels: (n,). Returns an <svg> element."""
+    """One feature's spread, a box for each of the first ten classes. Returns an <svg> element.
+
+    values: (n,), NaN where one is missing, but not all of them; labels: (n,).
+    """
+    values, labels = values[~np.isnan(values)], labels[~np.isnan(values)]
     shown = [label for label in range(min(len(classes), 10)) if (labels == label).any()]
     spoken = [_cut(classes[label], 14) for label in shown]
     left, right, row, top = 8 + max(map(text_width, spoken), default=0), 12, 26, 4
@@ -156,10 +189,13 @@ def correlation_map(together: np.ndarray, names: list[str]) -> str:
 
 
 def pair_scatter(values: np.ndarray, labels: np.ndarray, names: list[str], classes: list[str]) -> str:
-    """Draw each pair of features (n, F), F from 2 to MAX_PAIRED, a colour a class. Returns an <svg> element."""
+    """Draw each pair of features (n, F), F from 2 to MAX_PAIRED, a colour a class. Returns an <svg> element.
+
+    A row is left out of the pairs of which it lacks a value (NaN); of no feature may all be missing.
+    """
     num = values.shape[1]
     side, gap = (WIDTH - 8) / num, 6
-    low, high = values.min(axis=0), values.max(axis=0)
+    low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
     places = (values - low) / np.where(high > low, high - low, 1)
     some = np.unique(np.linspace(0, len(values) - 1, min(len(values), MAX_POINTS)).astype(int))
     view = f'viewBox="0 0 {WIDTH} {WIDTH}" style="max-width:{WIDTH + 60}px"'
@@ -173,7 +209,7 @@ def pair_scatter(values: np.ndarray, labels: np.ndarray, names: list[str], class
             frame = f'x="{x:.1f}" y="{y:.1f}" width="{inner:.1f}" height="{inner:.1f}" rx="4"'
             parts.append(f'<rect {frame} fill="none" stroke="var(--line)"/>')
             for label in range(len(classes)):
-                members = some[labels[some] == label]
+                members = some[(labels[some] == label) & ~np.isnan(values[some][:, [i, j]]).any(axis=1)]
                 points = [(x + 4 + a * (inner - 8), y + inner - 4 - b * (inner - 8))
                           for a, b in zip(places[members, j], places[members, i], strict=True)]  # fmt: skip
                 parts.append(_dots(points, _colour(label), 3.2 if num > 2 else 4.5))

@@ -1,6 +1,7 @@
 """Sources of vectors and of pictures that come as arrays: CSV files, and the sets inside scikit-learn."""
 
 import csv
+import math
 import re
 from pathlib import Path
 
@@ -19,10 +20,10 @@ def csv_source(config: ShardConfig) -> Source:
     """Rows of a CSV file with a header line: config.target is the class, every other column a float32 feature.
 
     The delimiter (comma, semicolon, tab or bar) is the one the header line has most of. Classes are sorted, as numbers
-    if all are whole numbers. A row with a cell that is empty, no number or not finite is, by config.missing, left out,
-    or given the column's mean over the whole file, or refused; a row without a class (an empty cell, NA, N/A, NaN, null or ?)
-    is left out or refused. Dropped and named: columns in config.drop, without a name, without a single number, that never change.
-    Raises UserError where numbers are written with a decimal comma.
+    if all are whole numbers. A row with a cell that is empty or no number is, by config.missing, left out, or kept with NaN
+    there (`column_statistics` says what it counts as), or refused; a row with a number that float32 cannot hold, or without a
+    class (an empty cell, NA, N/A, NaN, null or ?), is left out or refused. Dropped and named: columns in config.drop, without a
+    name, without a single number, that never change. Raises UserError where numbers are written with a decimal comma.
     """
     path = Path(config.path)
     header, rows, lines = read_csv(path)
@@ -34,17 +35,17 @@ def csv_source(config: ShardConfig) -> Source:
     nameless = sum(not name.strip() for name in header)
     values = np.array([[number_in(row[c]) for c in features] for row in rows], np.float32).reshape(len(rows), -1)
     _refuse_decimal_commas(path, header, rows, lines, features, values)
-    texts = [k for k in range(len(features)) if np.isnan(values[:, k]).all()]
+    texts = [k for k in range(len(features)) if not np.isfinite(values[:, k]).any()]
     notes = _note("columns without a single number, dropped", [header[features[k]] for k in texts])
     notes += [f"{nameless} columns without a name, dropped: often the rows' numbers"] if nameless else []
     values, features = np.delete(values, texts, axis=1), [f for k, f in enumerate(features) if k not in texts]
 
     labels = [row[target].strip() for row in rows]
     unlabelled = np.array([label.lower() in _NO_CLASS for label in labels])
-    holes = np.isnan(values)
+    unusable = np.isinf(values) if config.missing == "mean" else ~np.isfinite(values)
     reasons = {}
-    for r in np.flatnonzero(unlabelled | holes.any(axis=1)):
-        column = header[target if unlabelled[r] else features[int(holes[r].argmax())]]
+    for r in np.flatnonzero(unlabelled | unusable.any(axis=1)):
+        column = header[target if unlabelled[r] else features[int(unusable[r].argmax())]]
         cell = rows[r][header.index(column)]
         reasons[int(r)] = f"column {column} is {cell!r}" if cell.strip() else f"column {column} is empty"
     if reasons and config.missing == "error":
@@ -53,10 +54,6 @@ def csv_source(config: ShardConfig) -> Source:
             f"{path}: {len(reasons)} of {len(rows)} rows have missing or non-numeric values:{few}\n"
             f"  Mend them, or choose --missing drop or --missing mean."
         )
-    if config.missing == "mean" and holes.any():
-        values = np.where(holes, np.nanmean(values.astype(np.float64), axis=0).astype(np.float32), values)
-        notes.append(f"{int(holes.sum()):,} missing values were given their column's mean")
-        reasons = {r: why for r, why in reasons.items() if unlabelled[r]}
     keep = np.array([r for r in range(len(rows)) if r not in reasons], np.int64)
     if not len(keep):
         raise UserError(f"{path}: none of the {len(rows)} rows is complete.\n  Drop the emptiest columns with --drop.")
@@ -70,9 +67,33 @@ def csv_source(config: ShardConfig) -> Source:
     features = [f for k, f in enumerate(features) if k not in constant]
     if not features:
         raise UserError(f"{path}: no numeric column besides {config.target!r} is left to learn from.")
+    if num_holes := int(np.isnan(values).sum()):
+        notes.append(f"{num_holes:,} missing values count as their column's mean over the training split")
     classes, numbers = _classes(path, config.target, [labels[r] for r in keep])
     return _table(classes, numbers, values, [header[f] for f in features], [f"line {lines[r]}" for r in keep],
                   left_out=left_out, notes=notes)  # fmt: skip
+
+
+def column_statistics(rows: np.ndarray, weights: np.ndarray | None = None) -> tuple[list[float], list[float]]:
+    """(mean, std) of each column over the values that are there; std as it is once the others are filled with the mean.
+
+    rows: (N, F), NaN where a value is missing; weights: (N,), how many rows each stands for. What scikit-learn's SimpleImputer
+    and then StandardScaler make of them. A column that never changes has a std of 1, one without a value a mean of 0 as well.
+    """
+    values = rows.astype(np.float64)
+    weights = np.ones((len(rows), 1)) if weights is None else weights[:, None]
+    holes = np.isnan(values)
+    np.copyto(values, 0, where=holes)
+    mean = (values * weights).sum(axis=0) / np.maximum((~holes * weights).sum(axis=0), 1)
+    apart = np.where(holes, 0, values - mean)
+    std = np.sqrt((apart**2 * weights).sum(axis=0) / weights.sum())
+    return mean.tolist(), np.where(std > 0, std, 1.0).tolist()
+
+
+def empty_columns(rows: np.ndarray, features: list[str]) -> list[str]:
+    """A line that names the columns without a value in these rows, a training part's; no line where there are none."""
+    empty = np.flatnonzero(np.isnan(rows).all(axis=0))
+    return _note("columns without a single value in the training split", [features[k] for k in empty])
 
 
 def _refuse_decimal_commas(path: Path, header, rows, lines, features: list[int], values: np.ndarray) -> None:
@@ -159,12 +180,14 @@ def _target_column(path: Path, target: str, header: list[str]) -> int:
 
 
 def number_in(cell: str) -> float:
-    """The cell as a number; NaN for everything that is none, or that float32 cannot hold."""
+    """The cell as a number; NaN for everything that is none, an infinity for what float32 cannot hold."""
     try:
         value = float(cell)
     except ValueError:
         return np.nan
-    return value if abs(value) <= 3.4028234e38 else np.nan
+    if math.isnan(value):
+        return np.nan  # -nan has other bits, and so would its shard
+    return value if abs(value) <= 3.4028234e38 else math.copysign(np.inf, value)
 
 
 def _classes(path: Path, target: str, labels: list[str]) -> tuple[list[str], np.ndarray]:
@@ -181,8 +204,9 @@ def _classes(path: Path, target: str, labels: list[str]) -> tuple[list[str], np.
 
 
 def _without_constants(values: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """The columns that change, and the numbers of those that do not."""
-    constant = np.flatnonzero((values == values[0]).all(axis=0)).tolist()
+    """The columns that change, and the numbers of those that do not; what is missing (NaN) is no change."""
+    changes = np.fmin.reduce(values, axis=0) < np.fmax.reduce(values, axis=0)
+    constant = np.flatnonzero(~changes).tolist()
     return np.delete(values, constant, axis=1), constant
 
 

@@ -184,12 +184,17 @@ def test_tables_are_standardised_inside_the_graph(table, tmp_path, kind):
     index = load_index(table)
     assert about["input"]["columns"] == index.features and about["input"]["shape"] == ["batch", 30]
     assert about["preprocessing"]["standardise"] == {
-        "rule": "(value - mean) / std", "mean": index.mean, "std": index.std, "is_in_the_file": kind != "safetensors"}  # fmt: skip
+        "rule": "(value - mean) / std, and 0 where the value is missing (NaN)", "mean": index.mean, "std": index.std,
+        "is_in_the_file": kind != "safetensors"}  # fmt: skip
     exported, network = load_exported(tmp_path / "out" / FILES[kind]), load_run(run).network
     rows = torch.randn(5, 30)
     with torch.no_grad():
         logits = exported(rows * torch.tensor(index.std) + torch.tensor(index.mean))
         torch.testing.assert_close(logits, network(rows), rtol=1e-4, atol=1e-4)
+        filled = rows * torch.tensor(index.std) + torch.tensor(index.mean)
+        missing = torch.rand(5, 30) < 0.3
+        filled[missing] = torch.tensor(index.mean).expand(5, 30)[missing]
+        torch.testing.assert_close(exported(filled.masked_fill(missing, torch.nan)), exported(filled), rtol=0, atol=0)
 
 
 def test_pictures_of_many_sizes_come_cropped_as_described(photos, tmp_path):

@@ -104,6 +104,40 @@ def test_statistics_are_those_of_the_folds_training_part(table):
     assert len(means | {tuple(load_index(table).mean)}) == 6
 
 
+def test_what_is_missing_counts_as_the_mean_of_the_folds_training_part(tmp_path):
+    from sklearn.impute import SimpleImputer
+    from sklearn.preprocessing import StandardScaler
+
+    from dist_train import shard
+
+    def converted(name: str, rows: np.ndarray) -> str:
+        cells = [[*("" if np.isnan(value) else repr(float(value)) for value in row), "abc"[k % 3]] for k, row in enumerate(rows)]
+        (tmp_path / f"{name}.csv").write_text("".join(",".join(line) + "\n" for line in [["x", "y", "kind"], *cells]))
+        with contextlib.redirect_stdout(io.StringIO()):
+            shard.main(["--source", "csv", "--path", str(tmp_path / f"{name}.csv"), "--target", "kind", "--missing", "mean",
+                        "--out", str(tmp_path / name), "--workers", "1"])  # fmt: skip
+        return str(tmp_path / name)
+
+    def rows_of(index, split: str) -> list[int]:
+        return [int(name.split()[1]) - 2 for name in index.split(split).names()]
+
+    random = np.random.default_rng(0)
+    rows = random.normal(3, 2, (70, 2)).astype(np.float32)
+    rows[random.random(rows.shape) < 0.3] = np.nan
+    shards = converted("set", rows)
+    for fold in range(3):
+        index = open_index(settings(shards, 3, fold))
+        train = np.float64(rows[rows_of(index, "train")])
+        imputer = SimpleImputer().fit(train)
+        np.testing.assert_allclose(index.mean, imputer.statistics_, rtol=1e-12)
+        np.testing.assert_allclose(index.std, StandardScaler().fit(imputer.transform(train)).scale_, rtol=1e-12)
+    held_out = rows_of(index, "val")
+    rows[held_out] = np.where(np.isnan(rows[held_out]), 1e4, np.nan)
+    other = open_index(settings(converted("other", rows), 3, fold))
+    assert rows_of(other, "val") == held_out and (other.mean, other.std) == (index.mean, index.std)
+    assert load_index(other.folder).mean != load_index(shards).mean
+
+
 def test_statistics_of_pictures_are_exact(digits):
     index = open_index(settings(digits, 4, 3, threads=2))
     pixels = np.concatenate([b.images.numpy() for b in open_evaluation(index, "train", 64, threads=1)]) / 255

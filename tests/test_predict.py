@@ -73,6 +73,35 @@ def test_cells_that_are_no_finite_numbers_are_named_with_their_line(table_run, t
     assert "column z is 'red'" in rows[4]["error"]
 
 
+def test_what_is_missing_counts_as_the_training_mean_where_the_set_was_made_so(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    rows = random.normal(2, 3, (120, 3)).astype(np.float32)
+    labels = (rows[:, 0] > 2).astype(int)
+    rows[random.random(rows.shape) < 0.2] = np.nan
+    cells = [",".join("" if np.isnan(value) else repr(float(value)) for value in row) for row in rows]
+    lines = [f"{line},{'ab'[label]}" for line, label in zip(cells, labels, strict=True)]
+    (tmp_path / "t.csv").write_text("\n".join(["x,y,z,kind", *lines]) + "\n")
+    shard.main(["--source", "csv", "--path", str(tmp_path / "t.csv"), "--target", "kind", "--missing", "mean",
+                "--out", str(tmp_path / "set"), "--workers", "1"])  # fmt: skip
+    run = tmp_path / "run"
+    assert run_training(["--data.shards", str(tmp_path / "set"), "--run", str(run), "--model.name", "mlp", "--model.hidden", "[8]",
+                         "--data.global_batch_size", "16", "--train.epochs", "2", "--track.wandb", "off",
+                         "--runtime.threads", "1"]) == 0  # fmt: skip
+    figures = json.loads((run / "result.json").read_text())
+    assert all(math.isfinite(figures[split]["loss"]) for split in ("val", "test"))
+
+    mean = [float(np.float32(value)) for value in load_index(str(tmp_path / "set")).mean]
+    path = tmp_path / "p.csv"
+    path.write_text("x,y,z\n,1,2\n3,oops,nan\n,,\n1,inf,2\n")
+    code, rows = predictions(capsys, run, path)
+    assert code == 2 and [row["path"].rpartition(":")[2] for row in rows if "error" in row] == ["5"]  # infinite, not missing
+    path.write_text(f"x,y,z\n{mean[0]!r},1,2\n3,{mean[1]!r},{mean[2]!r}\n{mean[0]!r},{mean[1]!r},{mean[2]!r}\n")
+    assert predictions(capsys, run, path) == (0, [row for row in rows if "error" not in row])
+    path.write_text("x,y,z\n,1,2\n3,,\n")
+    main([str(run), str(path)])
+    assert "3 missing values count as their column's mean in training" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content, complaint", [
     (b"x,y\n1,2\n", "expected the columns x, y, z; lacks z"), (b"x,y,z\n", "no rows"),
     ("x,y,z\n1,é,2\n".encode("latin-1"), "in UTF-8"), (None, "cannot be read"),

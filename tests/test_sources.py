@@ -15,10 +15,13 @@ from dist_train.config import ShardConfig, SplitConfig
 from dist_train.convert import convert
 from dist_train.decode import decode_into
 from dist_train.errors import UserError
+from dist_train.foreign import _statistics
 from dist_train.index import load_index
+from dist_train.read_foreign import Sums
 from dist_train.shard import check_settings
 from dist_train.sources import files_below, open_source
-from dist_train.tables import _classes
+from dist_train.tables import _classes, column_statistics
+from dist_train.verify import find_damage
 
 
 def picture(path: Path, seed=0, size=(9, 7), **options) -> bytes:
@@ -270,11 +273,89 @@ def test_rows_with_holes_follow_the_rule(tmp_path):
     assert dropped.store.rows.tolist() == [[1, 2], [9, 10]] and dropped.names == ["line 2", "line 7"]
     assert dropped.left_out[0] == {"name": "line 3", "why": "column x is empty"}
     assert dropped.left_out[1] == {"name": "line 4", "why": "column y is 'oops'"}
-    filled = open_source(ShardConfig(**settings, missing="mean"))
-    assert filled.store.rows.tolist() == [[1, 2], [5, 4], [3, 5.5], [7, 5.5], [9, 10]]
-    assert [entry["name"] for entry in filled.left_out] == ["line 5"]
+    kept = open_source(ShardConfig(**settings, missing="mean"))
+    np.testing.assert_array_equal(kept.store.rows, np.float32([[1, 2], [np.nan, 4], [3, np.nan], [9, 10]]))
+    assert kept.left_out == [{"name": "line 5", "why": "column k is empty"},
+                             {"name": "line 6", "why": "column y is 'inf'"}]  # fmt: skip
+    assert "2 missing values count as their column's mean over the training split" in kept.notes
     with pytest.raises(UserError, match=r"4 of 6 rows .*(.|\n)*line 3: column x is empty"):
         open_source(ShardConfig(**settings, missing="error"))
+
+
+def holed_rows(num_rows: int = 90) -> np.ndarray:
+    """(N, 3) float32, a fifth of it NaN, of the last column more than half."""
+    random = np.random.default_rng(5)
+    rows = (random.normal(size=(num_rows, 3)) * [1, 30, 0.1] + [0, 200, -1]).astype(np.float32)
+    rows[random.random(rows.shape) < [0.2, 0.2, 0.6]] = np.nan
+    return rows
+
+
+def converted(folder: Path, rows: np.ndarray):
+    """The rows as a CSV file, of classes a and b in turn, and that as shards."""
+    folder.mkdir()
+    cells = [",".join("" if np.isnan(value) else repr(float(value)) for value in row) for row in rows]
+    lines = [f"{line},{'ab'[k % 2]}" for k, line in enumerate(cells)]
+    (folder / "t.csv").write_text("\n".join(["x,y,z,kind", *lines]) + "\n")
+    return convert(ShardConfig(source="csv", path=str(folder / "t.csv"), target="kind", missing="mean", out=str(folder / "set"),
+                               split=SplitConfig(val=0.2, test=0.2), workers=1))  # fmt: skip
+
+
+def rows_in(index, split: str) -> list[int]:
+    return [int(name.split()[1]) - 2 for name in index.splits[split].names()]
+
+
+def test_what_is_missing_stays_missing_and_counts_as_the_mean_of_the_training_rows_alone(tmp_path):
+    from sklearn.impute import SimpleImputer
+    from sklearn.preprocessing import StandardScaler
+
+    rows = holed_rows()
+    index = converted(tmp_path / "one", rows)
+    vectors = np.stack([np.load(io.BytesIO(payload), allow_pickle=False) for payload in payloads(index)])
+    train = rows[rows_in(index, "train")]
+    assert vectors.dtype == np.float32 and np.array_equal(vectors, train, equal_nan=True) and np.isnan(train).any()
+    imputer = SimpleImputer().fit(np.float64(train))
+    scaler = StandardScaler().fit(imputer.transform(np.float64(train)))
+    np.testing.assert_allclose(index.mean, imputer.statistics_, rtol=1e-12)
+    np.testing.assert_allclose(index.std, scaler.scale_, rtol=1e-12)
+
+    others = rows_in(index, "val") + rows_in(index, "test")
+    changed = rows.copy()
+    changed[others] = np.where(np.isnan(rows[others]), 1e4, np.nan)  # held-out values go, and others come
+    again = converted(tmp_path / "two", changed)
+    assert rows_in(again, "train") == rows_in(index, "train")
+    assert (again.mean, again.std) == (index.mean, index.std)
+    assert not find_damage(again)
+
+
+def test_a_column_without_a_value_to_learn_from_is_named_and_counts_as_0(tmp_path, capsys):
+    index = converted(tmp_path / "one", holed_rows())
+    rows = holed_rows()
+    rows[rows_in(index, "train"), 1] = np.nan
+    rows[rows_in(index, "test"), 1] = np.arange(index.splits["test"].num_samples)
+    capsys.readouterr()
+    index = converted(tmp_path / "two", rows)
+    assert index.features == ["x", "y", "z"] and (index.mean[1], index.std[1]) == (0.0, 1.0)
+    assert "1 columns without a single value in the training split: y" in capsys.readouterr().out
+    rows[:, 1] = np.where(np.arange(len(rows)) % 3, np.nan, 7.5)
+    assert converted(tmp_path / "three", rows).features == ["x", "z"]  # what is missing is no change
+
+
+def test_weights_say_how_many_rows_each_stands_for():
+    rows, weights = holed_rows(20), np.arange(20) % 3 + 1
+    np.testing.assert_allclose(column_statistics(rows, weights), column_statistics(np.repeat(rows, weights, axis=0)), rtol=1e-12)
+    whole = np.nan_to_num(rows)
+    assert column_statistics(whole) == (np.float64(whole).mean(0).tolist(), np.float64(whole).std(0).tolist())
+
+
+def test_missing_values_in_tars_of_others_count_as_the_mean_and_infinite_ones_are_refused(capsys):
+    rows = holed_rows(20)
+    sums = [Sums(1, [], list(rows[:12])), Sums(2, [], list(rows[12:]))]
+    mean, std, features = _statistics("tars", sums, vectors=True)
+    assert (mean, std) == column_statistics(rows, np.repeat([1, 2], [12, 8])) and features[2] == "feature 2"
+    assert f"{np.isnan(rows).sum()} of the 60 values" in capsys.readouterr().out
+    rows[3, 1] = -np.inf
+    with pytest.raises(UserError, match="infinite at feature 1"):
+        _statistics("tars", [Sums(1, [], list(rows))], vectors=True)
 
 
 CSV_FAULTS = {

@@ -10,9 +10,10 @@ from matplotlib.cbook import boxplot_stats
 from sklearn import metrics
 from sklearn.feature_selection import f_classif
 
-from dist_train import plots, ranking, scores, table_plots
+from dist_train import contact_sheet, plots, ranking, scores, table_plots
 from dist_train.config import ShardConfig
 from dist_train.convert import convert
+from dist_train.figures import draw_correlations
 from dist_train.folds import part_of
 from dist_train.index import load_index
 
@@ -94,6 +95,61 @@ def test_correlation_equals_numpys_and_is_0_with_a_constant():
     np.testing.assert_allclose(table_plots.correlation(values), np.corrcoef(values, rowvar=False), atol=1e-6)
     values[:, 2] = 7
     assert (table_plots.correlation(values)[2] == 0).all()
+
+
+def holed(num: int = 60, columns: int = 5):
+    """A table of which a quarter is missing, and one column (3) all but two values."""
+    values, labels = table(num, columns)
+    values[np.random.default_rng(4).random(values.shape) < 0.25] = np.nan
+    values[2:, 3] = np.nan
+    return values, labels
+
+
+@pytest.mark.filterwarnings("error")
+def test_figures_leave_out_what_is_missing():
+    values, labels = holed()
+    values[:, 1] = np.where(np.isnan(values[:, 1]), np.nan, 7)
+    together = table_plots.correlation(values)
+    for i in range(5):
+        for j in range(5):
+            both = ~np.isnan(values[:, [i, j]]).any(axis=1)
+            expected = 0 if 1 in (i, j) or both.sum() < 2 else np.corrcoef(values[both][:, [i, j]], rowvar=False)[0, 1]
+            assert together[i, j] == pytest.approx(expected, abs=1e-6), (i, j)
+    strength = table_plots.separation(values, labels)
+    for k in (0, 2, 4):
+        known = ~np.isnan(values[:, k])
+        assert strength[k] == pytest.approx(f_classif(values[known, k : k + 1].astype(float), labels[known])[0][0], rel=1e-5)
+    assert strength[1] == 0
+    first, known = values[:, 0], ~np.isnan(values[:, 0])
+    assert table_plots.box_plot(first, labels, list("abc")) == table_plots.box_plot(first[known], labels[known], list("abc"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures_of_a_table_say_how_much_is_missing(tmp_path):
+    values, labels = holed()
+    with open(tmp_path / "t.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*"abcde", "kind"])
+        writer.writerows([*("" if np.isnan(v) else repr(float(v)) for v in row), label]
+                         for row, label in zip(values, labels, strict=True))  # fmt: skip
+    index = convert(ShardConfig(source="csv", path=str(tmp_path / "t.csv"), target="kind", missing="mean",
+                                out=str(tmp_path / "set"), workers=1))  # fmt: skip
+    split = index.split("train")
+    rows, labels = table_plots.read_rows(split, len(index.features))
+    section = table_plots.table_section(index, split)
+    assert f"{np.isnan(rows).sum()} of their {rows.size} values are missing, and left out" in section.note
+    notes = {chart.title: chart.note for chart in section.small_charts}
+    assert notes["a"] == f"{np.isnan(rows[:, 0]).sum()} missing."
+    without = part_of(split, "train", np.flatnonzero(np.isnan(rows[:, 0])), labels)  # of a there is nothing to see
+    sections = section, table_plots.table_section(index, without)
+    assert "a" not in [chart.title for chart in sections[1].small_charts]
+    for chart in [chart for section in sections for chart in (*section.charts, *section.small_charts)]:
+        ElementTree.fromstring(chart.svg)
+        assert "nan" not in chart.svg
+    for part in (split, without):
+        draw_correlations(index, part)
+    drawn = np.asarray(contact_sheet._feature_spread(index, split).convert("RGB")).astype(int)
+    assert (drawn[..., 0] - drawn[..., 2] > 100).any()  # the medians: without a box there are none
 
 
 @pytest.mark.parametrize(
