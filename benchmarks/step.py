@@ -167,9 +167,9 @@ def surroundings(options, figures) -> dict:
     last = figures["dist_train"][-1]
     device = last["device"]
     if options.shards:
-        feed = {"dist_train": f"{options.shards}, data.cache auto: " + (
+        feed = {"dist_train": f"{Path(options.shards).name}, data.cache auto: " + (
             "gathered from memory, as in later epochs" if last["is_kept"] else "not kept, so read and decoded as without")}
-        feed |= {UNCACHED: f"{options.shards}, data.cache none: read and decoded, as in every epoch"}
+        feed |= {UNCACHED: f"{Path(options.shards).name}, data.cache none: read and decoded, as in every epoch"}
     else:
         feed = {"dist_train": f"made-up JPEGs of {options.size} px, data.cache auto: gathered from memory once all have been read"}
     return {
