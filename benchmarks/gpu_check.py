@@ -15,7 +15,6 @@ import contextlib
 import copy
 import dataclasses
 import gc
-import importlib.metadata
 import importlib.util
 import json
 import re
@@ -95,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     card = "cpu" if options.cpu_dry_run else torch.cuda.get_device_name()
     deadline = time.monotonic() + 60 * options.minutes
     report = {"card": card, "torch": torch.__version__, "cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%d"),
-              "packages": {name: version_of(name) for name in ("torchvision", "timm", "accelerate")},
+              "packages": {name: runtime.version_of(name) for name in ("torchvision", "timm", "accelerate")},
               "n": sizes.repeats, "steps": sizes.steps, "checks": {}, "left_out": []}  # fmt: skip
     slug = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
     out = Path(options.out or f"benchmarks/results/{slug}-{report['date']}.json")
@@ -276,14 +275,6 @@ def to_accuracy(shards: str, sizes: Sizes, scratch: Path, top1: float = 0.94) ->
     evaluations = [line for line in lines if line["kind"] == "eval"]
     reached = next((line["time_s"] for line in evaluations if line["top1"] >= top1), None)
     return {"reached_s": reached, "best": max(line["top1"] for line in evaluations), "took_s_in_all": evaluations[-1]["time_s"]}
-
-
-def version_of(package: str) -> str | None:
-    """The version that is installed; None without the package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def peak_tflops(device, precision: str, size: int) -> float:

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from dist_train import ranks, runtime
-from dist_train.cache import available_bytes
+from dist_train.cache import auto_room
 from dist_train.config import RunConfig
 from dist_train.data import to_device
 from dist_train.decoder_choice import choose_decoder
@@ -207,7 +207,7 @@ def is_kept(config: RunConfig, index: ShardIndex) -> bool:
     if data.cache == "none" or (not is_table and decoder_crop(config, index)[0] == "random_resized"):
         return False
     num_bytes = index.split(data.train_split).stored.num_samples * decoded_bytes(config, index)
-    return data.cache != "auto" or num_bytes <= min(data.decoded_gb * 1e9, available_bytes() // 2)
+    return data.cache != "auto" or num_bytes <= auto_room(int(data.decoded_gb * 1e9))
 
 
 def decoded_bytes(config: RunConfig, index: ShardIndex) -> int:

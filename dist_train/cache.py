@@ -68,10 +68,8 @@ class DecodedCache:
             return Rows(wanted, values, None)
         if self.mode == "device":
             return DeviceRows(wanted, self.device)
-        limit = available_bytes()
-        if self.mode == "auto":
-            taken = sum(rows.num_bytes for rows in self._rows.values() if rows is not None)
-            limit = min(self.auto_bytes - taken, limit // 2)
+        taken = sum(rows.num_bytes for rows in self._rows.values() if rows is not None)
+        limit = auto_room(self.auto_bytes - taken) if self.mode == "auto" else available_bytes()
         rows = shared_rows(wanted, limit)
         if rows is None and self.mode == "memory":
             raise too_large(wanted, limit, "are free in memory", "disk, none, or a smaller data.image_size")
@@ -267,6 +265,11 @@ def _leave(path: Path, fd: int, made: str) -> None:
             if file.read(64).decode(errors="replace") in (made, ""):
                 os.unlink(path)
     os.close(fd)
+
+
+def auto_room(auto_bytes: int) -> int:
+    """Bytes that "auto" may still keep of auto_bytes: half of the memory there is at most."""
+    return min(auto_bytes, available_bytes() // 2)
 
 
 def available_bytes() -> int:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from dist_train.control_groups import cpu_quota, memory_limit
 from dist_train.shard_cache import DEFAULT_GB, default_folder
 from dist_train.store import MAX_OPEN
+from dist_train.workers import cores_to_run_on
 
 _NETWORK_DISKS = (
     "nfs",
@@ -78,7 +79,7 @@ def look_around(accelerate_file: str | None, cache_dir: str) -> Iterator[Finding
     installed = {name.lower().replace("_", "-"): d.version for name, _, d in found if name}
     yield from versions(installed, _requirements("dist-train"), _requirements("torchvision"), _tested_versions())
     quota = cpu_quota()
-    yield cores(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, quota)
+    yield cores(len(cores_to_run_on()), quota)
     yield processor(_read("/proc/cpuinfo"))
     yield memory(_read("/proc/meminfo"), memory_limit())
     yield allocator(hasattr(_libc(), "mallopt"), _read("/sys/kernel/mm/transparent_hugepage/enabled"))

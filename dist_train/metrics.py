@@ -35,10 +35,14 @@ class EvalResult:
         figures = {"samples": self.samples, "loss": self.loss, "top1": self.top1}
         return figures if self.top5 is None else {**figures, "top5": self.top5}
 
-    def goodness(self, monitor: str) -> list[float]:
-        """Larger is better, compared from left to right: by "top1", where the lower loss decides between equals, or by "loss"."""
-        loss = self.loss if math.isfinite(self.loss) else math.inf  # NaN would be beaten by nothing
-        return [-loss] if monitor == "loss" else [self.top1, -loss]
+
+def goodness(top1: float, loss: float | None, monitor: str) -> list[float]:
+    """What makes one of two evaluations the better: larger is, compared from left to right.
+
+    By "top1", where the lower loss decides between equals, or by "loss". A loss that is no finite number, or None, is the worst.
+    """
+    loss = loss if loss is not None and math.isfinite(loss) else math.inf  # NaN would be beaten by nothing
+    return [-loss] if monitor == "loss" else [top1, -loss]
 
 
 class Sums:

@@ -5,7 +5,7 @@ import contextlib
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +65,7 @@ def load_run(folder: str | Path) -> Trained:
         raise UserError(f"{folder}: the run cannot be read: {error}") from None
     size = tuple(about["image_size"]) if about["image_size"] else None
     num_features = len(about["features"]) if about["features"] else None
-    fresh = from_dict(type(config.model), to_dict(config.model) | {"pretrained": ""})  # the run's own weights follow
+    fresh = replace(config.model, pretrained="")  # the run's own weights follow
     network = build_model(fresh, len(about["classes"]), size, num_features, config.seed)
     use_keyed_dropout(network)
     try:
@@ -184,8 +184,6 @@ def check_fits(index: ShardIndex, trained: Trained) -> None:
 
 def _with_statistics(index, trained: Trained):
     """The index with the run's own mean and standard deviation: those it was trained with."""
-    from dataclasses import replace
-
     return replace(index, mean=trained.mean, std=trained.std)
 
 

@@ -2,13 +2,12 @@
 
 import contextlib
 import itertools
-import os
 import platform
 import time
 
 from dist_train.errors import UserError
 from dist_train.watch import RankLost
-from dist_train.workers import num_cores
+from dist_train.workers import cores_to_run_on, num_cores
 
 _ENDED = "dist_train/ended"  # in the store of the process group: which rank has failed, and why
 _meetings = itertools.count()  # alike on all ranks: each comes to every meeting
@@ -70,7 +69,7 @@ def on_each_machine(world, function, *args) -> None:
 
 def cores_of_rank(world) -> int:
     """Cores for this rank: those it may run on, shared out among the ranks of its machine that may run on the same ones."""
-    mine = platform.node(), sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    mine = platform.node(), sorted(cores_to_run_on())
     return max(1, num_cores() // _everyones(world, mine).count(mine))
 
 

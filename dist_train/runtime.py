@@ -271,7 +271,7 @@ def environment(world: World) -> dict:
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "host": platform.node(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in packages},
+        "packages": {name: version_of(name) for name in packages},
         "system": platform.platform(),
         "cpu": _cpu_name(),
         "cores": num_cores(),
@@ -325,7 +325,8 @@ def _refuse_lonely_launch(world_size: int) -> None:
         )
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version of a package that is installed; None without it."""
     import importlib.metadata
 
     try:

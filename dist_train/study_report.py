@@ -14,12 +14,13 @@ from dist_train.bars import Bar, bar_chart
 from dist_train.config import RunConfig
 from dist_train.durable import replace_text
 from dist_train.journal import counted_trials
+from dist_train.metrics import goodness
 from dist_train.page import Chart, Section, Table, write_page
 from dist_train.remote import shown as shown_place
 from dist_train.report import duration
 from dist_train.settings import flatten, to_dict
 from dist_train.track import read_metrics
-from dist_train.trial import goodness, mean_figures
+from dist_train.trial import mean_figures
 
 SHOWN_BARS = 20
 SHOWN_CURVES = 3
@@ -84,7 +85,7 @@ def write_study_report(plan, study) -> Found:
             plan.folder / t.user_attrs["folder"])
         for t in trials if t.state.name == "COMPLETE"
     ]  # fmt: skip
-    rows.sort(key=lambda row: goodness(mean_figures(row.folds), metric), reverse=True)
+    rows.sort(key=lambda row: goodness(**mean_figures(row.folds), monitor=metric), reverse=True)
     cuts = [cut_of(t, folds) for t in trials if t.state.name == "PRUNED"]
     states = [_state(t) for t in trials]
     words = ("finished", "pruned", "diverged", "failed", "running", "waiting")

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dist_train.config import RunConfig
+from dist_train.durable import replace_text
 from dist_train.errors import UserError
 
 
@@ -147,12 +148,7 @@ class MetricsFile:
         before_s = max((line.get("time_s") or 0 for line in self.lines), default=0)
         self._began = time.monotonic() - before_s
         with _named_errors(path):
-            partial = path.with_suffix(".jsonl.partial")
-            with open(partial, "w") as file:
-                file.writelines(json.dumps(line) + "\n" for line in self.lines)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
+            replace_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
             self._file = open(path, "a")
 
     def append(self, values: dict, sync: bool = False) -> dict | None:
@@ -166,8 +162,8 @@ class MetricsFile:
         with _named_errors(self.path):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
-            if sync:
-                os.fsync(self._file.fileno())
+        if sync:
+            self.sync()
         return line
 
     def sync(self) -> None:
@@ -176,8 +172,8 @@ class MetricsFile:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        self.sync()
         with _named_errors(self.path):
-            os.fsync(self._file.fileno())
             self._file.close()
 
 

@@ -24,7 +24,7 @@ from dist_train.evaluate import Interrupted, write_evaluation
 from dist_train.finetune import average_gradients, freeze_below_head
 from dist_train.index import load_index
 from dist_train.layers import set_dropout_keys
-from dist_train.metrics import Throughput
+from dist_train.metrics import Throughput, goodness
 from dist_train.optim import set_lr
 from dist_train.order import hash_words
 from dist_train.remote import shown
@@ -167,7 +167,7 @@ def validate(run: Run, state: State) -> bool:
         state.step, run.config.data.val_split, {"epoch": run.epoch_of(state.step), **result.figures()}
     )
     state.judged_step = state.step
-    value = result.goodness(run.config.train.monitor)
+    value = goodness(result.top1, result.loss, run.config.train.monitor)
     is_best = state.best_value is None or value > state.best_value
     state.best_value, state.bad_evaluations = (value, 0) if is_best else (state.best_value, state.bad_evaluations + 1)
     if run.config.optim.schedule == "plateau":

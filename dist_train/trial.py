@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +16,7 @@ from dist_train.decoder_choice import choose_decoder
 from dist_train.durable import replace_json
 from dist_train.errors import UserError
 from dist_train.evaluate import Interrupted
+from dist_train.metrics import goodness
 from dist_train.run import Run, open_run_folder
 from dist_train.track import MetricsFile, Tracker
 from dist_train.train import train, validate
@@ -121,13 +121,7 @@ def fold_result(tracker: "TrialTracker", step: int, epoch: float, config: RunCon
 
 def best_line(evaluations: list[dict], monitor: str) -> dict:
     """The best of some evaluations, of equal ones the first."""
-    return max(evaluations, key=lambda line: goodness(line, monitor))
-
-
-def goodness(figures: dict, monitor: str) -> list[float]:
-    """What makes one of two evaluations the better: see `metrics.EvalResult.goodness`. A loss of None is one that was no number."""
-    loss = math.inf if figures["loss"] is None else figures["loss"]
-    return [-loss] if monitor == "loss" else [figures["top1"], -loss]
+    return max(evaluations, key=lambda line: goodness(line["top1"], line["loss"], monitor))
 
 
 def mean_figures(results: list[dict]) -> dict:

@@ -13,10 +13,14 @@ from dist_train.errors import UserError
 _report: Callable[[int], None] = int  # replaced where tasks run; takes the number of samples finished
 
 
+def cores_to_run_on() -> set[int]:
+    """The numbers of the cores that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
 def num_cores() -> int:
     """Cores this process may use: those it may run on, or what a container's quota comes to."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cpu_quota()
+    cores, quota = len(cores_to_run_on()), cpu_quota()
     return cores if quota is None else max(1, min(cores, int(quota)))
 
 

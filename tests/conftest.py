@@ -3,13 +3,13 @@
 import contextlib
 import io
 import os
-import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("WANDB_MODE", "disabled")  # tests that mean Weights & Biases say so themselves
@@ -40,6 +40,35 @@ def digits(tmp_path_factory) -> str:
     return str(out)
 
 
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> str:
+    """Three classes of JPEGs of several sizes."""
+    import numpy as np
+    from PIL import Image
+
+    from dist_train import shard
+
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for k in range(48):
+        path = folder / "raw" / f"class{k % 3}" / f"{k}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (5 + k % 7, 6 + k % 5, 3), np.uint8)
+        Image.fromarray(pixels).resize((40 + k, 70 - k)).save(path)
+    with contextlib.redirect_stdout(io.StringIO()):
+        shard.main(["--source", "folder", "--path", str(folder / "raw"), "--out", str(folder / "shards"), "--workers", "1",
+                    "--split.test", "0.3"])  # fmt: skip
+    return str(folder / "shards")
+
+
+def write_table(path: Path, columns: str, rows, labels: list[str]) -> list[str]:
+    """Write rows (n, F) as a CSV file, their classes in column kind, nothing where a value is NaN; return settings to shard it."""
+    cells = [[*("" if value != value else repr(float(value)) for value in row), label]
+             for row, label in zip(rows, labels, strict=True)]  # fmt: skip
+    path.write_text("".join(",".join(line) + "\n" for line in [[*columns, "kind"], *cells]))
+    return ["--source", "csv", "--path", str(path), "--target", "kind", "--missing", "mean", "--workers", "1"]
+
+
 def tiny_run(shards: str, run: Path, *argv: str) -> list[str]:
     """Settings of a run that takes a second: a narrow AlexNet with BatchNorm and dropout on the digits."""
     return [
@@ -48,15 +77,6 @@ def tiny_run(shards: str, run: Path, *argv: str) -> list[str]:
         "--optim.ema_decay", "0.9", "--augment.crop", "padded", "--augment.padding", "1", "--augment.rotate_degrees", "10",
         "--train.epochs", "2", "--train.log_every_steps", "1", "--track.wandb", "off", "--runtime.threads", "1", *argv,
     ]  # fmt: skip
-
-
-def free_port() -> int:
-    """A port on which nobody listens, below those that the system lends to whoever connects to another."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_768)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def start_ranks(

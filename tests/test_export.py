@@ -69,26 +69,6 @@ def table(tmp_path_factory) -> str:
     return str(out)
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> str:
-    """Three classes of JPEGs of several sizes."""
-    from PIL import Image
-
-    from dist_train import shard
-
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for k in range(48):
-        path = folder / "raw" / f"class{k % 3}" / f"{k}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = rng.integers(0, 256, (5 + k % 7, 6 + k % 5, 3), np.uint8)
-        Image.fromarray(pixels).resize((40 + k, 70 - k)).save(path)
-    with contextlib.redirect_stdout(io.StringIO()):
-        shard.main(["--source", "folder", "--path", str(folder / "raw"), "--out", str(folder / "shards"), "--workers", "1",
-                    "--split.test", "0.3"])  # fmt: skip
-    return str(folder / "shards")
-
-
 @pytest.mark.parametrize("kind", FILES)
 def test_the_file_has_the_runs_accuracy_over_all_its_views(trained, tmp_path, capsys, kind):
     before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}

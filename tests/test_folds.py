@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_run
+from conftest import tiny_run, write_table
 
 from dist_train.config import DataConfig, RunConfig
 from dist_train.data import open_evaluation, open_stream
@@ -111,11 +111,9 @@ def test_what_is_missing_counts_as_the_mean_of_the_folds_training_part(tmp_path)
     from dist_train import shard
 
     def converted(name: str, rows: np.ndarray) -> str:
-        cells = [[*("" if np.isnan(value) else repr(float(value)) for value in row), "abc"[k % 3]] for k, row in enumerate(rows)]
-        (tmp_path / f"{name}.csv").write_text("".join(",".join(line) + "\n" for line in [["x", "y", "kind"], *cells]))
+        settings = write_table(tmp_path / f"{name}.csv", "xy", rows, ["abc"[k % 3] for k in range(len(rows))])
         with contextlib.redirect_stdout(io.StringIO()):
-            shard.main(["--source", "csv", "--path", str(tmp_path / f"{name}.csv"), "--target", "kind", "--missing", "mean",
-                        "--out", str(tmp_path / name), "--workers", "1"])  # fmt: skip
+            shard.main([*settings, "--out", str(tmp_path / name)])
         return str(tmp_path / name)
 
     def rows_of(index, split: str) -> list[int]:

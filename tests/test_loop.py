@@ -1,7 +1,6 @@
 """What settings promise reaches the loop: the best weights, rates, clipping, smoothing, the order, crops and checksums."""
 
 import contextlib
-import io
 import json
 import math
 import shlex
@@ -136,23 +135,6 @@ def test_windows_lanes_and_seed_reach_the_stream_and_the_plan(tmp_path, capsys):
     capsys.readouterr()
     plan.main(shlex.split(plan.command(config, 7))[2:])
     assert json.loads(capsys.readouterr().out)["samples"] == batch.keys
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> str:
-    """Three classes of JPEGs of several sizes."""
-    from PIL import Image
-
-    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for k in range(48):
-        path = folder / "raw" / f"class{k % 3}" / f"{k}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = rng.integers(0, 256, (5 + k % 7, 6 + k % 5, 3), np.uint8)
-        Image.fromarray(pixels).resize((40 + k, 70 - k)).save(path)
-    with contextlib.redirect_stdout(io.StringIO()):
-        shard.main(["--source", "folder", "--path", str(folder / "raw"), "--out", str(folder / "shards"), "--workers", "1",
-                    "--split.test", "0.3"])  # fmt: skip
-    return str(folder / "shards")
 
 
 def test_a_run_on_cut_pictures_is_judged_and_used_by_their_middle(photos, tmp_path, capsys):

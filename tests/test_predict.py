@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import finish_ranks, start_ranks
+from conftest import finish_ranks, start_ranks, write_table
 from safetensors.torch import load_file, save_file
 
 from dist_train import shard
@@ -78,11 +78,7 @@ def test_what_is_missing_counts_as_the_training_mean_where_the_set_was_made_so(t
     rows = random.normal(2, 3, (120, 3)).astype(np.float32)
     labels = (rows[:, 0] > 2).astype(int)
     rows[random.random(rows.shape) < 0.2] = np.nan
-    cells = [",".join("" if np.isnan(value) else repr(float(value)) for value in row) for row in rows]
-    lines = [f"{line},{'ab'[label]}" for line, label in zip(cells, labels, strict=True)]
-    (tmp_path / "t.csv").write_text("\n".join(["x,y,z,kind", *lines]) + "\n")
-    shard.main(["--source", "csv", "--path", str(tmp_path / "t.csv"), "--target", "kind", "--missing", "mean",
-                "--out", str(tmp_path / "set"), "--workers", "1"])  # fmt: skip
+    shard.main([*write_table(tmp_path / "t.csv", "xyz", rows, ["ab"[label] for label in labels]), "--out", str(tmp_path / "set")])
     run = tmp_path / "run"
     assert run_training(["--data.shards", str(tmp_path / "set"), "--run", str(run), "--model.name", "mlp", "--model.hidden", "[8]",
                          "--data.global_batch_size", "16", "--train.epochs", "2", "--track.wandb", "off",

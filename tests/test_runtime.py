@@ -80,7 +80,7 @@ def test_accelerate_starting_one_process_for_several_is_refused(tmp_path, option
 
 
 def test_a_package_that_is_not_installed_is_no_hindrance():
-    assert runtime._version("no-such-package") is None and runtime._version("torch")
+    assert runtime.version_of("no-such-package") is None and runtime.version_of("torch")
 
 
 def test_signals_are_noted_and_harmless_when_repeated(tmp_path):

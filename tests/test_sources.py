@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_table
 from PIL import Image
 
 from dist_train.config import ShardConfig, SplitConfig
@@ -293,9 +294,7 @@ def holed_rows(num_rows: int = 90) -> np.ndarray:
 def converted(folder: Path, rows: np.ndarray):
     """The rows as a CSV file, of classes a and b in turn, and that as shards."""
     folder.mkdir()
-    cells = [",".join("" if np.isnan(value) else repr(float(value)) for value in row) for row in rows]
-    lines = [f"{line},{'ab'[k % 2]}" for k, line in enumerate(cells)]
-    (folder / "t.csv").write_text("\n".join(["x,y,z,kind", *lines]) + "\n")
+    write_table(folder / "t.csv", "xyz", rows, ["ab"[k % 2] for k in range(len(rows))])
     return convert(ShardConfig(source="csv", path=str(folder / "t.csv"), target="kind", missing="mean", out=str(folder / "set"),
                                split=SplitConfig(val=0.2, test=0.2), workers=1))  # fmt: skip
 

@@ -22,7 +22,7 @@ from dist_train.compare import grouped, read_all
 from dist_train.config import RunConfig, StudyConfig
 from dist_train.errors import UserError
 from dist_train.journal import counted_trials
-from dist_train.metrics import EvalResult
+from dist_train.metrics import EvalResult, goodness
 from dist_train.report import write_report
 from dist_train.search import Space
 from dist_train.settings import read_config, setting_names
@@ -527,7 +527,9 @@ def test_a_loss_that_is_no_number_counts_in_a_trial_as_in_a_run():
     lines = [{"top1": top1, "loss": loss} for top1, loss in figures]
     results = [EvalResult(4, float("nan") if loss is None else loss, top1, None) for top1, loss in figures]
     for monitor in ("top1", "loss"):
-        assert [one_trial.goodness(line, monitor) for line in lines] == [result.goodness(monitor) for result in results]
+        assert [goodness(line["top1"], line["loss"], monitor) for line in lines] == [
+            goodness(result.top1, result.loss, monitor) for result in results
+        ]
     assert best_line([{"top1": 0.9, "loss": None}, {"top1": 0.8, "loss": 0.1}], "top1")["top1"] == 0.9
 
 

@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from conftest import write_table
 from matplotlib.cbook import boxplot_stats
 from sklearn import metrics
 from sklearn.feature_selection import f_classif
@@ -127,11 +128,7 @@ def test_figures_leave_out_what_is_missing():
 @pytest.mark.filterwarnings("error")
 def test_pictures_of_a_table_say_how_much_is_missing(tmp_path):
     values, labels = holed()
-    with open(tmp_path / "t.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*"abcde", "kind"])
-        writer.writerows([*("" if np.isnan(v) else repr(float(v)) for v in row), label]
-                         for row, label in zip(values, labels, strict=True))  # fmt: skip
+    write_table(tmp_path / "t.csv", "abcde", values, [str(label) for label in labels])
     index = convert(ShardConfig(source="csv", path=str(tmp_path / "t.csv"), target="kind", missing="mean",
                                 out=str(tmp_path / "set"), workers=1))  # fmt: skip
     split = index.split("train")
