@@ -198,6 +198,9 @@ class TrainConfig:
     optim.freeze_epochs nor muon"""
     split_ranks: int = 0
     """hybrid: ranks that share one copy of the fully connected layers, a node's, say; 0 is all of them"""
+    reduce_precision: Literal["fp32", "bf16"] = "fp32"
+    """in which gradients travel between ranks and are added up: bf16 halves their bytes, for links slower than the arithmetic, and
+    rounds each to 8 bits; weights and the optimizer keep fp32"""
     micro_batch_size: int = 0
     """most samples a rank takes through the network at once; a larger share is accumulated; 0 takes it whole"""
     eval_every_epochs: float = 1.0
@@ -269,72 +272,6 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class SplitConfig:
-    """Shares of the samples, drawn by class (stratified). A split that the source brings itself is kept as it is."""
-
-    val: float = 0.1
-    """share that becomes the validation split, of the samples the source leaves to training; not used where the source brings
-    one; 0 is none"""
-    test: float = 0.1
-    """share that becomes the test split, likewise"""
-
-
-@dataclass(frozen=True)
-class ShardConfig:
-    """One conversion: what `datasets/<set>.yaml` holds."""
-
-    source: Literal["folder", "torchvision", "sklearn", "csv"] = "folder"
-    """where raw samples come from"""
-    path: str = ""
-    """folder of class folders, CSV file, or the root folder of a torchvision set"""
-    dataset: str = ""
-    """torchvision's or scikit-learn's name of the set: CIFAR10, SVHN, digits, breast_cancer"""
-    classes: tuple[str, ...] = ()
-    """folder: the class folders to take, in this order; empty takes all, sorted"""
-    merge: tuple[str, ...] = ()
-    """classes joined into one, such as cat+dog, in this order; classes that are not named are left out"""
-    target: str = ""
-    """csv: the column with the class"""
-    drop: tuple[str, ...] = ()
-    """csv: columns left out, such as a row number"""
-    missing: Literal["drop", "mean", "error"] = "drop"
-    """csv: rows with missing or non-numeric values are left out, kept (mean), or refused. What is missing then counts as the
-    column's mean over the training split, with folds over the fold's training part; in predict and in exported files, too"""
-    extra: bool = False
-    """torchvision: add the set's extra training samples, where it has some (SVHN)"""
-    download: bool = False
-    """torchvision: fetch the raw files when they are not there"""
-    out: str = ""
-    """folder to write; default shards/<name of the YAML file>"""
-    split: SplitConfig = field(default_factory=SplitConfig)
-    seed: int = 0
-    """draws the split and the order inside the shards"""
-    resize: int = 0
-    """shorter side is brought down to this, pixels; 0 keeps the bytes of every JPEG and PNG as they are"""
-    quality: int = 90
-    """JPEG quality where pictures are encoded anew"""
-    check: Literal["all", "sample"] = "all"
-    """pictures that are decoded, to prove them and for mean and std: every one, or one of 16 drawn at random; of the others
-    only begin and end are looked at, 2.6 times as fast (docs/loading.md; those that are encoded anew are decoded in any case)"""
-    shard_mb: float = 128.0
-    """aimed size of a shard, MB"""
-    min_shards: int = 4
-    """least number of shards of the training split, however small it is"""
-    workers: int = 0
-    """processes, or threads for photographs; 0 is one per core"""
-    max_bad: int = 0
-    """unreadable samples that are left out, and listed in the index, before the conversion stops"""
-    overwrite: bool = False
-    """replace a finished set of the same name"""
-    part: str = ""
-    """I/N: write the I-th of N parts (I from 0), on a machine that shares the folder with the others; then join them"""
-    join: bool = False
-    """make a set of the parts, once all of them are written"""
-    repair: bool = False
-    """write the missing and damaged shards of a finished set again"""
-
-
-@dataclass(frozen=True)
 class StudyConfig:
     """One study: many trainings of one recipe, to find better settings. The `study:` part of a study's YAML file."""
 
@@ -360,9 +297,6 @@ class StudyConfig:
     storage: str = ""
     """Optuna's journal, a file on a disk that all processes share; default runs/NAME/journal.log"""
 
-
-# Settings of a conversion that no byte of the set depends on.
-FREE_SHARD_SETTINGS = ("out", "workers", "max_bad", "overwrite", "download", "part", "join", "repair")
 
 # Settings that no result depends on.
 _WITHOUT_RESULTS = ("runtime.", "track.", "data.threads", "data.prefetch_mb", "data.verify", "data.max_bad", "data.cache",

@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_train.config import FREE_SHARD_SETTINGS, ShardConfig
 from dist_train.durable import sync
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex, SplitIndex, holds_foreign_index, load_index, save_index, save_table
 from dist_train.partition import TRAIN, assign_splits, cut_into_shards, name_draws
 from dist_train.settings import to_dict
 from dist_train.shard import check_settings
+from dist_train.shard_config import FREE_SHARD_SETTINGS, ShardConfig
 from dist_train.sources import SPLITS, Source, open_source
 from dist_train.tables import column_statistics, empty_columns
 from dist_train.tars import writing

@@ -7,13 +7,13 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dist_train.config import FREE_SHARD_SETTINGS, ShardConfig
 from dist_train.convert import plan_conversion, write_shards
 from dist_train.durable import put_in_place
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex, file_checksum, load_index
 from dist_train.settings import flatten, to_dict
 from dist_train.shard import check_settings
+from dist_train.shard_config import FREE_SHARD_SETTINGS, ShardConfig
 from dist_train.sources import SPLITS
 from dist_train.tars import writing
 from dist_train.verify import find_damage

@@ -5,9 +5,9 @@ import os
 import sys
 from pathlib import Path
 
-from dist_train.config import ShardConfig
 from dist_train.errors import UserError
 from dist_train.settings import read_config
+from dist_train.shard_config import ShardConfig
 
 _FLAGS = ("--join", "--repair", "--overwrite", "--download", "--extra")  # may stand alone, meaning true
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_train.config import ShardConfig
 from dist_train.errors import UserError, did_you_mean
+from dist_train.shard_config import ShardConfig
 
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_train.config import ShardConfig
 from dist_train.errors import UserError, did_you_mean
+from dist_train.shard_config import ShardConfig
 from dist_train.sources import Pixels, Source, Vectors, printable
 
 SKLEARN = ("digits", "breast_cancer", "iris", "wine")

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from dist_train.config import ShardConfig
 from dist_train.errors import UserError, did_you_mean
 from dist_train.pictures import encode_png
+from dist_train.shard_config import ShardConfig
 from dist_train.sources import PICTURES, Files, Pixels, Source, printable
 
 # What the sets call their splits, first choice first. `extra` is more training data (SVHN), read when asked for.

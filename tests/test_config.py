@@ -3,9 +3,10 @@
 import pytest
 import yaml
 
-from dist_train.config import RunConfig, ShardConfig, conflicts
+from dist_train.config import RunConfig, conflicts
 from dist_train.errors import UserError
 from dist_train.settings import from_dict, read_config, setting_names, to_dict
+from dist_train.shard_config import ShardConfig
 
 
 def write(tmp_path, text):

@@ -11,15 +11,17 @@ import pytest
 import yaml
 
 from dist_train.cli import COMMANDS
-from dist_train.config import RunConfig, ShardConfig
+from dist_train.config import RunConfig
 from dist_train.settings import read_config, setting_names
+from dist_train.shard_config import ShardConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(p.stem for p in (ROOT / "dist_train").glob("*.py"))
 
 # Imports run downwards, from a later row to an earlier one, or inside a row without a circle.
 LAYERS = [
-    ["errors", "durable", "control_groups", "core", "settings", "config", "index", "order", "boxes", "bad_samples"],  # no torch
+    ["errors", "durable", "control_groups", "core", "settings", "config", "shard_config", "index", "order", "boxes",
+     "bad_samples"],  # no torch
     ["remote", "shard_cache", "remote_index",
      "store", "picture_header", "decode", "tars", "partition", "pictures", "sources", "tables", "torchsets", "workers",
      "write_shard", "plan", "dali_index", "tar_lists", "foreign_tar", "read_foreign", "folds", "stop"],  # no torch either
@@ -90,14 +92,15 @@ def test_every_dataset_file_loads(path):
 
 
 def test_every_setting_is_read_somewhere():
-    code = "\n".join(p.read_text() for p in (ROOT / "dist_train").glob("*.py") if p.stem != "config")
+    code = "\n".join(p.read_text() for p in (ROOT / "dist_train").glob("*.py") if p.stem not in ("config", "shard_config"))
     words = set(re.findall(r"\.(\w+)", code))
     names = [*setting_names(RunConfig), *setting_names(ShardConfig)]
     assert [name for name in names if name.rpartition(".")[2] not in words] == []
 
 
-def test_every_setting_is_described():
-    tree = ast.parse((ROOT / "dist_train" / "config.py").read_text())
+@pytest.mark.parametrize("module", ["config", "shard_config"])
+def test_every_setting_is_described(module):
+    tree = ast.parse((ROOT / "dist_train" / f"{module}.py").read_text())
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             for field, following in zip(node.body, node.body[1:] + [None], strict=True):

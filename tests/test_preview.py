@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from dist_train import preview, runtime
 from dist_train.cli import main
-from dist_train.config import AugmentConfig, DataConfig, ModelConfig, RunConfig, ShardConfig, TrainConfig
+from dist_train.config import AugmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from dist_train.convert import convert
 from dist_train.errors import UserError
 from dist_train.folds import open_index
@@ -30,6 +30,7 @@ from dist_train.picture_plots import (
     thumbnails,
 )  # fmt: skip
 from dist_train.run import Run
+from dist_train.shard_config import ShardConfig
 
 
 @pytest.fixture(scope="module")

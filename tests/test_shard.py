@@ -21,12 +21,12 @@ import webdataset
 from PIL import Image
 
 from dist_train import shard
-from dist_train.config import ShardConfig, SplitConfig
 from dist_train.convert import convert
 from dist_train.errors import UserError
 from dist_train.index import load_index
 from dist_train.partition import assign_splits, cut_into_shards, name_draws
 from dist_train.pictures import PixelSums, mean_and_std
+from dist_train.shard_config import ShardConfig, SplitConfig
 from dist_train.tars import TarWriter, header
 from dist_train.verify import inspect_main
 

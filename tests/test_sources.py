@@ -12,7 +12,6 @@ import pytest
 from conftest import write_table
 from PIL import Image
 
-from dist_train.config import ShardConfig, SplitConfig
 from dist_train.convert import convert
 from dist_train.decode import decode_into
 from dist_train.errors import UserError
@@ -20,6 +19,7 @@ from dist_train.foreign import _statistics
 from dist_train.index import load_index
 from dist_train.read_foreign import Sums
 from dist_train.shard import check_settings
+from dist_train.shard_config import ShardConfig, SplitConfig
 from dist_train.sources import files_below, open_source
 from dist_train.tables import _classes, column_statistics
 from dist_train.verify import find_damage

@@ -12,11 +12,11 @@ from sklearn import metrics
 from sklearn.feature_selection import f_classif
 
 from dist_train import contact_sheet, plots, ranking, scores, table_plots
-from dist_train.config import ShardConfig
 from dist_train.convert import convert
 from dist_train.figures import draw_correlations
 from dist_train.folds import part_of
 from dist_train.index import load_index
+from dist_train.shard_config import ShardConfig
 
 
 def table(num: int = 60, columns: int = 5, num_classes: int = 3):

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from dist_train import verify
-from dist_train.config import ShardConfig, SplitConfig
 from dist_train.convert import convert
 from dist_train.errors import UserError
 from dist_train.index import load_index
+from dist_train.shard_config import ShardConfig, SplitConfig
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,74 @@
+"""Every knob of a conversion, with its meaning and unit: what `dist-train shard` and a dataset's YAML file take."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Shares of the samples, drawn by class (stratified). A split that the source brings itself is kept as it is."""
+
+    val: float = 0.1
+    """share that becomes the validation split, of the samples the source leaves to training; not used where the source brings
+    one; 0 is none"""
+    test: float = 0.1
+    """share that becomes the test split, likewise"""
+
+
+@dataclass(frozen=True)
+class ShardConfig:
+    """One conversion: what `datasets/<set>.yaml` holds."""
+
+    source: Literal["folder", "torchvision", "sklearn", "csv"] = "folder"
+    """where raw samples come from"""
+    path: str = ""
+    """folder of class folders, CSV file, or the root folder of a torchvision set"""
+    dataset: str = ""
+    """torchvision's or scikit-learn's name of the set: CIFAR10, SVHN, digits, breast_cancer"""
+    classes: tuple[str, ...] = ()
+    """folder: the class folders to take, in this order; empty takes all, sorted"""
+    merge: tuple[str, ...] = ()
+    """classes joined into one, such as cat+dog, in this order; classes that are not named are left out"""
+    target: str = ""
+    """csv: the column with the class"""
+    drop: tuple[str, ...] = ()
+    """csv: columns left out, such as a row number"""
+    missing: Literal["drop", "mean", "error"] = "drop"
+    """csv: rows with missing or non-numeric values are left out, kept (mean), or refused. What is missing then counts as the
+    column's mean over the training split, with folds over the fold's training part; in predict and in exported files, too"""
+    extra: bool = False
+    """torchvision: add the set's extra training samples, where it has some (SVHN)"""
+    download: bool = False
+    """torchvision: fetch the raw files when they are not there"""
+    out: str = ""
+    """folder to write; default shards/<name of the YAML file>"""
+    split: SplitConfig = field(default_factory=SplitConfig)
+    seed: int = 0
+    """draws the split and the order inside the shards"""
+    resize: int = 0
+    """shorter side is brought down to this, pixels; 0 keeps the bytes of every JPEG and PNG as they are"""
+    quality: int = 90
+    """JPEG quality where pictures are encoded anew"""
+    check: Literal["all", "sample"] = "all"
+    """pictures that are decoded, to prove them and for mean and std: every one, or one of 16 drawn at random; of the others
+    only begin and end are looked at, 2.6 times as fast (docs/loading.md; those that are encoded anew are decoded in any case)"""
+    shard_mb: float = 128.0
+    """aimed size of a shard, MB"""
+    min_shards: int = 4
+    """least number of shards of the training split, however small it is"""
+    workers: int = 0
+    """processes, or threads for photographs; 0 is one per core"""
+    max_bad: int = 0
+    """unreadable samples that are left out, and listed in the index, before the conversion stops"""
+    overwrite: bool = False
+    """replace a finished set of the same name"""
+    part: str = ""
+    """I/N: write the I-th of N parts (I from 0), on a machine that shares the folder with the others; then join them"""
+    join: bool = False
+    """make a set of the parts, once all of them are written"""
+    repair: bool = False
+    """write the missing and damaged shards of a finished set again"""
+
+
+# Settings of a conversion that no byte of the set depends on.
+FREE_SHARD_SETTINGS = ("out", "workers", "max_bad", "overwrite", "download", "part", "join", "repair")
