@@ -1,4 +1,4 @@
-"""Many ranks: images a second and bytes sent a step for ddp and hybrid, in turns, in one run.
+"""Many ranks: images a second and bytes sent a step for ddp, with gradients in fp32 and bf16, and hybrid, in turns, in one run.
 
     python benchmarks/scaling.py [--model alexnet] [--size 64] [--batch-size 128] [--ranks 2] [--json]
     python benchmarks/scaling.py --hosts 1 2 4       one rank a host, hosts joined by 1 Gbit/s links; root and iproute2
@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.ranks import free_port  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYOUTS = ("ddp", "hybrid")
+LAYOUTS = ("ddp", "hybrid")  # those that the model predicts
+SHORT = "ddp, gradients in bf16"
 LINK = "1gbit"
 
 
@@ -154,11 +155,12 @@ def work(options) -> None:
     num_ranks, num_local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     accelerator, world = runtime.start(options.precision, options.threads, 600)
     trainings = {}
-    for layout in LAYOUTS if num_ranks > 1 else ("ddp",):
-        more = ("--train.parallel", layout, "--train.log_every_steps", str(options.steps))
+    for layout in (*LAYOUTS, SHORT) if num_ranks > 1 else ("ddp",):
+        more = ["--train.parallel", layout.partition(",")[0], "--train.log_every_steps", str(options.steps)]
+        more += ["--train.reduce_precision", "bf16"] if layout == SHORT else []
         config = settings(options.shards, options.model, options.size, options.batch_size, options.precision, *more)
         trainings[layout] = open_training(config, Path(options.shards, layout), accelerator, world, is_synthetic=True)
-    kinds = [(layout, is_alone) for layout in trainings for is_alone in ((False, True) if num_ranks > 1 else (False,))]
+    kinds = [(layout, False) for layout in trainings] + [(layout, True) for layout in LAYOUTS if num_ranks > 1]
     found = {layout + " alone" * is_alone: {"images_per_s": [], "bytes": [], "cpu_s": []} for layout, is_alone in kinds}
     for turn in range(options.repeats + 1):
         for layout, is_alone in kinds:
@@ -336,7 +338,7 @@ def show(options, where: str, found: dict) -> dict:
             "bytes_per_step": round(min(figures["bytes"])),  # other programs may use an interface as well
             "cpu_s_per_step": round(min(figures["cpu_s"]), 4),
         }  # fmt: skip
-        line = f"  {kind:12} {statistics.median(rates):8.1f} images/s ({min(rates):.1f} to {max(rates):.1f})"
+        line = f"  {kind:22} {statistics.median(rates):8.1f} images/s ({min(rates):.1f} to {max(rates):.1f})"
         if num_ranks > 1 and kind in LAYOUTS:
             alone_s = statistics.median(batch / rate for rate in found[f"{kind} alone"]["images_per_s"])
             slow, fast = (batch / s for s in predicted_seconds(sizes, link, alone_s, kind, num_ranks))
@@ -346,6 +348,11 @@ def show(options, where: str, found: dict) -> dict:
             line += f", predicted {slow:.1f} to {fast:.1f}; {min(figures['bytes']) / 1e6:.2f} MB a step and rank, "
             line += f"predicted {expected / 1e6:.2f}"
         print(line)
+    if SHORT in result:
+        pairs = zip(found[SHORT]["images_per_s"], found["ddp"]["images_per_s"], strict=True)
+        result["bf16_ratio"] = round(statistics.median(short / full for short, full in pairs), 3)
+        less = result["ddp"]["bytes_per_step"] / result[SHORT]["bytes_per_step"]
+        print(f"  ddp, gradients in bf16 over fp32: {result['bf16_ratio']:.2f} times the speed, 1/{less:.1f} of the bytes")
     if "hybrid" in result:
         pairs = zip(found["hybrid"]["images_per_s"], found["ddp"]["images_per_s"], strict=True)
         result["speed_ratio"] = round(statistics.median(h / d for h, d in pairs), 3)

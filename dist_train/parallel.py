@@ -65,7 +65,12 @@ class Replicated:
         if self.config.train.sync_batchnorm:  # global statistics are alike everywhere without a message a step
             apart = apart | {name for name, _ in self.network.named_buffers()}
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.network, apart)
-        return self.accelerator.prepare_model(self.network)
+        model = self.accelerator.prepare_model(self.network)
+        if self.config.train.reduce_precision == "bf16" and self.world.world_size > 1:
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+            model.register_comm_hook(None, bf16_compress_hook)
+        return model
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """The optimizer, told what it needs to know of the weights' form."""
@@ -166,9 +171,13 @@ class Hybrid(_Parted):
     def reduce_gradients(self) -> None:
         if self.replicas is not None:
             gradients = [p.grad for p in self._split_parameters() if p.grad is not None]
+            is_short = self.config.train.reduce_precision == "bf16"
+            sent = [g.bfloat16() for g in gradients] if is_short else gradients
             with messages.clock.waiting():
-                for work in [dist.all_reduce(g, group=self.replicas, async_op=True) for g in gradients]:
+                for work in [dist.all_reduce(g, group=self.replicas, async_op=True) for g in sent]:
                     work.wait()
+            if is_short:
+                torch._foreach_copy_(gradients, sent)
 
     def clip_gradients(self, max_norm):
         split = {id(p) for p in self._split_parameters()}
@@ -225,9 +234,11 @@ class FullySharded(_Parted):
 
     def _wrap(self) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         self.is_settled = True  # it has no messages to lay out anew
+        is_short = self.config.train.reduce_precision == "bf16"
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if is_short else None)
         self.mesh = init_device_mesh(self.world.device.type, (self.world.world_size,))
         self.network.to(memory_format=torch.contiguous_format)  # fully_shard takes no other; pictures keep theirs
         for module in list(self.network.modules()):
@@ -235,8 +246,8 @@ class FullySharded(_Parted):
                 module is not self.network
                 and sum(p.numel() for p in module.parameters(recurse=False)) >= OWN_FSDP_GROUP
             ):
-                fully_shard(module, mesh=self.mesh)
-        fully_shard(self.network, mesh=self.mesh)
+                fully_shard(module, mesh=self.mesh, mp_policy=policy)
+        fully_shard(self.network, mesh=self.mesh, mp_policy=policy)
         return self.network
 
     def optimizer(self, optimizer):

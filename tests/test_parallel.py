@@ -29,13 +29,16 @@ from dist_train.parallel import parallelize
 WORLD_SIZE, BATCH, MICRO = 4, 24, 2
 NETWORKS = {"alexnet": 0.0625, "alexnet_bn": 0.0625, "vgg11": 0.03125}
 LAYOUTS = {"ddp": ("ddp", 0), "hybrid": ("hybrid", 0), "two groups": ("hybrid", 2), "fsdp": ("fsdp", 0)}
+SHORT = {f"{layout}, bf16": layout for layout in ("ddp", "two groups", "fsdp")}  # train.reduce_precision
 
 
 def settings(name: str, layout: str) -> RunConfig:
-    parallel, split_ranks = LAYOUTS[layout]
+    parallel, split_ranks = LAYOUTS[SHORT.get(layout, layout)]
+    precision = "bf16" if layout in SHORT else "fp32"
     model = ModelConfig(name=name, width=NETWORKS[name], stem="small")
     optim = OptimConfig(lr=0.01, weight_decay=0.1)
-    return RunConfig(model=model, optim=optim, train=TrainConfig(parallel=parallel, split_ranks=split_ranks))
+    train = TrainConfig(parallel=parallel, split_ranks=split_ranks, reduce_precision=precision)
+    return RunConfig(model=model, optim=optim, train=train)
 
 
 def two_updates(config: RunConfig, accelerator, world) -> dict:
@@ -106,7 +109,7 @@ def one_rank(rank, port, folder):
     try:
         found = {
             (n, layout): two_updates(settings(n, layout), accelerator, world) for n in NETWORKS for layout in LAYOUTS
-        }
+        } | {("alexnet_bn", layout): two_updates(settings("alexnet_bn", layout), accelerator, world) for layout in SHORT}
         found["refused"] = refusals(accelerator, world)
         if rank < 2:
             torch.save(found, f"{folder}/{rank}.pt")
@@ -165,6 +168,18 @@ def test_gradients_norms_and_updates_are_those_of_one_process(ranks, alone, name
     assert expected["norms"][0] > 0.5  # or nothing was clipped
     assert found["comes back"]
     assert ranks[1][name, layout]["weights"] is None
+
+
+@pytest.mark.two_process
+@pytest.mark.parametrize("layout", SHORT)
+def test_gradients_can_travel_in_bf16(ranks, alone, layout):
+    found, expected = ranks[0]["alexnet_bn", layout], alone["alexnet_bn"]
+    for parameter, t in found["gradients"]["all"].items():
+        right = expected["gradients"]["all"][parameter]
+        assert torch.equal(t, t.bfloat16().double()), parameter
+        assert (t - right).norm() < 0.02 * right.norm() + 1e-9, parameter  # of the second update, whose weights differ
+    torch.testing.assert_close(found["norms"], expected["norms"], rtol=0.01, atol=0)
+    assert found["comes back"]
 
 
 @pytest.mark.two_process
