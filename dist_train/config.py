@@ -12,7 +12,7 @@ class DataConfig:
 
     shards: str = ""
     """folder with an index.json, as written by `dist-train shard` or `dist-train index`; or its URL: https://, s3://, gs://,
-    az://"""
+    az://, or file:///FOLDER, which brings shards from a slow disk into data.cache_dir before their use"""
     train_split: str = "train"
     """split that is trained on"""
     val_split: str = "val"

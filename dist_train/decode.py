@@ -136,9 +136,9 @@ def decoders() -> dict[str, str]:
             "jpeg": f"simplejpeg {simplejpeg.__version__}, resized by torch and {pillow}",
             "png, webp, bmp": pillow,
             "checksum": "the xxhash package",
-            "native": f"missing ({core.missing}); about twice as fast: install a C compiler, Python's header and that of "
-            "libjpeg-turbo 2.0.6 or newer (Debian, Ubuntu: python3-dev libjpeg-dev; Fedora: python3-devel libjpeg-turbo-devel) and "
-            "run pip install again",
+            "native": f"missing ({core.missing}); 2.5 times as fast on photographs, 4 to 15 times on small pictures: install a C "
+            "compiler, Python's header and that of libjpeg-turbo 2.0.6 or newer (Debian, Ubuntu: python3-dev libjpeg-dev; "
+            "Fedora: python3-devel libjpeg-turbo-devel) and run pip install again",
         }
     return {
         "jpeg": f"native core{core.vectors and f' ({core.vectors})'} and libjpeg-turbo (built with {core.libjpeg_turbo})",

@@ -205,7 +205,8 @@ def _native_advice(compiler: str | None) -> str:
     lacking = ["a C compiler"] * (not compiler) + ["Python.h"] * (not has_python)
     lacking += ["jpeglib.h of libjpeg-turbo, 2.0.6 or newer"] * (not header)
     return (
-        f"about twice as fast with it; lacking: {' and '.join(lacking) or 'nothing'}. Debian, Ubuntu: apt install gcc python3-dev "
+        f"2.5 times as fast with it on photographs, 4 to 15 times on small pictures; "
+        f"lacking: {' and '.join(lacking) or 'nothing'}. Debian, Ubuntu: apt install gcc python3-dev "
         f"libjpeg-dev libxxhash-dev;\nFedora: dnf install gcc python3-devel libjpeg-turbo-devel xxhash-devel; conda: gcc "
         f"libjpeg-turbo xxhash. Then pip install again"
     )

@@ -1,8 +1,8 @@
 """Files behind a URL: fetched whole or in part, tried again where that can help, proven by size and checksum.
 
-https:// and http:// need no package. s3://, gs:// and az:// are spoken by obstore (pip install 'dist_train[remote]'), whose
-settings are the usual environment variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, ...). Where
-it is missing, and for every other scheme, fsspec is asked.
+https:// and http:// need no package, nor does file://, a folder on a slow disk. s3://, gs:// and az:// are spoken by obstore (pip
+install 'dist_train[remote]'), whose settings are the usual environment variables (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
+GOOGLE_APPLICATION_CREDENTIALS, ...). Where it is missing, and for every other scheme, fsspec is asked.
 """
 
 import contextlib
@@ -12,12 +12,13 @@ import os
 import random
 import re
 import string
+import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
-from urllib.parse import SplitResult, quote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
 import xxhash
 
@@ -108,6 +109,8 @@ def file_size(url: str) -> int | None:
     scheme = split_url(url).scheme
     if scheme in _OBJECT_SCHEMES and _has_obstore():
         return _tried(url, lambda: _object_size(url))
+    if scheme == "file":
+        return _tried(url, lambda: _disk_size(url))
     return _tried(url, lambda: _http_size(url)) if scheme in ("http", "https") else None
 
 
@@ -165,7 +168,7 @@ def _chunks(url: str, span: tuple[int, int] | None = None) -> Iterator[bytes]:
         return _http_chunks(url, span)
     if scheme in _OBJECT_SCHEMES and _has_obstore():
         return _object_chunks(url, span)
-    return _fsspec_chunks(url, span)
+    return _disk_chunks(url, span) if scheme == "file" else _fsspec_chunks(url, span)
 
 
 def _has_obstore() -> bool:
@@ -256,6 +259,36 @@ def _object_store(url: str):
         raise _Transient(_first_line(error)) from None
 
 
+def _disk_chunks(url: str, span: tuple[int, int] | None) -> Iterator[bytes]:
+    first, stop = span or (0, sys.maxsize)
+    with _disk_file(url) as file:
+        file.seek(first)
+        while first < stop and (chunk := file.read(min(_CHUNK, stop - first))):
+            yield chunk
+            first += len(chunk)
+
+
+def _disk_size(url: str) -> int:
+    with _disk_file(url) as file:
+        return os.fstat(file.fileno()).st_size
+
+
+@contextlib.contextmanager
+def _disk_file(url: str):
+    parts = split_url(url)
+    if parts.netloc not in ("", "localhost"):
+        raise UserError(f"{shown(url)}: names a host; expected a whole path with three slashes, such as file:///data/shards.")
+    try:
+        with open(unquote(parts.path), "rb") as file:
+            yield file
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise _refused(url, 404, error.strerror) from None
+    except PermissionError as error:
+        raise Refused(f"{shown(url)}: cannot be read: {error.strerror}.") from None
+    except OSError as error:  # of a network disk: a stale handle, a server that is away
+        raise _Transient(error.strerror or str(error)) from None
+
+
 def _fsspec_chunks(url: str, span: tuple[int, int] | None) -> Iterator[bytes]:
     import fsspec
 
@@ -291,8 +324,7 @@ class NotThere(Refused):
 
 def _refused(url: str, code: int, reason: str) -> UserError:
     if code in (404, 410):
-        return NotThere(f"{shown(url)}: there is no such file ({reason}).\n  Expected the folder of a finished set, with "
-                        f"index.json, or tars by their full names.")  # fmt: skip
+        return NotThere(f"{shown(url)}: there is no such file ({reason}).\n  Check the URL; tars are named in full.")
     if code in (401, 403):
         return Refused(f"{shown(url)}: access is refused: {reason}.\n  Set credentials that may read it (s3: AWS_ACCESS_KEY_ID, "
                          f"AWS_SECRET_ACCESS_KEY, AWS_REGION and, off Amazon, AWS_ENDPOINT_URL).")  # fmt: skip

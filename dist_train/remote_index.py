@@ -36,7 +36,13 @@ def load_remote_index(url: str, cache_dir: str = "", cache_gb: float = DEFAULT_G
         with writing(scratch):
             scratch.mkdir()
             with open(scratch / "index.json", "wb", buffering=0) as file:
-                checksum = download(join(url, "index.json"), file)
+                try:
+                    checksum = download(join(url, "index.json"), file)
+                except NotThere as error:
+                    raise UserError(
+                        f"{str(error).splitlines()[0]}\n  Expected the folder of a set. Tars made by others are indexed first: "
+                        f"dist-train index '{shown(url)}/train-{{000000..000009}}.tar' --out shards/NAME"
+                    ) from None
         try:
             index = load_index(scratch)
         except UserError as error:

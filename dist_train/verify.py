@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import json
 import shlex
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,8 @@ import xxhash
 from dist_train.errors import UserError
 from dist_train.index import SAMPLE, ShardIndex, SplitIndex, file_checksum, load_index
 from dist_train.remote import shown
+from dist_train.settings import flatten, to_dict
+from dist_train.shard_config import ShardConfig
 from dist_train.tars import BLOCK, is_header
 from dist_train.workers import num_cores
 
@@ -159,7 +162,13 @@ def _advice(index: ShardIndex) -> str:
         named = [shlex.quote(shown(name)) for name in index.source.get("tars", [])]
         command = " ".join(["dist-train index", *named, "--out" * bool(named), index.folder])
         return f"  Fetch the damaged files again, or index them as they are now: {command}"
+    if any(split.remote for split in index.splits.values()):
+        return "  What is damaged there has to be written again where the set was made, and brought there."
+    usual = flatten(to_dict(ShardConfig()))
+    settings = {name: value for name, value in flatten(index.source).items() if value != usual.get(name)}
+    words = [f"--{name} {shlex.quote(v if isinstance(v, str) else json.dumps(v))}" for name, v in settings.items()]
+    command = " ".join(["dist-train shard", *words, "--out", shlex.quote(index.folder)])
     return (
-        f"  Write the damaged shards again with: dist-train shard datasets/{index.name}.yaml --repair\n"
-        f"  the whole set with --overwrite true, or with the settings under `source` in {Path(index.folder, 'index.json')}."
+        f"  Write the damaged shards again, where the raw data still lie as they did, with:\n  {command} --repair\n"
+        f"  or the whole set with --overwrite true in place of --repair."
     )

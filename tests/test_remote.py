@@ -28,6 +28,7 @@ from dist_train.data import open_evaluation, open_stream
 from dist_train.errors import UserError
 from dist_train.index import file_checksum, load_index
 from dist_train.order import Order
+from dist_train.remote import file_size, read_range, read_small
 from dist_train.shard_cache import ReadAhead, ShardCache, default_folder, shards_in_play
 from dist_train.store import Store
 
@@ -152,6 +153,24 @@ def test_batches_from_a_url_are_those_from_the_folder_and_each_shard_is_fetched_
     before = len(server.requests)
     again = load_index(server.url, str(tmp_path / "cache"))
     assert batches_of(again) == batches_of(many) and server.requests[before:] == ["index.json"]
+
+
+def test_a_folder_on_a_slow_disk_is_kept_on_a_fast_one(many, tmp_path):
+    spaced = tmp_path / "slow disk" / "digits"
+    shutil.copytree(many, spaced)
+    index = load_index(spaced.as_uri(), str(tmp_path / "cache"))
+    assert batches_of(index, 70) == batches_of(many, 70)
+    shutil.rmtree(spaced)
+    split = index.split("train")
+    assert all(split.remote.is_kept(split, k) for k in range(split.num_shards))
+    assert batches_of(index, 70) == batches_of(many, 70)
+    url = (tmp_path / "file").as_uri()
+    (tmp_path / "file").write_bytes(b"0123456789")
+    assert (read_range(url, 3, 4), file_size(url), read_small(url)) == (b"3456", 10, b"0123456789")
+    with pytest.raises(UserError, match="gone/index.json: there is no such file"):
+        load_index((tmp_path / "gone").as_uri(), str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="names a host; expected a whole path with three slashes"):
+        load_index("file://data/shards", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("name", ["index.json", "train.samples.npy", "train.names.txt"])

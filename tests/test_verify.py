@@ -1,5 +1,6 @@
 """Every changed byte is found, and what it hit is named."""
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_train import verify
+from dist_train import shard, verify
 from dist_train.convert import convert
 from dist_train.errors import UserError
 from dist_train.index import load_index
@@ -40,6 +41,18 @@ def complaint(folder) -> str:
 def test_a_whole_set_passes(pictures, capsys):
     verify.main([str(pictures)])
     assert "whole. 12 samples in 4 shards" in capsys.readouterr().out
+
+
+def test_the_command_that_it_advises_mends_the_set(copy):
+    path = copy / load_index(copy).split("train").files[1]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    command = next(line for line in complaint(copy).splitlines() if "dist-train shard" in line)
+    words = shlex.split(command)
+    assert words[:2] == ["dist-train", "shard"] and words[-1] == "--repair"
+    shard.main(words[2:])
+    assert path.read_bytes() == whole
+    verify.main([str(copy)])
 
 
 def test_a_flipped_bit_anywhere_is_found_and_its_sample_named(copy):
