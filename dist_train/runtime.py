@@ -21,6 +21,7 @@ from dist_train.watch import is_lost_contact
 from dist_train.workers import num_cores
 
 EXIT_STOPPED = 85  # stopped on request, a checkpoint is written, `--resume` goes on
+LOST_HOST_S = 120  # in which a server of NFSv4 gives up the locks of a host that is gone; its lease is 90 s by default
 
 
 @dataclass(frozen=True)
@@ -203,11 +204,14 @@ def keep_freed_pages() -> None:
 class StopRequests:
     """SIGTERM, SIGUSR1, SIGINT, a file named `stop` in the run folder, or a launcher that is gone.
 
-    The handler only notes; the loop asks. A second SIGINT (Ctrl-C pressed again) ends the process at once.
+    Rank zero alone looks for the file: launch/train.sbatch, which asks who stopped the job, runs on its host, and hosts that share
+    a network disk see a new file at different times. The handler only notes; the loop asks. A second SIGINT (Ctrl-C pressed
+    again) ends the process at once.
     """
 
     def __init__(self, run_folder: Path):
-        self._file, self._looked, self.reason = run_folder / "stop", 0.0, ""
+        self._file = run_folder / "stop" if os.environ.get("RANK", "0") == "0" else None
+        self._looked, self.reason = 0.0, ""
         # what a shell started may outlive it; nobody watches or ends what a launcher left behind
         self._parent = os.getppid() if _is_launched() else None
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
@@ -221,7 +225,7 @@ class StopRequests:
         now = time.monotonic()
         if not self.reason and now - self._looked > 1.0:  # a look at the file system once a second is enough
             self._looked = now
-            if self._file.exists():
+            if self._file and self._file.exists():
                 self.reason = f"the file {self._file}"
             elif self._parent not in (None, os.getppid()):
                 self.reason = "its launcher is gone"
@@ -233,26 +237,42 @@ class StopRequests:
 
 
 class RunLock:
-    """Held by rank zero for as long as it trains in a run folder; the kernel lets go when the process ends."""
+    """Held by rank zero for as long as it trains in a run folder; the kernel lets go when the process ends.
+
+    The server of a network disk may hold the lock of a host that is gone for a while: a lock from elsewhere is waited for.
+    """
 
     def __init__(self, run_folder: Path):
         self._file = open(run_folder / "lock", "a+")  # noqa: SIM115
+        began, told = time.monotonic(), ""
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            self._file.seek(0)
-            holder = self._file.read().strip() or "unknown"
-            self._file.close()
-            raise UserError(
-                f"{run_folder}: another process trains in this folder ({holder}).\n"
-                f"  Wait for it, or take another folder with --run."
-            ) from None
+            while not self._is_mine():
+                self._file.seek(0)
+                holder = self._file.read().strip() or "unknown"
+                if holder.endswith(f" on {platform.node()}") or time.monotonic() - began > LOST_HOST_S:
+                    self._file.close()
+                    raise UserError(
+                        f"{run_folder}: another process trains in this folder ({holder}).\n  Wait for it, or take another folder "
+                        f"with --run. If that host is gone, remove {run_folder / 'lock'}."
+                    )
+                if holder != told:
+                    told = holder
+                    where = f"{run_folder}: locked by {holder}"
+                    print(f"{where}; waiting {LOST_HOST_S} s, in case that host is gone", file=sys.stderr)
+                time.sleep(1)
         except OSError as error:  # a file system without locks: nobody can be told from another
             print(f"{run_folder}: cannot be locked ({error.strerror}): see to it that one training uses it.", file=sys.stderr)
             return
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {platform.node()}")
         self._file.flush()
+
+    def _is_mine(self) -> bool:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
 
     def close(self) -> None:
         self._file.close()

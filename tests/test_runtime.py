@@ -144,6 +144,31 @@ def test_a_stop_file_is_a_request(tmp_path):
     requests.close()
 
 
+def test_rank_zero_alone_looks_for_the_stop_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    requests = runtime.StopRequests(tmp_path)
+    (tmp_path / "stop").touch()
+    assert not requests
+    requests.close()
+
+
+def test_the_lock_of_a_host_that_is_gone_is_waited_for(tmp_path, monkeypatch, capsys):
+    held = runtime.RunLock(tmp_path)
+    (tmp_path / "lock").write_text("process 7 on another-host")
+    waits = []
+    monkeypatch.setattr(runtime.time, "sleep", lambda seconds: waits.append(seconds) or len(waits) < 3 or held.close())
+    runtime.RunLock(tmp_path).close()
+    assert len(waits) == 3
+    assert capsys.readouterr().err.count("locked by process 7 on another-host; waiting") == 1
+    held = runtime.RunLock(tmp_path)
+    (tmp_path / "lock").write_text("process 7 on another-host")
+    monkeypatch.setattr(runtime, "LOST_HOST_S", 0)
+    monkeypatch.setattr(runtime.time, "sleep", lambda seconds: None)
+    with pytest.raises(UserError, match="If that host is gone, remove .*lock"):
+        runtime.RunLock(tmp_path)
+    held.close()
+
+
 def test_one_trainer_a_folder(tmp_path):
     first = runtime.RunLock(tmp_path)
     with pytest.raises(UserError, match=f"another process trains in this folder \\(process {os.getpid()} on"):
