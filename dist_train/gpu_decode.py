@@ -6,7 +6,7 @@ refusal.
 """
 
 import contextlib
-import threading
+import queue
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -18,6 +18,8 @@ from dist_train.decode import Failures, decode_batch, decode_from_files, read_fr
 from dist_train.picture_header import DecodeError, read_header
 
 JpegDecoder = Callable[[list[Tensor]], list[Tensor]]  # encoded (n,) uint8 each -> (3, H, W) uint8 each
+NUM_STREAMS = 2  # each keeps what it once took of the memory, and the library decodes one call at a time
+PART_BYTES = 64 * 2**20  # of whole pictures, decoded at once
 
 
 class GpuDecoder:
@@ -29,53 +31,64 @@ class GpuDecoder:
     def __init__(self, device: torch.device, decode_jpegs: JpegDecoder | None = None):
         self.device = device
         self.decode_jpegs = decode_jpegs or self._nvjpeg
-        self._threads = threading.local()
+        self._streams = queue.SimpleQueue()
+        for _ in range(NUM_STREAMS):
+            self._streams.put(None)  # made when it is first lent
         self.has_decoded = False  # which a torchvision without nvJPEG never does
 
     def __call__(self, fds, offsets, sizes, checksums, boxes, size: tuple[int, int]) -> tuple[Tensor, Failures]:
         """Read, check and decode. Returns uint8 (N, h, w, 3) on the device, and the failures as (place, reason)."""
         source, starts, status = read_from_files(fds, offsets, sizes, checksums)
-        with self._own_stream():
+        if status.any():  # a shard's fault ends the run: let the CPU's decoder word it
+            rows = np.empty((len(starts), *size, 3), np.uint8)
+            failures = decode_from_files(fds, offsets, sizes, checksums, boxes, rows)
+            with self._lent_stream():
+                return torch.from_numpy(rows).to(self.device), failures  # none, where the fault was a passing one
+        ends = starts.astype(np.int64) + np.asarray(sizes, np.int64)
+        payloads = [source[a:b] for a, b in zip(starts.astype(np.int64), ends, strict=True)]
+        with self._lent_stream():
             out = torch.empty((len(starts), *size, 3), dtype=torch.uint8, device=self.device)
-            if status.any():  # a shard's fault ends the run: let the CPU's decoder word it
-                rows = np.empty(out.shape, np.uint8)
-                failures = decode_from_files(fds, offsets, sizes, checksums, boxes, rows)
-                return out.copy_(torch.from_numpy(rows)), failures  # none, where the fault was a passing one
-            ends = starts.astype(np.int64) + np.asarray(sizes, np.int64)
-            payloads = [source[a:b] for a, b in zip(starts.astype(np.int64), ends, strict=True)]
-            return out, self.decode(payloads, boxes, out)
+        return out, self.decode(payloads, boxes, out)
 
     @contextlib.contextmanager
-    def _own_stream(self) -> Iterator[None]:
-        """A stream of this thread's own, on which nothing is left to do at the end.
+    def _lent_stream(self) -> Iterator[None]:
+        """A stream that nobody else uses meanwhile, and on which nothing is left to do at the end.
 
-        nvJPEG writes into fresh memory without waiting for anybody. On the stream of the training that memory may be a
-        freed tensor's which queued kernels still read (pytorch/vision issue 9606), and its end would be awaited, too.
+        nvJPEG writes into fresh memory without waiting for anybody. On a stream of others that memory may be a freed
+        tensor's which queued kernels still read (pytorch/vision issue 9606), and its end would be awaited, too. torch has
+        32 streams in all: one a thread would not be its own on machines of many cores.
         """
         if self.device.type != "cuda":
             yield
             return
-        if not hasattr(self._threads, "stream"):
-            self._threads.stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(self._threads.stream):
-            yield
-            self._threads.stream.synchronize()  # whoever takes the batch need not wait
+        stream = self._streams.get() or torch.cuda.Stream(self.device)
+        try:
+            with torch.cuda.device(self.device), torch.cuda.stream(stream):
+                try:
+                    yield
+                finally:
+                    stream.synchronize()  # whoever takes the batch need not wait
+        finally:
+            self._streams.put(stream)
 
     def decode(self, payloads: list[np.ndarray], boxes: np.ndarray | None, out: Tensor) -> Failures:
         """Decode payloads, uint8 (n,) each, into out (N, h, w, 3); boxes: (N, 4) top, left, height, width, or None."""
-        jpegs = [i for i, payload in enumerate(payloads) if _is_plain_jpeg(payload)]
-        pictures = self._decoded([torch.from_numpy(payloads[i]) for i in jpegs])
-        here = {i: picture for i, picture in zip(jpegs, pictures, strict=True) if picture is not None}
+        here = set()
+        for part in _parts({i: num_bytes for i, payload in enumerate(payloads) if (num_bytes := _decoded_bytes(payload))}):
+            with self._lent_stream():
+                for i, picture in zip(part, self._decoded([torch.from_numpy(payloads[i]) for i in part]), strict=True):
+                    if picture is not None:
+                        box = (0, 0, *picture.shape[1:]) if boxes is None else boxes[i]
+                        out[i] = resize_box(picture, box, tuple(out.shape[1:3])).permute(1, 2, 0)
+                        here.add(i)
         self.has_decoded |= bool(here)
-        for i, picture in here.items():
-            box = (0, 0, *picture.shape[1:]) if boxes is None else boxes[i]
-            out[i] = resize_box(picture, box, tuple(out.shape[1:3])).permute(1, 2, 0)
-        left = sorted(set(range(len(payloads))) - here.keys())
+        left = sorted(set(range(len(payloads))) - here)
         failures = []
         if left:
             rows = np.empty((len(left), *out.shape[1:]), np.uint8)
             failures = decode_batch([payloads[i].tobytes() for i in left], rows, None if boxes is None else boxes[left])
-            out[torch.tensor(left, device=self.device)] = torch.from_numpy(rows).to(self.device)
+            with self._lent_stream():
+                out[torch.tensor(left, device=self.device)] = torch.from_numpy(rows).to(self.device)
         return [(left[i], reason) for i, reason in failures]
 
     def _decoded(self, jpegs: list[Tensor]) -> list[Tensor | None]:
@@ -121,14 +134,28 @@ def resize_box(picture: Tensor, box, size: tuple[int, int]) -> Tensor:
         return (down @ picture.float() @ across.t()).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _is_plain_jpeg(payload: np.ndarray) -> bool:
+def _decoded_bytes(payload: np.ndarray) -> int:
+    """Of a JPEG's pixels; 0 for what the decoder is not given: other formats, CMYK, pictures that EXIF turns."""
     if payload[:2].tobytes() != b"\xff\xd8":
-        return False
+        return 0
     try:
         header = read_header(payload.tobytes())
     except DecodeError:
-        return False
-    return header.orientation == 1 and header.channels in (1, 3)
+        return 0
+    return 3 * header.height * header.width if header.orientation == 1 and header.channels in (1, 3) else 0
+
+
+def _parts(sizes: dict[int, int]) -> Iterator[list[int]]:
+    """The pictures, by number -> bytes, in lists of at most PART_BYTES together, or of one alone."""
+    part, held = [], 0
+    for i, num_bytes in sizes.items():
+        if part and held + num_bytes > PART_BYTES:
+            yield part
+            part, held = [], 0
+        part.append(i)
+        held += num_bytes
+    if part:
+        yield part
 
 
 def _taps(first: float, length: float, num_out: int, num_in: int, device: torch.device) -> Tensor:

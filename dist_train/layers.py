@@ -33,14 +33,27 @@ def set_dropout_keys(model: nn.Module, keys: Tensor) -> None:
     keys: (N,) int64 from `order.sample_keys`, on the device of the activations. Call it before each forward pass in
     training, once a micro-batch.
     """
-    everyone = {}  # by group: the keys of the samples of all its ranks, for layers that are split over them
+    fresh = {}  # by group: the keys of the samples of all its ranks, for layers that are split over them
     for module in model.modules():
         if isinstance(module, KeyedDropout):
-            if module.is_split and module.group not in everyone:
-                everyone[module.group] = keys.new_empty(dist.get_world_size(module.group) * len(keys))
-                with messages.clock.waiting():
-                    dist.all_gather_into_tensor(everyone[module.group], keys.contiguous(), module.group)
-            module.keys = everyone[module.group] if module.is_split else keys
+            shared_by = module.is_split, module.group
+            if shared_by not in fresh:
+                fresh[shared_by] = _in_place_of(module.keys, _everyones(keys, module.group) if module.is_split else keys)
+            module.keys = fresh[shared_by]
+
+
+def _everyones(keys: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    everyone = keys.new_empty(dist.get_world_size(group) * len(keys))
+    with messages.clock.waiting():
+        dist.all_gather_into_tensor(everyone, keys.contiguous(), group)
+    return everyone
+
+
+def _in_place_of(before: Tensor | None, keys: Tensor) -> Tensor:
+    """The keys, where those of the step before lay: CUDA graphs are recorded anew for every address."""
+    if before is None or before.shape != keys.shape or before.device != keys.device:
+        return keys.clone()
+    return before.copy_(keys)
 
 
 class KeyedDropout(nn.Module):

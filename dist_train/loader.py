@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -75,6 +76,9 @@ class Loader:
         self.kept = self.helpers = None
         self.num_parts = 1
         self.recycled = Recycled()
+        is_pinning = pin_memory and torch.cuda.is_available()
+        # what threads begin with: pinning memory, each would open the first GPU besides this process's own
+        self._begin = functools.partial(torch.cuda.set_device, torch.cuda.current_device()) if is_pinning else None
 
     @property
     def sample_bytes(self) -> int:
@@ -94,7 +98,7 @@ class Loader:
                 samples = np.arange(step * at_once, min(num_samples, (step + 1) * at_once))
                 return self._decoded(samples, np.zeros_like(samples)).numpy()
 
-            return _ahead(chunk, steps, self.num_threads, self.prefetch_mb, lambda step: at_once * self.sample_bytes)
+            return self._ahead(chunk, steps, lambda step: at_once * self.sample_bytes)
 
         self.kept = cache.rows(Wanted(self.store.split, self.shape, self.dtype, how, in_order))
 
@@ -132,15 +136,18 @@ class Loader:
         decoded_steps = 1 if is_one_by_one else max(1, min(gathered_steps, _DECODED_BYTES // batch_bytes))
         self.num_parts = num_threads // max(1, min(num_threads, prefetch_bytes // batch_bytes))
         if self.num_parts > 1:
-            self.helpers = ThreadPoolExecutor(num_threads, thread_name_prefix="decode-part")
+            self.helpers = ThreadPoolExecutor(num_threads, "decode-part", self._begin)
 
         def groups() -> Iterator[list[int]]:
             yield from ([step] for step in itertools.islice(steps, num_threads))  # nobody is to wait for the first ones
             while group := list(itertools.islice(steps, gathered_steps if self.kept and self.kept.is_full else decoded_steps)):
                 yield group
 
-        made = _in_turn(_ahead(make, groups(), num_threads, self.prefetch_mb, lambda group: len(group) * batch_bytes))
+        made = _in_turn(self._ahead(make, groups(), lambda group: len(group) * batch_bytes))
         return self._gathered(made) if isinstance(self.kept, DeviceRows) else made
+
+    def _ahead(self, make, steps, bytes_of) -> Iterator:
+        return _ahead(make, steps, self.num_threads, self.prefetch_mb, bytes_of, self._begin)
 
     def _gathered(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         with contextlib.closing(batches):
@@ -205,9 +212,12 @@ def _in_turn(groups: Iterator[list]) -> Iterator:
             yield from group
 
 
-def _ahead(make, steps, num_threads: int, prefetch_mb: int, bytes_of) -> Iterator:
-    """make(step) for each step, in order, run by threads as far ahead as the memory allows. bytes_of(step): what it takes."""
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+def _ahead(make, steps, num_threads: int, prefetch_mb: int, bytes_of, begin=None) -> Iterator:
+    """make(step) for each step, in order, run by threads as far ahead as the memory allows.
+
+    bytes_of(step): what it takes. begin: what each thread does first.
+    """
+    pool = ThreadPoolExecutor(num_threads, "decode", begin)
     pending, held = collections.deque(), 0
     steps = iter(steps)
     step = next(steps, None)

@@ -44,8 +44,9 @@ class MessageClock:
 
     def waiting(self) -> contextlib.AbstractContextManager:
         """The block does nothing but send, receive and wait; it costs nothing while nobody counts."""
-        is_timed = self.is_counting and not torch.compiler.is_compiling()  # a compiled network is not interrupted
-        return self._timed() if is_timed else contextlib.nullcontext()
+        # a compiled network is not interrupted; asked first, or it would be compiled again once counting begins
+        is_untimed = torch.compiler.is_compiling() or not self.is_counting
+        return contextlib.nullcontext() if is_untimed else self._timed()
 
     def backward_is_over(self) -> None:
         """The backward pass has returned: what passed since its last gradient was waiting."""

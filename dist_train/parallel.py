@@ -67,9 +67,7 @@ class Replicated:
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.network, apart)
         model = self.accelerator.prepare_model(self.network)
         if self.config.train.reduce_precision == "bf16" and self.world.world_size > 1:
-            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-            model.register_comm_hook(None, bf16_compress_hook)
+            model.register_comm_hook(None, _in_bf16)
         return model
 
     def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -286,6 +284,13 @@ class FullySharded(_Parted):
             return tensor
         tensor = tensor.to(self.world.device)
         return distribute_tensor(tensor, self.mesh, parameter.placements, src_data_rank=None)
+
+
+def _in_bf16(state, bucket):
+    # under its own name torch refuses the hook where torch was built without CUDA, for gloo as well (2.15)
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+    return bf16_compress_hook(state, bucket)
 
 
 def _like(t: Tensor, data: Tensor) -> Tensor:

@@ -87,6 +87,22 @@ def test_what_the_gpu_does_not_take_is_decoded_by_the_cpu_and_refusals_are_its_o
     assert (out.numpy()[:5].astype(int) - expected[:5]).__abs__().max() <= 3  # decoders of JPEG differ a little
 
 
+def test_a_batch_is_decoded_in_parts_that_memory_bounds(monkeypatch):
+    sizes = [(50, 40), (90, 70), (50, 40), (50, 40), (90, 70), (8, 8)]
+    payloads = [encoded(picture(*size, seed), quality=95) for seed, size in enumerate(sizes)]
+    whole = torch.zeros(len(payloads), 24, 24, 3, dtype=torch.uint8)
+    GpuDecoder(CPU, pillow).decode(payloads, None, whole)
+    monkeypatch.setattr(gpu_decode, "PART_BYTES", 3 * 50 * 40 * 2)
+    seen, parts = [], torch.zeros_like(whole)
+
+    def counting(jpegs):
+        seen.append(len(jpegs))
+        return pillow(jpegs)
+
+    assert GpuDecoder(CPU, counting).decode(payloads, None, parts) == []
+    assert seen == [1, 1, 2, 1, 1] and torch.equal(parts, whole)
+
+
 def test_a_damaged_picture_among_others_is_found_out():
     good, bad = encoded(picture(50, 40)), encoded(picture(50, 40))[:60]
     out = torch.zeros(2, 24, 24, 3, dtype=torch.uint8)
@@ -160,7 +176,7 @@ def test_a_broken_shard_ends_the_stream_by_name(photographs, tmp_path):
             pass
 
 
-def test_both_decoders_are_timed_where_pictures_are_cut(photographs, digits):
+def test_both_decoders_are_timed_where_pictures_are_cut(photographs, digits, tmp_path):
     data = DataConfig(shards=photographs, image_size=32, threads=1)
     config = RunConfig(data=data, augment=AugmentConfig(crop="random_resized"))
     found = decoder_choice.rates(config, GpuDecoder(CPU, pillow), 1)
@@ -170,6 +186,12 @@ def test_both_decoders_are_timed_where_pictures_are_cut(photographs, digits):
         decoder_choice.rates(dataclasses.replace(config, data=DataConfig(shards=digits)), GpuDecoder(CPU, pillow))
         is None
     )
+    with pytest.raises(UserError, match="the pictures differ in size, so a size is needed"):
+        unsized = dataclasses.replace(config, data=DataConfig(shards=photographs))
+        decoder_choice.rates(unsized, GpuDecoder(CPU, pillow))
+    shard.main(["--source", "sklearn", "--dataset", "iris", "--out", str(tmp_path / "iris"), "--workers", "1"])
+    table = dataclasses.replace(config, data=DataConfig(shards=str(tmp_path / "iris"), crop="random_resized"))
+    assert decoder_choice.rates(table, GpuDecoder(CPU, pillow)) is None
 
 
 def test_the_cpus_speed_is_that_of_its_threads_together(photographs, monkeypatch):

@@ -31,6 +31,17 @@ def dropped(keys, p=0.5, layer=0, units=1000, **options):
     return layer(torch.ones(len(keys), units)) == 0
 
 
+def test_keys_stay_at_one_address_and_are_the_layers_own():
+    net, given = nn.Sequential(KeyedDropout(), KeyedDropout(layer=1)), keys_of(4)
+    set_dropout_keys(net, given)
+    first = net[0].keys
+    assert first is net[1].keys and torch.equal(first, given) and first.data_ptr() != given.data_ptr()
+    set_dropout_keys(net, keys_of(4, epoch=1))
+    assert net[0].keys is first and torch.equal(first, keys_of(4, epoch=1))
+    set_dropout_keys(net, keys_of(3))
+    assert torch.equal(net[1].keys, keys_of(3))
+
+
 def test_bits_follow_their_definition():
     keys = keys_of(5)
     mask32 = 0xFFFFFFFF
