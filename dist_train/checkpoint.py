@@ -9,8 +9,10 @@ A checkpoint is written into a folder named *.partial, synced and renamed. Nothi
 """
 
 import contextlib
+import errno
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import torch
 import xxhash
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from dist_train.durable import put_in_place, replace_text, sync
 from dist_train.errors import UserError
@@ -52,7 +54,7 @@ class Checkpoints:
         self.folder, self.keep = run_folder / "checkpoints", max(1, keep)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._chosen: Path | None = None  # what `newest` has given
+        self.chosen: Path | None = None  # what `newest` has given
         self._damaged: set[Path] = set()  # what it has passed over
 
     def save(self, saved: Saved, is_best: bool) -> None:
@@ -86,18 +88,35 @@ class Checkpoints:
         """
         on_main(world, self.wait)
 
+    def finished(self) -> list[Path]:
+        """The folders of the checkpoints there, whole or damaged; oldest first."""
+        return sorted((p for p in self.folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()), key=_place)
+
+    def put(self, saved: Saved) -> Path:
+        """Write a checkpoint and return its folder. Raises OSError, leaving nothing behind."""
+        path = self._free_name(saved.step)
+        write_checkpoint(path, saved)
+        return path
+
     def newest(self) -> tuple[Saved | None, list[str]]:
-        """The newest whole checkpoint, or None; and a line for each damaged one that was passed over."""
+        """The newest whole checkpoint, or None where there is none; and a line for each damaged one that was passed over.
+
+        Raises UserError if one cannot be read, for it may be whole, and if all are damaged: nothing is begun anew over them.
+        """
         complaints = []
-        for path in reversed(self._finished()):
+        for path in reversed(self.finished()):
             try:
                 saved = load_checkpoint(path)
-                self._chosen = path
+                self.chosen = path
                 return saved, complaints
-            except (UserError, OSError) as error:
+            except UserError as error:
                 complaints.append(f"{error}\n  Going back to the one before.")
                 self._damaged.add(path)
-        self._chosen = None
+            except OSError as error:
+                raise _unreadable(path, error) from None
+        self.chosen = None
+        if complaints:
+            raise UserError("\n".join(complaints) + "\n  No whole checkpoint is left. Begin anew in another folder (--run).")
         return None, complaints
 
     def agree_on_newest(self, world: World) -> tuple[Saved | None, list[str]]:
@@ -105,9 +124,18 @@ class Checkpoints:
 
         All read at once; who has found another one than rank zero reads again. Raises UserError on a rank that cannot.
         """
-        saved, complaints = self.newest()
-        path, complaints = on_main(world, lambda: (self._chosen, complaints))
-        if path is None or path == self._chosen:
+        saved = None
+
+        def read() -> tuple[Path | None, list[str]]:
+            nonlocal saved
+            saved, complaints = self.newest()
+            return self.chosen, complaints
+
+        if not world.is_main:
+            with contextlib.suppress(UserError):  # what is wrong here may be right once rank zero is done
+                read()
+        path, complaints = on_main(world, read)
+        if path is None or path == self.chosen:
             return (saved if path else None), complaints
         return self._shown_late(path), complaints
 
@@ -130,14 +158,17 @@ class Checkpoints:
     def has_best(self, saved: Saved) -> bool:
         """Whether the best checkpoint, as of the one that `newest` has given, is there."""
         if saved.state.get("is_best"):
-            self.name_best(self._chosen)  # again: a kill may have come before it was said
+            self.name_best(self.chosen)  # again: a kill may have come before it was said
             return True
         best = self.best_path()
-        if best is None or _place(best) > _place(self._chosen):  # a later one was damaged
+        if best is None or _place(best) > _place(self.chosen):  # a later one was damaged
             return False
-        with contextlib.suppress(UserError, OSError):
+        try:
             return bool(proven_files(best))
-        return False
+        except UserError:
+            return False
+        except OSError as error:
+            raise _unreadable(best, error) from None
 
     def best_path(self) -> Path | None:
         """Folder of the best checkpoint so far, if any. Raises UserError where best.json cannot be read."""
@@ -153,17 +184,12 @@ class Checkpoints:
 
     def _free_name(self, step: int) -> Path:
         """step-00000500; or step-00000500-1 and so on for the same step again, since nothing whole is ever written over."""
-        before = [path for path in self._finished() if _place(path)[0] == step]
+        before = [path for path in self.finished() if _place(path)[0] == step]
         return self.folder / (f"step-{step:08d}-{_place(before[-1])[1] + 1}" if before else f"step-{step:08d}")
-
-    def _finished(self) -> list[Path]:
-        """Oldest first."""
-        return sorted((p for p in self.folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir()), key=_place)
 
     def _write(self, saved: Saved, is_best: bool) -> None:
         try:
-            path = self._free_name(saved.step)
-            write_checkpoint(path, saved)
+            path = self.put(saved)
             if is_best:
                 self.name_best(path)
         except Exception as error:  # handed to the training thread: a full disk raises various types
@@ -176,14 +202,24 @@ class Checkpoints:
 
     def _prune(self, newest: Path) -> None:
         """Drop old checkpoints; only ever called once a newer one is on disk and proven."""
-        up_to_it = [path for path in self._finished() if _place(path) <= _place(newest) and path not in self._damaged]
+        up_to_it = [path for path in self.finished() if _place(path) <= _place(newest) and path not in self._damaged]
         kept = {*up_to_it[-self.keep :], self.best_path()}
-        for path in self._finished():
+        for path in self.finished():
             if path not in kept:  # those of later steps were damaged, or the run would have gone on from there
                 doomed = path.with_suffix(".partial")  # half a deletion must not look like a checkpoint
                 shutil.rmtree(doomed, ignore_errors=True)
                 os.rename(path, doomed)
                 shutil.rmtree(doomed)
+
+
+def wait_until_shown(folder: Path) -> None:
+    """Return once this machine sees what rank zero has written there. Raises UserError where it does not in a minute."""
+    deadline = time.monotonic() + _SHOWN_LATE_S
+    while not (folder / "config.yaml").exists():
+        if time.monotonic() > deadline:
+            raise UserError(f"{folder}: {platform.node()} does not see the run folder that rank zero has written.\n"
+                            f"  Put it on a disk that all machines share (--run).")  # fmt: skip
+        time.sleep(0.5)
 
 
 def write_checkpoint(path: Path, saved: Saved) -> None:
@@ -192,12 +228,12 @@ def write_checkpoint(path: Path, saved: Saved) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        for stem, named in saved.tensors.items():
-            save_file(named, partial / f"{stem}.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": saved.step, **saved.state}, indent=1))
-        for file in partial.iterdir():
-            sync(file)
-        checksums = {file.name: file_checksum(file) for file in sorted(partial.iterdir())}
+        names = {stem: f"{stem}.safetensors" for stem in sorted(saved.tensors)}
+        checksums = {name: write_tensors(partial / name, saved.tensors[stem]) for stem, name in names.items()}
+        state = partial / "state.json"
+        state.write_text(json.dumps({"step": saved.step, **saved.state}, indent=1))
+        sync(state)
+        checksums[state.name] = file_checksum(state)
         replace_text(partial / "manifest.json", _manifest(checksums))
         put_in_place(partial, path)
     except BaseException:
@@ -205,8 +241,28 @@ def write_checkpoint(path: Path, saved: Saved) -> None:
         raise
 
 
+def write_tensors(path: Path, named: dict[str, torch.Tensor], about: dict[str, str] | None = None) -> str:
+    """Write a .safetensors file; once it is on the disk and reads back, return its xxh3_128, hex. Raises OSError.
+
+    about: text kept in its head. safetensors' own save_file closes its descriptor, the only one that is told of writes that
+    failed, without a look, and lets nobody but the owner read the file (0.8).
+    """
+    blob = save(named, about)
+    with open(path, "wb") as file:
+        file.write(blob)
+        file.flush()
+        os.fsync(file.fileno())
+    checksum = xxhash.xxh3_128_hexdigest(blob)
+    if file_checksum(path) != checksum:
+        raise OSError(errno.EIO, "what was written does not read back", str(path))
+    return checksum
+
+
 def load_checkpoint(path: Path) -> Saved:
-    """Read a checkpoint, every file checked against the manifest first. Raises UserError naming what is damaged."""
+    """Read a checkpoint, every file checked against the manifest first.
+
+    Raises UserError naming what is damaged, OSError where that cannot be told.
+    """
     names = proven_files(path)
     state = json.loads((path / "state.json").read_text())
     tensors = {  # copies: load_file maps the file, and a mapped one that is removed stays in the way on NFS
@@ -217,19 +273,26 @@ def load_checkpoint(path: Path) -> Saved:
 
 
 def proven_files(path: Path) -> list[str]:
-    """The names of a checkpoint's files, each of which is whole. Raises UserError naming what is damaged."""
+    """The names of a checkpoint's files, each of which is whole.
+
+    Raises UserError naming what is damaged, OSError where that cannot be told.
+    """
     try:
         text = (path / "manifest.json").read_bytes()
         manifest = json.loads(text)["files"]
         is_whole = text == _manifest(manifest).encode()
     except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise
         raise UserError(f"{path}: the checkpoint has no readable manifest.json ({error}).") from None
     if not is_whole:
         raise UserError(f"{path}/manifest.json: its own checksum does not match; the checkpoint is damaged.")
     for name, checksum in manifest.items():
-        if not (path / name).is_file():
-            raise UserError(f"{path / name}: the checkpoint lacks this file.")
-        if file_checksum(path / name) != checksum:
+        try:
+            found = file_checksum(path / name)
+        except FileNotFoundError:
+            raise UserError(f"{path / name}: the checkpoint lacks this file.") from None
+        if found != checksum:
             raise UserError(f"{path / name}: checksum differs from the manifest; the checkpoint is damaged.")
     return list(manifest)
 
@@ -262,6 +325,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict, values: d
             if value.shape == parameter.shape and parameter.dim() == 4:
                 value = value.contiguous(memory_format=_memory_format(parameter))
         optimizer.state[parameter][entry] = value
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{error.filename or path}: cannot be read: {error.strerror or error}. The checkpoint may be whole.\n"
+        f"  See to the disk, then go on with --resume."
+    )
 
 
 def _place(path: Path) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from dist_train.track import read_metrics
 
 _REPEATS = ("seed", "data.fold")  # runs that differ in these alone are the same training, done again
 _COLOURS = ("one", "two", "three")
+_SHOWN = {"top1": ("accuracy", "{:.2%}"), "balanced": ("balanced", "{:.2%}"), "loss": ("loss", "{:.4f}")}  # in the table
 
 
 @dataclass(frozen=True)
@@ -133,18 +134,21 @@ def is_difference(name: str) -> bool:
 
 
 def comparison(groups: list[Group]) -> Table:
-    """A row a group: accuracies, losses, time, speed, and the settings in which the groups differ."""
-    splits = _splits(groups)
+    """A row a group: accuracies, losses, time, speed, and the settings in which the groups differ.
+
+    Balanced accuracy, which runs of earlier versions lack, has its columns where any run has it.
+    """
+    figures = [(split, key) for split in _splits(groups) for key in _SHOWN
+               if key != "balanced" or any(group.values(split, key) for group in groups)]  # fmt: skip
     columns = [("run", False), ("runs", True)]
-    columns += [(f"{split} {name}", True) for split in splits for name in ("accuracy", "loss")]
+    columns += [(f"{split} {_SHOWN[key][0]}", True) for split, key in figures]
     columns += [("epochs", True), ("time", True), ("samples/s", True)]
     differing = differences(groups)
     columns += [(name, False) for name in differing]
     rows = []
     for i, group in enumerate(groups):
         row = [group.name, str(len(group.runs))]
-        for split in splits:
-            row += [_spoken(group.values(split, "top1"), "{:.2%}"), _spoken(group.values(split, "loss"), "{:.4f}")]
+        row += [_spoken(group.values(split, key), _SHOWN[key][1]) for split, key in figures]
         rates = [run.samples_per_s for run in group.runs if run.samples_per_s]
         row += [f"{statistics.fmean(run.epochs for run in group.runs):.3g}", duration(_seconds(group)),
                 f"{statistics.fmean(rates):,.0f}" if rates else "–"]  # fmt: skip

@@ -56,10 +56,11 @@ class DataConfig:
     decoded_gb: float = 4.0
     """cache auto: most that decoded splits take in memory together, GB; and never more than half of what is free"""
     cache_dir: str = ""
-    """where shards behind a URL and decoded pictures are kept; default dist_train in the user's cache folder. The ranks of a
-    node share it"""
+    """where shards behind a URL and decoded pictures are kept; default dist_train in the user's cache folder, which a quota may
+    keep small. The ranks of a node share it"""
     cache_gb: float = 100.0
-    """most that fetched shards take there, GB, and as much again for decoded pictures; the least recently used go first"""
+    """most that fetched shards take there, GB, and as much again for decoded pictures; the least recently used go first. Where the
+    disk or a quota leaves less, shards take less: nine tenths of the disk's room, and more only if those in use need it"""
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,14 @@ class AugmentConfig:
     """probability of a left-right flip"""
     flip_alternates: bool = False
     """flip one half of the pictures in one epoch, the other half in the next, instead of by chance; flip must be 0.5"""
+    flip_vertical: float = 0.0
+    """probability of a top-bottom flip, for pictures taken from the air or through a microscope"""
     rotate_degrees: float = 0.0
     """rotation drawn evenly from plus or minus this angle"""
+    trivial: bool = False
+    """one operation a picture, drawn with its strength (TrivialAugment, wide ranges): shear, shift (up to 32 pixels), rotation,
+    brightness, colour, contrast, sharpness, posterize, solarize, autocontrast, equalize or none. It comes after crop, flips and
+    rotate_degrees and before brightness to erase, which are done besides it where they are set"""
     brightness: float = 0.0
     """factor drawn from 1 plus or minus this"""
     contrast: float = 0.0
@@ -174,6 +181,9 @@ class OptimConfig:
     than train.patience of the same number"""
     label_smoothing: float = 0.0
     """share of the label's weight that is spread evenly over all classes"""
+    class_weights: float = 0.0
+    """unbalanced classes: a sample's loss is weighted by the inverse frequency of its class in the training split to this power,
+    with mean 1: 1 balances the classes, 0.5 goes half way, 0 is off"""
     clip_norm: float = 0.0
     """gradients are scaled down to this global norm; 0 is off"""
     ema_decay: float = 0.0
@@ -202,11 +212,13 @@ class TrainConfig:
     """in which gradients travel between ranks and are added up: bf16 halves their bytes, for links slower than the arithmetic, and
     rounds each to 8 bits; weights and the optimizer keep fp32"""
     micro_batch_size: int = 0
-    """most samples a rank takes through the network at once; a larger share is accumulated; 0 takes it whole"""
+    """most samples a rank takes through the network at once; a larger share is accumulated; 0 takes it whole. It may differ on
+    --resume; bit for bit holds with the same value alone, and BatchNorm's batch follows it"""
     eval_every_epochs: float = 1.0
     """epochs between evaluations; 0 evaluates at the end only"""
-    monitor: Literal["top1", "loss"] = "top1"
-    """validation figure that picks the best checkpoint and stops early"""
+    monitor: Literal["top1", "balanced", "loss"] = "top1"
+    """validation figure that picks the best checkpoint and stops early; balanced is balanced accuracy, the mean over the classes of
+    the share that is right of each: a rare class counts as much as a common one"""
     patience: int = 0
     """stop after this many evaluations without improvement; 0 never"""
     flip_test: bool = False
@@ -285,9 +297,9 @@ class StudyConfig:
     """trials over all processes; 0 is every combination of a grid, 30 draws otherwise"""
     folds: int = 0
     """trainings per trial, one for each fold of the training split; 0 is one training against the validation split"""
-    metric: Literal["top1", "loss"] = "top1"
-    """validation figure that is optimised: the highest top1 or the lowest loss; each training's best evaluation counts. It
-    takes the place of train.monitor"""
+    metric: Literal["top1", "balanced", "loss"] = "top1"
+    """validation figure that is optimised: the highest top1 or balanced accuracy or the lowest loss; each training's best
+    evaluation counts. It takes the place of train.monitor"""
     prune: bool = True
     """end trials that fall behind the median of those before"""
     prune_from: float = 0.3
@@ -303,8 +315,9 @@ _WITHOUT_RESULTS = ("runtime.", "track.", "data.threads", "data.prefetch_mb", "d
                     "data.decoded_gb", "train.parallel", "train.split_ranks", "train.log_every_steps", "train.profile_steps",
                     "train.checkpoint_every_steps", "train.keep_checkpoints")  # fmt: skip
 
-# Settings that may differ between a run and its continuation: wherever the shards lie, they are proven to be the same.
-FREE_SETTINGS = (*_WITHOUT_RESULTS, "data.shards", "train.max_steps")
+# Settings that may differ between a run and its continuation: wherever the shards lie, they are proven to be the same, and
+# fewer ranks may have no room for as many samples at once.
+FREE_SETTINGS = (*_WITHOUT_RESULTS, "data.shards", "train.max_steps", "train.micro_batch_size")
 
 
 def changes_results(name: str) -> bool:

@@ -21,6 +21,15 @@ def class_table(counts: np.ndarray, names: list[str]) -> list[dict]:
     return rows if len(rows) <= MAX_MATRIX_CLASSES else sorted(rows, key=lambda row: (row["f1"] is None, row["f1"]))
 
 
+def balanced_accuracy(right: np.ndarray, of_class: np.ndarray) -> float:
+    """Mean of the recalls of the classes that occur; nan where none does. As scikit-learn's balanced_accuracy_score.
+
+    right, of_class: (K,) int, hits and samples of each class.
+    """
+    occurs = of_class > 0
+    return float(np.mean(right[occurs] / of_class[occurs])) if occurs.any() else float("nan")
+
+
 def most_confused(counts: np.ndarray, most: int = SHOWN_CLASSES) -> np.ndarray:
     """Numbers of the classes with the most mistakes, given or received, in class order. counts: (K, K) int."""
     wrong = counts - np.diag(np.diag(counts))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dist_train import __version__
 from dist_train.augment import evaluation_pixels
+from dist_train.checkpoint import write_tensors
 from dist_train.config import ModelConfig, RunConfig, conflicts
 from dist_train.data import open_evaluation
 from dist_train.durable import put_in_place, replace_json
@@ -209,9 +210,7 @@ def write_model(
     """Write the file of one format, with the description inside it. input_size: see `describe`."""
     about = json.dumps(about)
     if kind == "safetensors":
-        from safetensors.torch import save_file
-
-        save_file({k: t.contiguous() for k, t in trained.network.state_dict().items()}, path, {"dist_train": about})
+        write_tensors(path, {k: t.contiguous() for k, t in trained.network.state_dict().items()}, {"dist_train": about})
         return
     from torch.export import Dim
     from torch.export import export as trace

@@ -24,6 +24,10 @@ class Guard:
         self._unread: list[int] = []
         self._is_asked = False
 
+    def spoil(self, gradient: Tensor) -> None:
+        """Make a gradient inf or NaN where `not_finite` is 1: a loss scaler skips the update. Elsewhere its bits stay."""
+        gradient.div_(1 - self.not_finite)
+
     def note(self, step: int, loss: Tensor, stop: bool) -> None:
         """Between backward and update of a step: combine this rank's loss, () on the device, and wish with the others'."""
         slot, loss = step % 2, loss.detach()

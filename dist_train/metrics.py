@@ -11,6 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_train.confusion import balanced_accuracy
+
 _LOSS_UNIT = 2**-20  # losses are summed as whole multiples of this: 10^9 samples with a loss of 1,000 fit into 63 bits
 _LARGEST_LOSS = 1e4
 _PEAK_S = 0.3  # at most, for the products that a CPU's peak is measured by: training waits for them
@@ -27,34 +29,44 @@ class EvalResult:
     """share of samples whose largest logit is the label's"""
     top5: float | None
     """share of samples whose label is among the five largest logits; None for five classes or fewer"""
+    balanced: float = math.nan
+    """balanced accuracy: the mean of the classes' recalls, of those that occur"""
     confusion: Tensor | None = None
     """(K, K) int64 on the CPU, rows are labels, columns predictions"""
 
     def figures(self) -> dict:
-        """The numbers alone, for JSON: samples, loss, top1, and top5 where there is one."""
-        figures = {"samples": self.samples, "loss": self.loss, "top1": self.top1}
+        """The numbers alone, for JSON: samples, loss, top1, balanced, and top5 where there is one."""
+        figures = {"samples": self.samples, "loss": self.loss, "top1": self.top1, "balanced": self.balanced}
         return figures if self.top5 is None else {**figures, "top5": self.top5}
 
 
-def goodness(top1: float, loss: float | None, monitor: str) -> list[float]:
+def goodness(top1: float, loss: float | None, monitor: str, balanced: float | None = None) -> list[float]:
     """What makes one of two evaluations the better: larger is, compared from left to right.
 
-    By "top1", where the lower loss decides between equals, or by "loss". A loss that is no finite number, or None, is the worst.
+    By "top1" or "balanced", where the lower loss decides between equals, or by "loss". A figure that is no finite number, or
+    None, as the balanced accuracy of an earlier version's evaluation, is the worst.
     """
     loss = loss if loss is not None and math.isfinite(loss) else math.inf  # NaN would be beaten by nothing
-    return [-loss] if monitor == "loss" else [top1, -loss]
+    if monitor == "loss":
+        return [-loss]
+    share = balanced if monitor == "balanced" else top1
+    return [share if share is not None and math.isfinite(share) else -math.inf, -loss]
 
 
 class Sums:
-    """Running counts of hits and of the loss, on the device: nothing is read back before `result`.
+    """Running counts of hits, those of each class too, and of the loss, on the device: nothing is read back before `result`.
 
     confusion: keep the (K, K) table too.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu", confusion: bool = False):
         self.num_classes = num_classes
-        # samples, top-1 hits, top-5 hits, loss in _LOSS_UNITs, losses that are no number; then the table row by row
-        self._all = torch.zeros(5 + confusion * num_classes**2, dtype=torch.int64, device=device)
+        # samples, top-1 hits, top-5 hits, loss in _LOSS_UNITs, losses that are no number; samples and top-1 hits of each class;
+        # then the table row by row
+        sizes = [5, 2 * num_classes, confusion * num_classes**2]
+        self._all = torch.zeros(sum(sizes), dtype=torch.int64, device=device)  # together, to travel in one message
+        self._whole, of_class, self._table = self._all.split(sizes)
+        self._of_class = of_class.view(num_classes, 2)
         self._keeps_confusion = confusion
 
     @torch.no_grad()
@@ -74,10 +86,12 @@ class Sums:
         units = (losses.double().clamp(0, _LARGEST_LOSS) / _LOSS_UNIT).round()
         units = torch.where(broken, 0, units).to(torch.int64)
         size = torch.full_like(rank[:1], len(rank)).squeeze(0)
-        self._all[:5] += torch.stack([size, (rank < 1).sum(), (rank < 5).sum(), units.sum(), broken.sum()])
+        hits = (rank < 1).to(torch.int64)
+        self._whole += torch.stack([size, hits.sum(), (rank < 5).sum(), units.sum(), broken.sum()])
+        self._of_class.index_add_(0, labels, torch.stack([torch.ones_like(hits), hits], 1))  # bincount would wait for the GPU
         if self._keeps_confusion:
             cells = labels * self.num_classes + logits.argmax(1)
-            self._all[5:].index_add_(0, cells, torch.ones_like(cells))  # bincount would wait for the GPU
+            self._table.index_add_(0, cells, torch.ones_like(cells))
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Add up over the ranks, in one message; every rank then holds the whole. Call it once, before `result`."""
@@ -85,14 +99,16 @@ class Sums:
 
     def result(self) -> EvalResult:
         """Read the figures: waits for the device. Without samples the shares are nan."""
-        samples, top1, top5, units, broken = self._all[:5].tolist()
-        table = self._all[5:].view(self.num_classes, -1).cpu() if self._keeps_confusion else None
+        samples, top1, top5, units, broken = self._whole.tolist()
+        of_class, right = self._of_class.cpu().numpy().T
+        table = self._table.view(self.num_classes, -1).cpu() if self._keeps_confusion else None
         mean = lambda total: total / samples if samples else float("nan")  # noqa: E731
         return EvalResult(
             samples=samples,
             loss=float("nan") if broken else mean(units * _LOSS_UNIT),
             top1=mean(top1),
             top5=mean(top5) if self.num_classes > 5 else None,
+            balanced=balanced_accuracy(right, of_class),
             confusion=table,
         )
 

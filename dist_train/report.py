@@ -12,7 +12,7 @@ import numpy as np
 
 from dist_train import plots
 from dist_train.config import RunConfig
-from dist_train.confusion import MAX_MATRIX_CLASSES, class_table, confused_pairs, most_confused
+from dist_train.confusion import MAX_MATRIX_CLASSES, balanced_accuracy, class_table, confused_pairs, most_confused
 from dist_train.errors import UserError
 from dist_train.folds import fold_view
 from dist_train.index import ShardIndex, SplitIndex, load_index
@@ -23,6 +23,8 @@ from dist_train.remote import shown
 from dist_train.settings import flatten, from_dict, to_dict
 from dist_train.table_plots import table_section
 from dist_train.track import read_metrics
+
+_APART = 0.01  # balanced accuracy stands beside accuracy in the headline and the curves where they differ by more
 
 
 def main(argv: list[str]) -> None:
@@ -104,10 +106,10 @@ def _cards(lines: list[dict], result) -> list[tuple[str, str]]:
     cards = []
     for split, figures in sorted((result or {}).items(), key=lambda item: item[0] != "test"):
         if isinstance(figures, dict) and "top1" in figures:
-            cards.append((f"{split} accuracy", f"{figures['top1']:.2%}"))
+            cards += _accuracies(split, figures)
     evals = [line for line in lines if line["kind"] == "eval" and line.get("top1") is not None]
     if not cards and evals:
-        cards.append((f"{evals[-1]['split']} accuracy so far", f"{evals[-1]['top1']:.2%}"))
+        cards += _accuracies(evals[-1]["split"], evals[-1], " so far")
     trained = [line for line in lines if line["kind"] == "train"]
     if lines and (seconds := _last(lines, "time_s")):
         cards.append(("running time", duration(seconds)))
@@ -116,6 +118,18 @@ def _cards(lines: list[dict], result) -> list[tuple[str, str]]:
     if epoch := _last(trained, "epoch"):
         cards.append(("epochs", f"{epoch:.3g}"))
     return cards
+
+
+def _accuracies(split: str, figures: dict, when: str = "") -> list[tuple[str, str]]:
+    """The cards of a split's accuracy and, where that says something else, its balanced accuracy."""
+    cards = [(f"{split} accuracy{when}", f"{figures['top1']:.2%}")]
+    return cards + ([(f"{split} balanced accuracy{when}", f"{figures['balanced']:.2%}")] if _is_apart(figures) else [])
+
+
+def _is_apart(figures: dict) -> bool:
+    """Whether balanced accuracy says something else than accuracy; runs of earlier versions have none."""
+    top1, balanced = figures.get("top1"), figures.get("balanced")
+    return None not in (top1, balanced) and abs(top1 - balanced) > _APART
 
 
 def _charts(lines: list[dict], config: dict) -> list[Chart]:
@@ -134,12 +148,14 @@ def _charts(lines: list[dict], config: dict) -> list[Chart]:
 
     raw = curve(trained, "loss", "train", band=True)
     smoothed = plots.Curve("train", raw.x, plots.smooth(raw.y, max(1, len(raw.y) // 25)))
-    loss, accuracy = ([raw, smoothed] if len(raw.x) > 1 else [smoothed]), []
+    loss, accuracy, balanced = ([raw, smoothed] if len(raw.x) > 1 else [smoothed]), [], []
     series = dict.fromkeys(line["split"] for line in evals)
     for colour, split in zip((1, 2), series, strict=False):
         rows = [line for line in evals if line["split"] == split]
         loss.append(curve(rows, "loss", split, colour, dots=True))
         accuracy.append(curve(rows, "top1", split, colour, dots=True))
+        rows = [line for line in rows if line.get("balanced") is not None]
+        balanced.append(curve(rows, "balanced", split, colour, dots=True))
     waits = [line for line in trained if line.get("data_wait") is not None]
     charts = [
         ("Loss" + _best(evals, "loss", min, x_name, "{:.4f}"), loss, lambda y: f"{y:g}", True),
@@ -149,6 +165,9 @@ def _charts(lines: list[dict], config: dict) -> list[Chart]:
         ("Samples a second" + _summary(trained, "images_per_s", statistics.median, "median", "{:,.0f}".format),
          [curve(trained, "images_per_s", "samples a second")], lambda y: f"{y:,.0f}", True),
     ]  # fmt: skip
+    if (config.get("train") or {}).get("monitor") == "balanced" or any(map(_is_apart, evals)):
+        title = "Balanced accuracy" + _best(evals, "balanced", max, x_name, "{:.2%}")
+        charts.insert(2, (title, balanced, lambda y: f"{y * 100:g}%", False))
     if any(line["data_wait"] > 0.02 for line in waits):
         title = "Waiting for data" + _summary(waits, "data_wait", statistics.fmean, "mean share", "{:.1%}".format)
         charts.append((title, [curve(waits, "data_wait", "wait", 1)], lambda y: f"{y * 100:g}%", True))
@@ -156,7 +175,7 @@ def _charts(lines: list[dict], config: dict) -> list[Chart]:
     for title, curves, y_text, zero in charts:
         if svg := plots.line_chart(curves, x_name, y_text, zero, restarts):
             names = [(c.name, plots.COLOURS[c.colour]) for c in curves if not c.band and c.x]
-            legend = names if len(names) > 1 or curves is accuracy else []
+            legend = names if len(names) > 1 or any(curves is shares for shares in (accuracy, balanced)) else []
             drawn.append(Chart(title, svg, legend, _targets_note(config) if curves is loss and len(names) > 1 else ""))
     return drawn
 
@@ -165,10 +184,13 @@ def _targets_note(config: dict) -> str:
     """What the training loss is measured against, where that is not what evaluations are: the two curves do not compare."""
     kinds = {"label_smoothing": "optim", "mixup": "augment", "cutmix": "augment"}
     used = [f"{section}.{name} {value:g}" for name, section in kinds.items() if (value := (config.get(section) or {}).get(name))]
-    if not used:
+    ways = [(f"against softened targets ({', '.join(used)})", "against the plain classes")] if used else []
+    if power := (config.get("optim") or {}).get("class_weights"):
+        ways.append((f"with samples weighted by their class (optim.class_weights {power:g})", "with all alike"))
+    if not ways:
         return ""
-    what = "Training is measured against softened targets"
-    return f"{what} ({', '.join(used)}), evaluations against the plain classes: these losses do not compare."
+    training, evaluations = (" and ".join(side) for side in zip(*ways, strict=True))
+    return f"Training is measured {training}, evaluations {evaluations}: these losses do not compare."
 
 
 def _best(evals: list[dict], key: str, better, x_name: str, form: str) -> str:
@@ -207,6 +229,7 @@ def _evaluation(run: Path, inference: dict, index: ShardIndex | None, path: Path
         curves, curves_note = _ranking(run, index, split, classes)
         return {
             "name": name, "samples": raw["samples"], "loss": raw.get("loss"), "top1": raw.get("top1"),
+            "balanced": balanced_accuracy(np.diag(counts), counts.sum(axis=1)),  # earlier versions did not write it
             "top5": raw.get("top5") if len(names) > 5 else None, "num_classes": len(names), "num_shown": len(shown),
             "matrix": plots.heat_map(counts[np.ix_(shown, shown)], [names[i] for i in shown]),
             "finding": _finding(pairs), "pairs": pairs, "classes": classes, "mistakes": mistakes, "note": note,

@@ -14,8 +14,8 @@ from dist_train import messages, plan, ranks, runtime, sizes
 from dist_train.augment import Augment, mix
 from dist_train.bad_samples import BadSamples, record
 from dist_train.cache import DecodedCache
-from dist_train.checkpoint import Checkpoints
-from dist_train.config import RunConfig, conflicts
+from dist_train.checkpoint import Checkpoints, Saved
+from dist_train.config import DataConfig, RunConfig, conflicts
 from dist_train.data import open_stream
 from dist_train.durable import replace_text
 from dist_train.errors import UserError
@@ -58,7 +58,7 @@ class Run:
 
         self.input_size = sizes.input_size(config, self.index)
         self.missing_weights = None  # of model.pretrained: why they cannot be had
-        is_begun = (folder / "checkpoints").is_dir()
+        is_begun = ranks.on_main(world, (folder / "checkpoints").is_dir)  # other machines may not see a new one yet
         try:
             network = build_network(config, self.index)
         except UserError as error:
@@ -148,9 +148,12 @@ class Run:
         """
         wish = bool(self.stop_requests)
         self.guard.note(state.step, loss, wish)
-        if can_skip_updates(self.optimizer):
+        skips = can_skip_updates(self.optimizer)
+        if skips and getattr(self.optimizer, "scaler", None) is not None:  # which sets found_inf itself, by the gradients
+            self.guard.spoil(min((p.grad for p in self.network.parameters() if p.grad is not None), key=torch.Tensor.numel))
+        elif skips:
             plain(self.optimizer).found_inf = self.guard.not_finite
-        asked = self.check_loss(state.step - 1 if can_skip_updates(self.optimizer) else state.step)
+        asked = self.check_loss(state.step - 1 if skips else state.step)
         return asked if self.world.world_size > 1 else wish
 
     def check_loss(self, newest_step: float = math.inf) -> bool:
@@ -164,10 +167,29 @@ class Run:
         step, loss = bad
         raise UserError(
             f"step {step}: the loss is not finite ({float(loss)} on rank {self.world.rank}); "
-            f"the weights were not changed.\n"
-            f"  Lower optim.lr, set optim.clip_norm, or go back with --resume from the last checkpoint. The step's "
-            f"samples: {plan.command(self.config, step)}"
+            f"the weights were not changed.\n  {self._calmer()} The step's samples: {plan.command(self.config, step)}"
         )
+
+    def _calmer(self) -> str:
+        """What to do about a run that diverges; --resume would take the same steps again."""
+        if not (self.checkpoints.finished() or self.checkpoints.is_writing()):
+            return "Begin another run (--run) with a lower optim.lr, or with optim.clip_norm."
+        return (f"Begin another run from a checkpoint before it, with a lower optim.lr or with optim.clip_norm: "
+                f"--run runs/NEW --from {self.folder}, or one of {self.folder}/checkpoints.")  # fmt: skip
+
+    def lacks_memory(self, error: torch.OutOfMemoryError) -> UserError:
+        """What to say where this rank's device has no room for what goes through the network at once."""
+        config, at_once = self.config, self.micro_batch_size
+        halved = dataclasses.replace(config.train, micro_batch_size=max(1, at_once // 2))
+        smaller = sizes.micro_batch_size(dataclasses.replace(config, train=halved), self.world.world_size)
+        is_mixing = config.augment.mixup or config.augment.cutmix
+        is_left = smaller < at_once and not (is_mixing and smaller % 2) and not self.parallel.replays_graphs
+        advice = f"Go on with --resume --train.micro_batch_size {smaller}" if is_left else (
+            "Fewer do not go through: take a device with more memory, more ranks with train.parallel: fsdp, or a smaller network"
+        )  # fmt: skip
+        what = ". ".join(str(error).split(". ")[:2]).rstrip(".")
+        return UserError(f"the device of rank {self.world.rank} ({self.world.device}) has no room for {at_once} samples at once: "
+                         f"{what}.\n  {advice}.")  # fmt: skip
 
     def mean_over_ranks(self, value: torch.Tensor) -> float:
         value = value.clone()
@@ -223,7 +245,7 @@ class Run:
             torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
         if bad:
             raise UserError(f"step {state.step}: the weights are no longer finite, so they were not saved.\n"
-                            f"  Lower optim.lr or set optim.clip_norm; --resume goes on from the last checkpoint.")  # fmt: skip
+                            f"  {self._calmer()}")  # fmt: skip
 
     def is_evaluation_due(self, state: State) -> bool:
         """Whether these weights are to be judged and have not been: after the last step in any case."""
@@ -244,18 +266,12 @@ class Run:
             more = crop, asked, self.decoded, confusion
             return evaluate(self.config, self.index, split, network, self.accelerator, self.world, *more)
 
-    def data_facts(self) -> dict[str, str]:
-        """What a run's figures follow from, besides its settings: hashes, by what they are of."""
-        index, data = self.index, self.config.data
-        what = json.dumps([index.classes, index.image_size, index.features])
-        facts = {"classes or size": xxhash.xxh3_64_hexdigest(what.encode())}
-        for name in (data.train_split, data.val_split):
-            if split := index.splits.get(name):
-                facts[f"split {name}"] = f"{split.fingerprint()} {split.rows_checksum}"
-        return facts
-
     def save(self, state: State, is_best: bool) -> None:
-        """Write a checkpoint in the background. Raises UserError, on every rank, where the weights are not to be kept."""
+        """Write a checkpoint in the background.
+
+        Raises UserError, on every rank, where the weights are not to be kept and where the checkpoint before could not be written.
+        """
+        self.checkpoints.wait_together(self.world)  # rank zero alone would let the others wait in their next message
         self.check_loss()
         self.check_weights(state)
         if self.world.world_size > 1:  # whoever resumes, in whatever number, adds to the mean over the ranks
@@ -263,7 +279,7 @@ class Run:
         saved = state.to_saved(self.accelerator.scaler)
         tensors = self.parallel.gathered(saved.tensors)
         if self.world.is_main:
-            saved.state.update(data=self.data_facts(), statistics=[self.index.mean, self.index.std])
+            saved.state.update(data=data_facts(self.index, self.config.data), statistics=[self.index.mean, self.index.std])
             self.tracker.sync()
             self.checkpoints.save(dataclasses.replace(saved, tensors=tensors), is_best)
         if self.config.data.max_bad:
@@ -284,14 +300,7 @@ class Run:
         if saved is None and self.missing_weights:
             raise self.missing_weights
         if saved is not None:
-            facts, before, trained = self.data_facts(), saved.state.get("data"), f"split {self.config.data.train_split}"
-            if before is None:  # written by an earlier version
-                table = saved.state.get("table", facts[trained].partition(" ")[2])
-                before = {trained: f"{saved.state['shards']} {table}"}
-            differing = [what for what, value in before.items() if facts.get(what) != value]
-            if differing:
-                raise UserError(f"{self.index.folder}: these are not the shards that {self.folder} was trained on: other "
-                                f"{', '.join(differing)}.\n  Put data.shards back, or begin another run with --run.")  # fmt: skip
+            refuse_other_shards(saved, self.index, self.config.data, self.folder)
             mean, std = saved.state.get("statistics", (self.index.mean, self.index.std))  # whatever brought them
             self.index = dataclasses.replace(self.index, mean=mean, std=std)
             self.augment = self._new_augment()
@@ -315,24 +324,56 @@ def build_network(config: RunConfig, index: ShardIndex) -> torch.nn.Module:
     return network
 
 
+def data_facts(index: ShardIndex, data: DataConfig) -> dict[str, str]:
+    """What a run's figures follow from, besides its settings: hashes, by what they are of."""
+    what = json.dumps([index.classes, index.image_size, index.features])
+    facts = {"classes or size": xxhash.xxh3_64_hexdigest(what.encode())}
+    for name in (data.train_split, data.val_split):
+        if split := index.splits.get(name):
+            facts[f"split {name}"] = f"{split.fingerprint()} {split.rows_checksum}"
+    return facts
+
+
+def refuse_other_shards(saved: Saved, index: ShardIndex, data: DataConfig, run: Path) -> None:
+    """Raise UserError where a checkpoint of a run comes from other shards than those of the index."""
+    facts, before, trained = data_facts(index, data), saved.state.get("data"), f"split {data.train_split}"
+    if before is None:  # written by an earlier version
+        table = saved.state.get("table", facts[trained].partition(" ")[2])
+        before = {trained: f"{saved.state['shards']} {table}"}
+    differing = [what for what, value in before.items() if facts.get(what) != value]
+    if differing:
+        raise UserError(f"{index.folder}: these are not the shards that {run} was trained on: other "
+                        f"{', '.join(differing)}.\n  Put data.shards back, or begin another run with --run.")  # fmt: skip
+
+
+def written_settings(folder: Path) -> RunConfig:
+    """The settings in a run folder. Raises UserError where they cannot be read."""
+    old = read_written(folder / "config.yaml")
+    old.setdefault("data", {}).setdefault("decode", "cpu")  # runs from before there was a choice
+    return from_dict(RunConfig, old)
+
+
+def write_settings(config: RunConfig, folder: Path) -> None:
+    """Put the settings into a run folder, unless they are there."""
+    text, path = yaml.safe_dump(to_dict(config), sort_keys=False), folder / "config.yaml"
+    if not path.exists() or path.read_text() != text:
+        replace_text(path, text)
+
+
 def open_run_folder(config: RunConfig, folder: Path, resume: bool) -> None:
     """Write the settings into the run folder, or accept those there. Raises UserError where it holds another run."""
-    written = folder / "config.yaml"
-    if written.exists():
-        old = read_written(written)
-        old.setdefault("data", {}).setdefault("decode", "cpu")  # runs from before there was a choice
-        differing = conflicts(to_dict(from_dict(RunConfig, old)), to_dict(config))
+    if (folder / "config.yaml").exists():
+        differing = conflicts(to_dict(written_settings(folder)), to_dict(config))
         if differing:
             raise UserError(f"{folder}: the folder holds a run with other settings:\n  " + "\n  ".join(differing)
-                            + "\n  Take another folder with --run, or the same settings.")  # fmt: skip
+                            + f"\n  Take the same settings, or another folder with --run, where --from {folder} begins "
+                            "with others from a checkpoint of this run.")  # fmt: skip
         if not resume:
             raise UserError(f"{folder}: the folder already holds this run. Go on with --resume, or take another --run.")
     (folder / "stop").unlink(missing_ok=True)  # it was for the process before
     for unfinished in (folder / "checkpoints").glob("*.partial"):
         shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
-    text = yaml.safe_dump(to_dict(config), sort_keys=False)
-    if not written.exists() or written.read_text() != text:
-        replace_text(written, text)
+    write_settings(config, folder)
 
 
 def inference(config: RunConfig, index: ShardIndex, size: tuple[int, int] | None) -> dict:
@@ -345,9 +386,5 @@ def inference(config: RunConfig, index: ShardIndex, size: tuple[int, int] | None
 
 
 def can_skip_updates(optimizer) -> bool:
-    """Whether the optimizer itself leaves the weights alone where a flag on the device says so (found_inf).
-
-    torch's fused ones do. Under Accelerate's gradient scaler, which sets that flag for itself, they cannot be told.
-    """
-    has_flag = getattr(plain(optimizer), "_step_supports_amp_scaling", False)
-    return has_flag and getattr(optimizer, "scaler", None) is None
+    """Whether the optimizer itself leaves the weights alone where a flag on the device says so (found_inf), as torch's fused do."""
+    return getattr(plain(optimizer), "_step_supports_amp_scaling", False)

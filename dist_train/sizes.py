@@ -5,6 +5,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 from dist_train.config import AugmentConfig, ModelConfig, RunConfig
+from dist_train.data import picture_size
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex
 from dist_train.runtime import World
@@ -22,7 +23,7 @@ _RANGES = {  # (what is expected, whether a value is that): settings; others hav
     ("0 or more, less than 1", lambda value: 0 <= value < 1):
         ("optim.momentum", "optim.beta2", "optim.label_smoothing", "optim.ema_decay", "model.dropout"),
     ("more than 0, at most 1", lambda value: 0 < value <= 1): ("optim.layer_decay",),
-    ("0 to 1", lambda value: 0 <= value <= 1): ("data.eval_crop", "augment.full_size_from"),
+    ("0 to 1", lambda value: 0 <= value <= 1): ("data.eval_crop", "augment.full_size_from", "optim.class_weights"),
 }  # fmt: skip
 
 
@@ -33,12 +34,7 @@ def whole_steps(epochs: float, num_samples: int, global_batch_size: int) -> int:
 
 def input_size(config: RunConfig, index: ShardIndex) -> tuple[int, int] | None:
     """(height, width) that enters the network; None for tables."""
-    if index.features is not None:
-        return None
-    size = (config.data.image_size,) * 2 if config.data.image_size else index.image_size
-    if size is None:
-        raise UserError(f"{index.folder}: the pictures differ in size, so the recipe must set data.image_size.")
-    return size
+    return picture_size(index, config.data.image_size)
 
 
 def decoder_crop(config: RunConfig, index: ShardIndex) -> tuple[str, int]:
@@ -94,7 +90,7 @@ def split_problems(config: RunConfig, index: ShardIndex) -> list[str]:
 
 
 def _shorter_side(config: RunConfig, index: ShardIndex) -> int:
-    """Pixels of what enters the network; 0 of a table, and where pictures differ and no size is set."""
+    """The shorter side of `input_size`, without its refusal, as check_sizes names all faults at once: 0 where there is none."""
     return config.data.image_size or min(index.image_size or (0,))
 
 

@@ -1,10 +1,11 @@
 """What changes while training, and all that a checkpoint has to hold."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from dist_train.checkpoint import Saved, optimizer_tensors, restore_optimizer
+from dist_train.config import OptimConfig
 from dist_train.errors import UserError
 from dist_train.optim import Plateau, WeightAverage
 from dist_train.pretrained import put_weights
@@ -59,6 +60,25 @@ class State:
         self.step, self.logged_step = saved.step, saved.state["logged_step"]
         self.judged_step = saved.state.get("judged_step", saved.step)  # without it: written after judging
         self.best_value, self.bad_evaluations = saved.state["best_value"], saved.state["bad_evaluations"]
+
+
+def begun_anew(saved: Saved, old: OptimConfig, new: OptimConfig) -> Saved:
+    """A checkpoint as a run with other settings begins from it: the best and patience count from there on.
+
+    A plateau schedule keeps its drops, where both runs have one. A weight average that the run before had not begins with
+    its weights.
+    """
+    keeps_drops = old.schedule == new.schedule == "plateau"
+    factor = {"factor": saved.state["plateau"]["factor"]} if keeps_drops else {}
+    state = {**saved.state, "best_value": None, "bad_evaluations": 0, "is_best": False,
+             "plateau": {**Plateau(0, 1.0).state_dict(), **factor}}  # fmt: skip
+    tensors = {stem: named for stem, named in saved.tensors.items() if stem != "ema"}
+    if new.ema_decay and "ema" in saved.tensors:
+        tensors["ema"] = saved.tensors["ema"]
+    elif new.ema_decay:
+        tensors["ema"] = {name: t.float() if t.is_floating_point() else t for name, t in saved.tensors["model"].items()}
+        state["ema_updates"] = 0
+    return replace(saved, tensors=tensors, state=state)
 
 
 def plain(optimizer) -> torch.optim.Optimizer:

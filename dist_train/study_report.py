@@ -24,6 +24,7 @@ from dist_train.trial import mean_figures
 
 SHOWN_BARS = 20
 SHOWN_CURVES = 3
+FIGURES = {"top1": "accuracy", "balanced": "balanced accuracy", "loss": "loss"}  # what a study's metric is called
 _SMALL_WIDTH, _SMALL_HEIGHT = 300, 190  # of a field of dots, CSS pixels
 
 
@@ -135,9 +136,8 @@ def trial_table(rows: list[Row], metric: str, cuts: list[Cut] = ()) -> Table:
     settings.
     """
     names = list(dict.fromkeys(name for trial in [*rows, *cuts] for name in trial.params))
-    figure = "accuracy" if metric == "top1" else "loss"
-    columns = [("trial", True), (f"best {figure}", True), ("±", True), ("last", True), ("best epoch", True), ("seconds", True),
-               *([("ended", False)] if cuts else []), *((name, False) for name in names)]  # fmt: skip
+    columns = [("trial", True), (f"best {FIGURES[metric]}", True), ("±", True), ("last", True), ("best epoch", True),
+               ("seconds", True), *([("ended", False)] if cuts else []), *((name, False) for name in names)]  # fmt: skip
     cells = [
         [str(row.number), shown(row.mean, metric), shown(row.spread, metric) if len(row.values) > 1 else "",
          shown(row.last(metric), metric), f"{statistics.fmean(fold['best_epoch'] for fold in row.folds):.1f}", f"{row.seconds:.1f}",
@@ -152,7 +152,7 @@ def trial_table(rows: list[Row], metric: str, cuts: list[Cut] = ()) -> Table:
 
 
 def shown(value: float | None, metric: str) -> str:
-    return "" if value is None else f"{value:.2%}" if metric == "top1" else f"{value:.4f}"
+    return "" if value is None else f"{value:.4f}" if metric == "loss" else f"{value:.2%}"
 
 
 def write_recipe(path: Path, plan, row: Row) -> None:
@@ -167,7 +167,7 @@ def write_recipe(path: Path, plan, row: Row) -> None:
             for section in sections:
                 branch = branch.setdefault(section, {})
             branch[last] = value
-    figure = "accuracy" if plan.config.metric == "top1" else "loss"
+    figure = FIGURES[plan.config.metric]
     over = f"over {plan.config.folds} folds of the training split" if plan.config.folds else "on the validation split"
     spread = f" +- {shown(row.spread, plan.config.metric)}" if len(row.values) > 1 else ""
     last = shown(row.last(plan.config.metric), plan.config.metric)
@@ -209,7 +209,7 @@ def _cards(rows: list[Row], metric: str) -> list[tuple[str, str]]:
     if not rows:
         return []
     return [
-        ("best " + ("accuracy" if metric == "top1" else "loss"), _with_spread(rows[0], metric)),
+        (f"best {FIGURES[metric]}", _with_spread(rows[0], metric)),
         ("its training", duration(rows[0].seconds)),
         ("finished trials", str(len(rows))),
         ("all trainings", duration(sum(row.seconds for row in rows))),
@@ -218,7 +218,7 @@ def _cards(rows: list[Row], metric: str) -> list[tuple[str, str]]:
 
 def _sections(plan, study, trials, rows: list[Row], cuts: list[Cut], table: Table, best: Path | None) -> list[Section]:
     metric, sections = plan.config.metric, []
-    what = "Accuracy" if metric == "top1" else "Loss"
+    what = FIGURES[metric].capitalize()
     if rows:
         note = ("The mean over the folds; lines show one standard deviation to both sides." if len(rows[0].values) > 1 else
                 "One training each, on the validation split.")  # fmt: skip
@@ -226,7 +226,7 @@ def _sections(plan, study, trials, rows: list[Row], cuts: list[Cut], table: Tabl
         first = rows[:SHOWN_BARS]
         figures = [Bar(_name(row), row.mean, row.spread, _with_spread(row, metric)) for row in first]
         times = [Bar(_name(row), row.seconds, 0.0, duration(row.seconds), "two") for row in first]
-        text = (lambda y: f"{y * 100:g}%") if metric == "top1" else (lambda y: f"{y:g}")
+        text = (lambda y: f"{y:g}") if metric == "loss" else (lambda y: f"{y * 100:g}%")
         title = f"The best {SHOWN_BARS}" if len(rows) > SHOWN_BARS else "The trials"
         sections.append(Section(title, note, [
             Chart(f"{what}: best with {_name(rows[0])}", bar_chart(figures, text, zero=False)),
@@ -280,7 +280,7 @@ def variant_bars(rows: list[Row], metric: str) -> list[Bar]:
         mean = statistics.fmean(row.mean for row in own)
         spread = statistics.stdev([row.mean for row in own]) if len(own) > 1 else own[0].spread
         bars.append(Bar(name, mean, spread, shown(mean, metric) + (f" ± {shown(spread, metric)}" if spread else ""), "three"))
-    return sorted(bars, key=lambda bar: bar.value, reverse=metric == "top1")
+    return sorted(bars, key=lambda bar: bar.value, reverse=metric != "loss")
 
 
 def setting_field(space, name: str, rows: list[Row], cuts: list[Cut], y_text) -> str:
@@ -344,7 +344,7 @@ def _axis(space, name: str):
 def _course(plan, trials, rows: list[Row], what: str, text) -> list[Chart]:
     """The figure of each trial in the order they were drawn, the best so far; and the best trials' curves."""
     metric, by_number = plan.config.metric, sorted(rows, key=lambda row: row.number)
-    better, best, so_far = (max if metric == "top1" else min), None, []
+    better, best, so_far = (min if metric == "loss" else max), None, []
     for row in by_number:
         best = row.mean if best is None else better(best, row.mean)
         so_far.append(best)

@@ -4,7 +4,7 @@ metrics.jsonl is the record; the console and Weights & Biases are copies of it. 
 
     {"kind": "train", "step": 120, "epoch": 1.7, "loss": ..., "lr": ..., "images_per_s": ..., "data_wait": 0.03,
      "tflops": ..., "mfu": 0.4, "time_s": ...}
-    {"kind": "eval", "split": "val", "step": 120, "epoch": 1.7, "loss": ..., "top1": ..., "time_s": ...}
+    {"kind": "eval", "split": "val", "step": 120, "epoch": 1.7, "loss": ..., "top1": ..., "balanced": ..., "time_s": ...}
     {"kind": "profile", "step": 20, "step_s": 0.031, "data": 0.02, "augment": ..., "forward": ..., ...}
     {"kind": "restart", "step": 100, "time_s": ...}
 
@@ -271,6 +271,7 @@ class Eta:
 # How each known figure is shown; others go to the file alone. "mfu" never comes without "tflops" (Run.work_figures).
 _SHOWN = {
     "epoch": "epoch {epoch:.2f}", "loss": "loss {loss:.4f}", "top1": "top1 {top1:.2%}", "top5": "top5 {top5:.2%}",
+    "balanced": "balanced {balanced:.2%}",
     "lr": "lr {lr:.2e}", "images_per_s": "{images_per_s:,.0f} images/s", "data_wait": "waits for data {data_wait:.0%}",
     "tflops": "{tflops:,.2f} TFLOP/s (MFU {mfu:.0%})", "samples": "{samples:,} samples",
 }  # fmt: skip

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from dist_train import messages, ranks, runtime
-from dist_train.checkpoint import load_checkpoint
+from dist_train import branch, messages, ranks, runtime
+from dist_train.checkpoint import load_checkpoint, wait_until_shown, write_tensors
 from dist_train.config import RunConfig
 from dist_train.data import Batch, to_device
 from dist_train.decoder_choice import choose_decoder
@@ -24,6 +24,7 @@ from dist_train.evaluate import Interrupted, write_evaluation
 from dist_train.finetune import average_gradients, freeze_below_head
 from dist_train.index import load_index
 from dist_train.layers import set_dropout_keys
+from dist_train.loss import class_weights, weighted_cross_entropy
 from dist_train.metrics import Throughput, goodness
 from dist_train.optim import set_lr
 from dist_train.order import hash_words
@@ -100,6 +101,7 @@ def forward_backward(run: Run, batch: Batch) -> torch.Tensor:
     is_frozen = batch.step < run.freeze_steps
     if run.freeze_steps:
         freeze_below_head(run.network, run.head, is_frozen)
+    optim, counts = run.config.optim, run.index.split(run.config.data.train_split).class_counts
     num_micro = len(batch) // run.micro_batch_size
     loss_sum = torch.zeros((), device=run.world.device)
     for i in range(num_micro):
@@ -116,7 +118,11 @@ def forward_backward(run: Run, batch: Batch) -> torch.Tensor:
         with contextlib.nullcontext() if is_synced else run.parallel.accumulating():
             with run.accelerator.autocast():
                 logits = run.model(inputs)
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=run.config.optim.label_smoothing)
+            if optim.class_weights:
+                weights = class_weights(counts, optim.class_weights, run.world.device)
+                loss = weighted_cross_entropy(logits.float(), targets, weights, optim.label_smoothing)
+            else:
+                loss = F.cross_entropy(logits.float(), targets, label_smoothing=optim.label_smoothing)
             run.parts.mark("backward")
             run.accelerator.backward(loss / num_micro)
         messages.clock.backward_is_over()
@@ -167,7 +173,7 @@ def validate(run: Run, state: State) -> bool:
         state.step, run.config.data.val_split, {"epoch": run.epoch_of(state.step), **result.figures()}
     )
     state.judged_step = state.step
-    value = goodness(result.top1, result.loss, run.config.train.monitor)
+    value = goodness(result.top1, result.loss, run.config.train.monitor, result.balanced)
     is_best = state.best_value is None or value > state.best_value
     state.best_value, state.bad_evaluations = (value, 0) if is_best else (state.best_value, state.bad_evaluations + 1)
     if run.config.optim.schedule == "plateau":
@@ -234,7 +240,7 @@ def keep_best_weights(run: Run, kind: str) -> int:
         raise UserError(f"{folder}/checkpoints: best.json names no checkpoint that is there, so there are no weights to keep.\n"
                         f"  Put it right ({{\"checkpoint\": \"step-...\"}}), and finish with --resume.")  # fmt: skip
     saved = load_checkpoint(best)
-    save_file(saved.tensors[kind], folder / "weights.safetensors.partial")
+    write_tensors(folder / "weights.safetensors.partial", saved.tensors[kind])
     put_in_place(folder / "weights.safetensors.partial", folder / "weights.safetensors")
     replace_json(folder / "inference.json", inference(run.config, run.index, run.input_size))
     return saved.step
@@ -242,21 +248,15 @@ def keep_best_weights(run: Run, kind: str) -> int:
 
 def parse(argv: list[str]) -> tuple[RunConfig, Path, bool]:
     """(settings, run folder, resume) of `--config R [--run runs/NAME] [--resume] [--SECTION.KEY VALUE ...]`."""
-    argv, run, resume = list(argv), None, False
+    argv, resume = list(argv), False
     if "--resume" in argv:
         argv.remove("--resume")
         resume = True
-    for i, word in enumerate(argv):
-        if word == "--run" or word.startswith("--run="):
-            width = 1 if "=" in word else 2
-            if i + width > len(argv):
-                raise UserError("command line: --run has no value; expected a folder, such as runs/first.")
-            run = word.partition("=")[2] or argv[i + 1]
-            del argv[i : i + width]
-            break
+    run = taken_out(argv, "--run")
     config = read_config(RunConfig, argv, "dist-train train", epilog=(
         "Besides these: --run FOLDER, where the run lies (default runs/<the recipe's name>); --resume, which goes on from the "
-        "newest whole checkpoint there, if there is one."
+        "newest whole checkpoint there, if there is one; --from RUN or --from RUN/checkpoints/step-N, by which a new run begins "
+        "from the newest checkpoint of another, or from that one, with the settings given here."
     ))  # fmt: skip
     if not config.data.shards:
         raise UserError(
@@ -267,8 +267,23 @@ def parse(argv: list[str]) -> tuple[RunConfig, Path, bool]:
     return config, Path(run or f"runs/{recipes[0] if recipes else Path(shown(config.data.shards)).name}"), resume
 
 
+def taken_out(argv: list[str], option: str) -> str | None:
+    """Take `option FOLDER` or `option=FOLDER` out of argv; return the folder, or None where it is not there."""
+    for i, word in enumerate(argv):
+        if word == option or word.startswith(f"{option}="):
+            width = 1 if "=" in word else 2
+            folder = word.partition("=")[2] or "".join(argv[i + 1 : i + width])
+            if not folder:
+                raise UserError(f"command line: {option} has no value; expected a folder, such as runs/first.")
+            del argv[i : i + width]
+            return folder
+    return None
+
+
 def run_training(argv: list[str]) -> int:
     """`dist-train train`: returns 0 when the run is finished, runtime.EXIT_STOPPED when it was asked to stop."""
+    argv = list(argv)
+    source = Path(word) if (word := taken_out(argv, "--from")) else None
     config, folder, resume = parse(argv)
     data = config.data
     load_index(data.shards, data.cache_dir, data.cache_gb)  # a missing set is told before ranks meet
@@ -279,23 +294,33 @@ def run_training(argv: list[str]) -> int:
         leaving.push(runtime.leave)
         watch = leaving.enter_context(Watch(world, config.runtime.timeout_s, runtime.master_address()))
 
-        config = ranks.on_main(world, choose_decoder, config, folder, world.device, config.data.threads or world.num_cores)
+        def settle_decoder() -> RunConfig:
+            begins_elsewhere = source is not None and not (folder / "config.yaml").exists()
+            settled = branch.run_of(source) if begins_elsewhere else folder
+            return choose_decoder(config, settled, world.device, config.data.threads or world.num_cores)
 
-        def claim_folder() -> None:
+        config = ranks.on_main(world, settle_decoder)
+
+        def claim_folder() -> list[str]:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 leaving.enter_context(contextlib.closing(runtime.RunLock(folder)))
-                open_run_folder(config, folder, resume)
+                said = branch.open_branch(config, folder, source, resume, world)
+                open_run_folder(config, folder, resume or source is not None)
+                return said
             except OSError as error:
                 raise UserError(f"{folder}: cannot write the run folder: {error.strerror}.") from None
 
-        ranks.on_main(world, claim_folder)
+        complaints = ranks.on_main(world, claim_folder)
+        ranks.on_each_machine(world, wait_until_shown, folder)
+        resume = resume or source is not None  # from here on, what began elsewhere goes on
         run = leaving.enter_context(contextlib.closing(Run(config, folder, accelerator, world, stop_requests)))
         state = run.new_state()
         if run.missing_weights and not resume:
             raise run.missing_weights
         watch.read_step = lambda: state.step
-        complaints = run.resume(state) if resume else []
+        if resume:
+            complaints += run.resume(state)
         goes_on = resume and (folder / "metrics.jsonl").exists()
         run.tracker = open_tracker(folder, config, world.is_main, run.num_steps, state.step if goes_on else None)
         leaving.push(lambda kind, error, trace: run.tracker.finish(kind is None))
@@ -308,11 +333,15 @@ def run_training(argv: list[str]) -> int:
         for complaint in complaints:
             run.tracker.message(complaint)
         if world.is_main:
-            replace_json(folder / "environment.json", runtime.environment(world))
+            origin = branch.origin(folder)
+            replace_json(folder / "environment.json", runtime.environment(world) | ({"branched_from": origin} if origin else {}))
 
-        if not run.is_over(state):
-            train(run, state)
-        is_done = run.is_over(state) and finish(run, state)
+        try:
+            if not run.is_over(state):
+                train(run, state)
+            is_done = run.is_over(state) and finish(run, state)
+        except torch.OutOfMemoryError as error:
+            raise run.lacks_memory(error) from error
         if is_done:
             run.tracker.message(f"{folder}: done after {state.step:,} steps, {time.time() - started:,.0f} s")
         has_halted = state.step >= run.halt_step and not run.is_evaluation_due(state)

@@ -1,9 +1,11 @@
 """Checkpoints are whole or absent, proven before use, and the one before stays until then."""
 
+import errno
 import json
 import os
 import random
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +63,60 @@ def test_a_damaged_newest_checkpoint_falls_back_and_is_named(tmp_path):
     assert found.step == 1 and len(complaints) == 1 and str(newest) in complaints[0]
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (1, 2):
+        checkpoints.save(saved(step), is_best=step == 2)
+    checkpoints.wait()
+    assert checkpoints.newest()[0].step == 2
+
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(checkpoint, "file_checksum", fail)
+    for read in (checkpoints.newest, lambda: checkpoints.has_best(Saved(2, {}, {}))):
+        with pytest.raises(UserError, match="step-00000002/model.safetensors: cannot be read: Input/output error.*may be whole"):
+            read()
+
+
+def test_nothing_is_begun_anew_over_checkpoints_that_are_all_damaged(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (1, 2):
+        checkpoints.save(saved(step), is_best=False)
+    checkpoints.wait()
+    for path in checkpoints.finished():
+        (path / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="(?s)step-00000002/state.json.*step-00000001/state.json.*No whole checkpoint is left"):
+        checkpoints.newest()
+
+
+def test_colleagues_may_read_as_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_checkpoint(tmp_path / "step-00000001", saved(1))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "step-00000001").iterdir()}
+    assert len(modes) == 4 and set(modes.values()) == {0o640}
+
+
+def test_a_run_folder_that_a_machine_does_not_see_is_named_at_the_start(tmp_path, monkeypatch):
+    later = threading.Timer(0.3, (tmp_path / "config.yaml").touch)
+    later.start()
+    checkpoint.wait_until_shown(tmp_path)
+    later.join()
+    monkeypatch.setattr(checkpoint, "_SHOWN_LATE_S", 0.0)
+    with pytest.raises(UserError, match="does not see the run folder that rank zero has written.*\n.*all machines share"):
+        checkpoint.wait_until_shown(tmp_path / "elsewhere")
+
+
+def test_a_file_that_does_not_read_back_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "file_checksum", lambda path: "0" * 32)
+    with pytest.raises(OSError, match="does not read back"):
+        write_checkpoint(tmp_path / "step-00000001", saved(1))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_rank_takes_the_checkpoint_that_rank_zero_has_read_and_waits_for_it(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (1, 2):
@@ -71,13 +127,13 @@ def test_a_rank_takes_the_checkpoint_that_rank_zero_has_read_and_waits_for_it(tm
     newest.rename(elsewhere)
     later = threading.Timer(0.5, elsewhere.rename, (newest,))
     later.start()
-    found, complaints = checkpoints.agree_on_newest(world=None)
+    found, complaints = checkpoints.agree_on_newest(SimpleNamespace(is_main=False))
     later.join()
     assert found.step == 2 and complaints == ["said"]
     newest.rename(elsewhere)
     monkeypatch.setattr("dist_train.checkpoint._SHOWN_LATE_S", 0.0)
     with pytest.raises(UserError, match=r"step-00000002.*(.|\n)*Is the run folder on a disk that all machines share\?"):
-        checkpoints.agree_on_newest(world=None)
+        checkpoints.agree_on_newest(SimpleNamespace(is_main=False))
 
 
 def test_what_is_written_after_going_back_outlives_the_damaged_one(tmp_path):
@@ -122,7 +178,7 @@ def test_a_failed_write_leaves_the_previous_one_and_says_so(tmp_path, monkeypatc
     checkpoints.save(saved(1), is_best=True)
     checkpoints.wait()
     monkeypatch.setattr(
-        checkpoint, "save_file", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        checkpoint, "write_tensors", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     checkpoints.save(saved(2), is_best=True)
     with pytest.raises(UserError, match="No space left on device.*\n.*previous one is untouched"):

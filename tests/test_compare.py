@@ -15,14 +15,14 @@ from dist_train.errors import UserError
 from dist_train.settings import from_dict, to_dict
 
 
-def finished_run(folder: Path, top1: float, seconds: float = 10.0, **changes) -> Path:
+def finished_run(folder: Path, top1: float, seconds: float = 10.0, balanced: float | None = None, **changes) -> Path:
     """A run folder with the figures given; changes: section -> {setting: value}."""
     tree = to_dict(RunConfig())
     for section, values in changes.items():
         tree[section] = tree[section] | values if isinstance(values, dict) else values
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(from_dict(RunConfig, tree))))
-    figures = {"samples": 100, "loss": 1 - top1, "top1": top1}
+    figures = {"samples": 100, "loss": 1 - top1, "top1": top1} | ({} if balanced is None else {"balanced": balanced})
     (folder / "result.json").write_text(json.dumps({"step": 20, "epoch": 2.0, "val": figures, "test": figures}))
     lines = [{"kind": "train", "step": 10, "epoch": 1.0, "loss": 1.0, "images_per_s": 500.0, "time_s": seconds / 2},
              {"kind": "eval", "split": "val", "step": 10, "epoch": 1.0, "top1": top1 / 2, "loss": 1.0, "time_s": seconds / 2},
@@ -59,6 +59,16 @@ def test_settings_that_no_result_depends_on_do_not_part_seeds(tmp_path):
     assert [len(group.runs) for group in groups] == [3, 1, 1, 1]
     assert set(differences(groups)) == {"data.shards", "train.max_steps", "data.folds"}
     assert "https://host/set" in comparison(groups).plain() and "word" not in comparison(groups).plain()
+
+
+def test_balanced_accuracy_has_its_columns_where_a_run_has_it(tmp_path):
+    old, new = finished_run(tmp_path / "old", 0.9), finished_run(tmp_path / "new", 0.8, balanced=0.625, optim={"lr": 0.3})
+    without = comparison(grouped(read_all([old])))
+    assert not any("balanced" in name for name, _ in without.columns)
+    table = comparison(grouped(read_all([old, new])))
+    rows = [dict(zip([name for name, _ in table.columns], row, strict=True)) for row in table.rows]
+    assert [(row["test accuracy"], row["test balanced"], row["val balanced"]) for row in rows] == [
+        ("90.00%", "–", "–"), ("80.00%", "62.50%", "62.50%")]  # fmt: skip
 
 
 def test_the_page_stands_alone(tmp_path, capsys):

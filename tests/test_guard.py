@@ -92,6 +92,28 @@ def test_weights_stay_from_the_first_bad_loss_on(name):
     assert changed == [True, False, False]
 
 
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_a_loss_scaler_is_told_by_a_gradient(name, clips):
+    network, guard, scaler = torch.nn.Linear(3, 2), Guard(CPU, 1), torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = build_optimizer(network, OptimConfig(name=name, lr=0.1))
+    seen = [[p.detach().clone() for p in network.parameters()]]
+    for step, factor in enumerate([1.0, float("nan"), 1.0]):
+        optimizer.zero_grad()
+        scaler.scale(network(torch.ones(1, 3)).square().sum()).backward()  # of this rank: it is another's that is bad
+        before = network.bias.grad.clone()
+        guard.note(step, torch.tensor(factor), stop=False)
+        guard.spoil(network.bias.grad)
+        assert torch.equal(network.bias.grad, before) == (step == 0)
+        if clips:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        seen.append([p.detach().clone() for p in network.parameters()])
+    same = [all(torch.equal(a, b) for a, b in zip(x, y, strict=True)) for x, y in zip(seen, seen[1:], strict=False)]
+    assert same == [False, True, True]
+
+
 def test_flags_are_read_a_step_late_and_in_order():
     guard = Guard(CPU, 1)
     answers = []

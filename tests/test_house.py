@@ -22,19 +22,21 @@ MODULES = sorted(p.stem for p in (ROOT / "dist_train").glob("*.py"))
 LAYERS = [
     ["errors", "durable", "control_groups", "core", "settings", "config", "shard_config", "index", "order", "boxes",
      "bad_samples"],  # no torch
-    ["remote", "shard_cache", "remote_index",
-     "store", "picture_header", "decode", "tars", "partition", "pictures", "sources", "tables", "torchsets", "workers",
-     "write_shard", "plan", "dali_index", "tar_lists", "foreign_tar", "read_foreign", "folds", "stop"],  # no torch either
+    ["tries", "remote", "file_locks", "shard_cache", "remote_index",
+     "store", "picture_header", "decode", "tars", "partition", "pictures", "sources", "tables", "picture_lists", "torchsets",
+     "workers", "write_shard", "plan", "dali_index", "tar_lists", "foreign_tar", "read_foreign", "folds",
+     "stop"],  # no torch either
     ["convert", "repair", "shard", "foreign", "verify", "launch_traps", "doctor",
-     "draws", "colour", "mixing", "augment", "layers", "networks", "pretrained",
-     "gpu_decode", "models", "finetune", "muon", "optim", "metrics", "progressive", "messages", "step_parts", "guard", "hybrid",
+     "draws", "colour", "policies", "mixing", "augment", "layers", "networks", "pretrained",
+     "gpu_decode", "models", "finetune", "muon", "optim", "metrics", "loss", "progressive",
+     "messages", "step_parts", "guard", "hybrid",
      "wandb_file", "wandb_log", "track", "ranks", "watch", "runtime", "plots", "bars", "page", "ranking", "confusion",
      "table_plots", "picture_plots", "mistakes", "contact_sheet"],
     ["recycled", "wanted", "decoded_file", "cache", "loader", "data", "checkpoint"],
     ["evaluate"],
-    ["sizes", "decoder_choice", "parallel", "state", "run", "train", "predict", "export", "scores", "preview", "figures", "report",
-     "bench_step", "bench"],
-    ["journal", "search", "trial", "study_report", "study", "compare"],
+    ["sizes", "decoder_choice", "parallel", "state", "run", "branch", "train", "predict", "export", "scores", "preview", "figures",
+     "report", "bench_step", "bench"],
+    ["journal", "search", "trial", "study_report", "study_wandb", "study", "compare"],
     ["cli"],
 ]  # fmt: skip
 LIGHT = ("config", "index", "order", "cli", "plan", "shard", "sources", "verify", "foreign", "doctor", "report",

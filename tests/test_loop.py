@@ -70,6 +70,17 @@ def test_the_best_evaluations_averaged_weights_are_kept(digits, tmp_path, monkey
     assert len(files) == 8 and same == [run / f"checkpoints/step-{best:08d}/ema.safetensors"]
 
 
+def test_balanced_accuracy_picks_the_checkpoint_where_it_is_monitored(digits, tmp_path, monkeypatch):
+    told = [{"top1": 0.9, "balanced": 0.5}, {"top1": 0.8, "balanced": 0.6}, {"top1": 0.7, "balanced": 0.65},
+            {"top1": 0.6, "balanced": 0.4}]  # fmt: skip
+    for monitor, best in (("top1", 2), ("balanced", 5)):
+        judged_by(monkeypatch, *told)
+        run = trained(digits, tmp_path / monitor, *FOUR_EVALUATIONS, "--train.monitor", monitor)
+        assert [row["balanced"] for row in curve(run, "eval")][:4] == [figures["balanced"] for figures in told]
+        result = json.loads((run / "result.json").read_text())
+        assert result["best_step"] == best and 0 < result["test"]["balanced"] < 1
+
+
 @pytest.mark.parametrize("halt", [3, 4])
 def test_the_rate_falls_with_each_evaluation_that_is_no_better_and_stays_low_after_a_stop(digits, tmp_path, monkeypatch, halt):
     settings = [*FOUR_EVALUATIONS, "--optim.schedule", "plateau", "--optim.plateau_patience", "0", "--optim.step_factor", "0.5"]

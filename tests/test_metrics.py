@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 from dist_train import metrics
 from dist_train.config import ModelConfig
-from dist_train.metrics import Sums, Throughput, flops_per_sample, peak_flops
+from dist_train.metrics import Sums, Throughput, flops_per_sample, goodness, peak_flops
 from dist_train.models import build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,6 +38,31 @@ def test_sums_agree_with_scikit_learn():
     assert result.top5 == pytest.approx(sklearn.metrics.top_k_accuracy_score(labels, logits, k=5))
     assert result.loss == pytest.approx(F.cross_entropy(logits.double(), labels).item(), abs=2e-6)
     assert np.array_equal(result.confusion, sklearn.metrics.confusion_matrix(labels, logits.argmax(1)))
+
+
+@pytest.mark.parametrize("num_classes, absent", [(2, ()), (7, ()), (7, (0, 4))])
+@pytest.mark.parametrize("confusion", [False, True])
+def test_balanced_accuracy_is_scikit_learns(num_classes, absent, confusion):
+    logits, labels = made_up(num_classes=num_classes)
+    rare = (labels == num_classes - 1) & (torch.arange(500) % 10 > 0)
+    kept = ~rare & ~torch.isin(labels, torch.tensor(absent, dtype=torch.int64))
+    logits, labels = logits[kept], labels[kept]
+    sums = Sums(num_classes, confusion=confusion)
+    for part in torch.arange(len(labels)).split(64):
+        sums.update(logits[part], labels[part])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of classes that are predicted and never true
+        expected = sklearn.metrics.balanced_accuracy_score(labels, logits.argmax(1))
+    result = sums.result()
+    assert result.balanced == result.figures()["balanced"] == pytest.approx(expected, rel=1e-12)
+    assert abs(result.balanced - result.top1) > 1e-3, "a figure of its own"
+
+
+def test_goodness_goes_by_the_figure_that_is_monitored():
+    common, rare = (0.95, 0.2, 0.5), (0.9, 0.3, 0.8)  # accuracy, loss, balanced accuracy
+    assert [goodness(top1, loss, "top1", balanced) for top1, loss, balanced in (common, rare)] == [[0.95, -0.2], [0.9, -0.3]]
+    assert [goodness(top1, loss, "balanced", balanced) for top1, loss, balanced in (common, rare)] == [[0.5, -0.2], [0.8, -0.3]]
+    assert goodness(0.9, 0.2, "balanced", 0.5) > goodness(0.9, 0.2, "balanced", math.nan) == goodness(0.9, 0.2, "balanced")
 
 
 def test_sums_do_not_depend_on_how_samples_are_parted():
@@ -68,7 +94,7 @@ def test_logits_that_are_no_numbers_are_wrong_and_show_in_the_loss():
     sums = Sums(8)
     sums.update(torch.full((4, 8), float("nan")), torch.zeros(4, dtype=torch.int64))
     result = sums.result()
-    assert (result.samples, result.top1, result.top5) == (4, 0, 0) and math.isnan(result.loss)
+    assert (result.samples, result.top1, result.top5, result.balanced) == (4, 0, 0, 0) and math.isnan(result.loss)
 
 
 def test_losses_may_be_given_and_bf16_logits_too():
@@ -80,7 +106,7 @@ def test_losses_may_be_given_and_bf16_logits_too():
 
 def test_of_no_samples_the_shares_are_no_numbers():
     result = Sums(7).result()
-    assert result.samples == 0 and math.isnan(result.top1)
+    assert result.samples == 0 and math.isnan(result.top1) and math.isnan(result.balanced)
 
 
 def test_throughput_counts_each_window_by_itself():

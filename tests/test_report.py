@@ -151,6 +151,48 @@ def test_a_loss_of_softened_targets_is_told_from_a_plain_one(tmp_path):
     assert page.count("softened targets (optim.label_smoothing 0.1, augment.cutmix 1)") == 1
 
 
+def test_a_weighted_loss_is_told_from_a_plain_one(tmp_path):
+    run = make_run(tmp_path, ["a", "b"], finished=False)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["optim"]["class_weights"] = 0.5
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    page = report.write_report(run).read_text()
+    assert page.count("measured with samples weighted by their class (optim.class_weights 0.5), evaluations with all alike: ") == 1
+    assert "softened" not in page
+    config["optim"]["label_smoothing"] = 0.1
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    page = report.write_report(run).read_text()
+    assert "against softened targets (optim.label_smoothing 0.1) and with samples weighted by their class" in page
+
+
+@pytest.mark.parametrize("short_of, monitor, has_chart", [
+    (0.005, "top1", False), (0.2, "top1", True), (0.005, "balanced", True), (None, "balanced", False),
+])  # fmt: skip
+def test_balanced_accuracy_stands_beside_accuracy_where_it_says_something_else(tmp_path, short_of, monitor, has_chart):
+    run = make_run(tmp_path, DIGITS)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["train"]["monitor"] = monitor
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    result = json.loads((run / "result.json").read_text())
+    if short_of is not None:  # else the run is of an earlier version
+        lines = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [line | ({"balanced": line["top1"] - short_of} if "top1" in line else {}) for line in lines]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        result["test"]["balanced"] = result["test"]["top1"] - short_of
+        (run / "result.json").write_text(json.dumps(result))
+    shown = report.read_run(run)
+    titles = [chart.title for chart in shown["charts"]]
+    assert any(title.startswith("Balanced accuracy: best val") for title in titles) == has_chart
+    cards = dict(shown["cards"])
+    assert cards.get("test balanced accuracy") == (f"{result['test']['balanced']:.2%}" if short_of == 0.2 else None)
+    confusion = json.loads((run / "evaluation-test.json").read_text())["confusion"]
+    recalls = [row["recall"] for row in class_table(np.array(confusion), DIGITS)]
+    assert shown["splits"][0]["balanced"] == pytest.approx(np.mean(recalls))  # of an earlier version's evaluation, too
+    page = report.write_report(run).read_text()
+    assert f"right, balanced accuracy {np.mean(recalls):.1%}" in page
+    assert (">balanced accuracy</th>" in page) == (short_of is not None)
+
+
 def test_a_diverged_run_has_a_report(tmp_path):
     run = make_run(tmp_path, ["a", "b"], finished=False)
     line = {

@@ -28,7 +28,7 @@ def train(tracker, steps):
     for step in steps:
         tracker.train(step, values(step))
         if step % 20 == 0:
-            tracker.evaluation(step, "val", {"epoch": step / 50, "loss": 0.5, "top1": 0.75})
+            tracker.evaluation(step, "val", {"epoch": step / 50, "loss": 0.5, "top1": 0.75, "balanced": 0.5})
 
 
 def steps_of(lines, kind):
@@ -126,11 +126,11 @@ assert not {{"wandb", "rich", "torch", "dist_train.wandb_log"}} & set(sys.module
 def test_lines_for_log_files_show_the_figures(tmp_path, capsys):
     tracker = open_tracker(tmp_path, OFF, True, 100, None)
     tracker.train(20, {**values(20), "data_wait": 0.25, "tflops": 0.3412, "mfu": 0.5649})
-    tracker.evaluation(20, "val", {"loss": 0.5, "top1": 0.75})
+    tracker.evaluation(20, "val", {"loss": 0.5, "top1": 0.75, "balanced": 0.625})
     tracker.finish(True)
     out = capsys.readouterr().out
     for part in ("step 20", "loss 0.0476", "lr 1.00e-02", "500 images/s", "waits for data 25%",
-                 "0.34 TFLOP/s (MFU 56%)", "top1 75.00%"):  # fmt: skip
+                 "0.34 TFLOP/s (MFU 56%)", "top1 75.00%", "balanced 62.50%"):  # fmt: skip
         assert part in out, part
 
 
@@ -233,7 +233,7 @@ def test_a_resumed_run_is_one_run_with_every_step_once(tmp_path, server, monkeyp
     ((_, second),) = server.runs.items()
     assert arrived(second.rows, "train") == list(range(10, 101, 10))
     assert arrived(second.rows, "val") == [20, 40, 60, 80, 100]
-    assert second.rows[-1]["val/top1"] == 0.75 and second.rows[-1]["step"] == 100
+    assert (second.rows[-1]["val/top1"], second.rows[-1]["val/balanced"], second.rows[-1]["step"]) == (0.75, 0.5, 100)
     assert second.exit_code == 0
     assert second.config["optim"]["value"]["lr"] == AUTO.optim.lr
 

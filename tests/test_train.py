@@ -6,6 +6,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,14 +15,17 @@ from conftest import finish_ranks, start_ranks, tiny_run
 from safetensors.torch import load_file
 
 from dist_train import runtime, shard
+from dist_train import train as training
 from dist_train.config import AugmentConfig, DataConfig, OptimConfig, RunConfig, TrainConfig
 from dist_train.errors import UserError
 from dist_train.index import load_index, save_index, save_table
 from dist_train.predict import eval_main, load_run
 from dist_train.predict import main as predict_main
+from dist_train.run import Run, written_settings
 from dist_train.settings import read_config
 from dist_train.sizes import check_new, check_sizes, config_warnings, micro_batch_size, on_device_augment, whole_steps
 from dist_train.train import its_time, parse, run_training
+from dist_train.watch import EXIT_LOST_RANK
 
 
 def figures(run: Path) -> list[dict]:
@@ -170,10 +174,11 @@ def test_a_stop_file_saves_and_the_run_goes_on_from_there(calm, digits, tmp_path
     assert figures(run) == figures(calm)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_are_spoiled(digits, tmp_path):
+@pytest.mark.parametrize("every, advice", [("1", "--run runs/NEW --from "), ("0", r"Begin another run \(--run\) with a lower")])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_spoiled(digits, tmp_path, every, advice):
     run = tmp_path / "wild"
-    with pytest.raises(UserError, match=r"step \d+: the loss is not finite .* the weights were not changed"):
-        run_training(tiny_run(digits, run, "--optim.lr", "1e25", "--train.checkpoint_every_steps", "1"))
+    with pytest.raises(UserError, match=rf"(?s)step \d+: the loss is not finite .* the weights were not changed.*{advice}"):
+        run_training(tiny_run(digits, run, "--optim.lr", "1e25", "--train.checkpoint_every_steps", every))
     for path in (run / "checkpoints").glob("step-*/model.safetensors"):
         assert not any(torch.isnan(t).any() for t in load_file(path).values())
 
@@ -260,6 +265,66 @@ def test_a_compiled_training_gives_the_curve_of_one_that_is_not(digits, tmp_path
     assert run_training(tiny_run(digits, plain, *more)) == 0
     assert run_training(tiny_run(digits, compiled, *more, "--train.compile", "true")) == 0
     assert max(abs(a - b) for a, b in zip(losses(plain), losses(compiled), strict=True)) < 1e-3
+
+
+TOO_LARGE = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB."
+
+
+def test_a_run_without_room_for_its_samples_goes_on_with_fewer_at_once(digits, tmp_path, monkeypatch):
+    run, forward_backward = tmp_path / "run", training.forward_backward
+
+    def in_little_memory(run, batch):
+        if batch.step == 2 and run.micro_batch_size > 48:
+            raise torch.OutOfMemoryError(TOO_LARGE)
+        return forward_backward(run, batch)
+
+    monkeypatch.setattr(training, "forward_backward", in_little_memory)
+    argv = tiny_run(digits, run, "--train.max_steps", "4", "--train.checkpoint_every_steps", "1")
+    expected = (r"device of rank 0 \(cpu\) has no room for 96 samples at once: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
+                r"  Go on with --resume --train.micro_batch_size 48\.")  # fmt: skip
+    with pytest.raises(UserError, match=expected):
+        run_training(argv)
+    assert len(losses(run)) == 2
+    assert run_training([*argv, "--resume", "--train.micro_batch_size", "48"]) == 0
+    assert [line["step"] for line in figures(run)] == [1, 2, 3, 4]
+    assert written_settings(run).train.micro_batch_size == 48
+
+
+@pytest.mark.parametrize("at_once, mixup, advice", [
+    (96, "0", "micro_batch_size 48"), (3, "0", "micro_batch_size 1"), (1, "0", "Fewer do not"), (2, "0.2", "Fewer do not"),
+])  # fmt: skip
+def test_the_next_smaller_part_is_named_while_there_is_one(at_once, mixup, advice):
+    config = read_config(RunConfig, ["--data.global_batch_size", "96", "--augment.mixup", mixup], "")
+    run = SimpleNamespace(config=config, micro_batch_size=at_once, world=runtime.World(0, 1, 0, 1, torch.device("cpu")))
+    assert advice in str(Run.lacks_memory(run, torch.OutOfMemoryError(TOO_LARGE)))
+
+
+LITTLE_MEMORY = f"""
+import sys
+import torch
+from dist_train import cli, train
+
+forward_backward = train.forward_backward
+
+def in_little_memory(run, batch):
+    if run.world.rank == 1 and batch.step == 2:
+        raise torch.OutOfMemoryError("{TOO_LARGE}")
+    return forward_backward(run, batch)
+
+train.forward_backward = in_little_memory
+sys.exit(cli.run_command(train.run_training, sys.argv[1:]))
+"""
+
+
+@pytest.mark.two_process
+def test_a_rank_without_room_ends_the_others_with_its_name(digits, tmp_path):
+    (tmp_path / "little_memory.py").write_text(LITTLE_MEMORY)
+    argv = tiny_run(digits, tmp_path / "run", "--runtime.timeout_s", "10")
+    ranks = start_ranks(2, argv, tmp_path, module="little_memory", PYTHONPATH=str(tmp_path))
+    codes, logs = finish_ranks(ranks, tmp_path), [(tmp_path / f"rank{rank}.log").read_text() for rank in range(2)]
+    assert codes == [EXIT_LOST_RANK, 2], logs
+    assert all("the device of rank 1 (cpu:0) has no room for 48 samples at once" in log for log in logs), logs
+    assert all("--resume --train.micro_batch_size 24" in log and "Traceback" not in log for log in logs), logs
 
 
 def test_graphs_of_several_micro_batches_are_refused(digits, tmp_path):
