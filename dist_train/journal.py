@@ -1,4 +1,4 @@
-"""Optuna's journal of a study, and locks on files that end with the process that holds them."""
+"""Optuna's journal of a study, what failed in it and is queued anew, and locks that end with the process that holds them."""
 
 import contextlib
 import fcntl
@@ -10,6 +10,7 @@ from pathlib import Path
 from dist_train.errors import UserError
 
 LONGEST_LINE = 1 << 24  # bytes
+MAX_ATTEMPTS = 3  # tries of a trial whose process died, or that could not be trained
 
 
 def open_journal(path: Path):
@@ -47,6 +48,26 @@ def counted_trials(study) -> list:
     trials = study.get_trials(deepcopy=False)
     again = {trial.user_attrs.get("again_of") for trial in trials}
     return [trial for trial in trials if "abandoned" not in trial.user_attrs and trial.number not in again]
+
+
+def queue_failed(study) -> None:
+    """Queue anew, up to MAX_ATTEMPTS, the trials that could not be trained: perhaps for want of a disk, a server or memory."""
+    for failed in counted_trials(study):
+        attempt = failed.user_attrs.get("attempt", 1)
+        if failed.state.name == "FAIL" and attempt < MAX_ATTEMPTS:
+            _queue_copy(study, failed, attempt + 1)
+
+
+def queue_blameless(study, numbers: list[int]) -> None:
+    """Queue failed trials anew without counting the try; whoever works on the study takes them."""
+    for failed in counted_trials(study):
+        if failed.number in numbers:  # otherwise another process, at its start, was faster
+            _queue_copy(study, failed, failed.user_attrs.get("attempt", 1))
+
+
+def _queue_copy(study, failed, attempt: int) -> None:
+    drawn = failed.system_attrs.get("fixed_params", failed.params)
+    study.enqueue_trial(drawn, user_attrs={"attempt": attempt, "again_of": failed.number})
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import yaml
 
 from dist_train.config import RunConfig, changes_results
-from dist_train.errors import UserError, did_you_mean
-from dist_train.settings import from_dict, read_config, setting_names, to_dict
+from dist_train.errors import UserError
+from dist_train.settings import from_dict, read_config, setting_names, to_dict, which_setting
 
 FIXED = ("data.shards", "data.fold", "train.precision", "train.monitor")  # the same for the whole study, or the study's own
 VARIANT = "variant"
@@ -135,7 +135,7 @@ def check_values(path: str, recipe: str, space: Space) -> None:
 def _name_problems(where: str, name) -> list[str]:
     known = setting_names(RunConfig)
     if name not in known:
-        hint = did_you_mean(str(name), known, "`dist-train train --help` lists them all.")
+        hint = which_setting(str(name), known, "`dist-train train --help` lists them all.")
         return [f"{where}: {name} is not a setting of a recipe. {hint}"]
     if not changes_results(name) or name.startswith(FIXED):
         return [f"{where}: {name} cannot be searched: no result depends on it, or it is the same for the whole study."]

@@ -7,7 +7,10 @@ comes next.
 
 import argparse
 import contextlib
+import gc
 import json
+import platform
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,25 +23,28 @@ from dist_train.config import RunConfig, StudyConfig, changes_results
 from dist_train.errors import UserError
 from dist_train.folds import fold_view
 from dist_train.index import load_index
-from dist_train.journal import counted_trials, locked, open_journal
+from dist_train.journal import MAX_ATTEMPTS, counted_trials, locked, open_journal, queue_blameless, queue_failed
 from dist_train.remote import shown
 from dist_train.search import Space, changed, check_values, read_space, recipe_with
 from dist_train.settings import flatten, option_lines, read_config, to_dict
 
-MAX_ATTEMPTS = 3  # tries of a trial whose process died, or that could not be trained
+FAILURES_IN_A_ROW = 3  # of one process, before it asks whether its machine is at fault, which takes a step and an evaluation
 
 
 def main(argv: list[str]) -> int:
     """Work on a study until nothing is left to start; then write its report and its best recipe.
 
-    Returns 0, or runtime.EXIT_STOPPED where the process was asked to stop. Raises UserError if no trial could be trained.
+    Returns 0, or runtime.EXIT_STOPPED where the process was asked to stop. Raises UserError if no trial could be trained, or
+    if this machine trains nothing.
     """
     from dist_train.study_report import write_study_report
+    from dist_train.study_wandb import StudyLog
 
     plan = read_plan(argv)
     refuse_ranks()
     study = open_study(plan)
-    num_done, stopped = 0, ""
+    log = StudyLog(plan, study)
+    num_done, stopped, failed = 0, "", []
     with contextlib.closing(runtime.StopRequests(plan.folder / "trials")) as requests:
         while not stopped:
             with claimed_trial(plan, study) as trial:
@@ -46,16 +52,25 @@ def main(argv: list[str]) -> int:
                     break
                 stopped = work_on(plan, study, trial, requests)
                 num_done += not stopped
+            failed = [*failed, trial.number] if study.get_trials(deepcopy=False)[trial.number].state.name == "FAIL" else []
+            if len(failed) == FAILURES_IN_A_ROW and not stopped:
+                prove_machine(plan, study, failed, requests)
+                failed = []
             stopped = stopped or requests.reason
+            if not stopped:
+                log.progress()
     with locked(plan.folder / "report.lock"):  # whoever else is done writes the same files
         report = write_study_report(plan, study)
     end = f", stopped by {stopped}" if stopped else ""
     print(f"{plan.folder}: {num_done} trials done here{end}; {report.summary}", flush=True)
     if report.best_recipe:
         print(f"report: {report.page}\nbest:   dist-train train --config {report.best_recipe}", flush=True)
-    elif report.failure and not stopped:
+    if stopped:
+        return runtime.EXIT_STOPPED  # at once: whoever asked may not wait until a server has answered
+    log.send(report.page)
+    if report.failure:
         raise UserError(f"{plan.folder}: {report.failure}")
-    return runtime.EXIT_STOPPED if stopped else 0
+    return 0
 
 
 @dataclass(frozen=True)
@@ -172,7 +187,7 @@ def open_study(plan: Plan):
         raise UserError(f"{plan.folder}: cannot be made the folder of a study: {error.strerror}.") from None
     with locked(plan.lock("claim")):
         storage = optuna.storages.JournalStorage(open_journal(plan.journal))
-        direction = "maximize" if plan.config.metric == "top1" else "minimize"
+        direction = "minimize" if plan.config.metric == "loss" else "maximize"
         study = optuna.create_study(storage=storage, study_name=plan.folder.name, direction=direction, load_if_exists=True)
         before, now = study.user_attrs.get("identity"), plan.identity()
         if before is None:
@@ -239,15 +254,6 @@ def queue_abandoned(plan: Plan, study) -> None:
             pass  # alive
 
 
-def queue_failed(study) -> None:
-    """Queue anew, up to MAX_ATTEMPTS, the trials that could not be trained: perhaps for want of a disk, a server or memory."""
-    for failed in counted_trials(study):
-        attempt = failed.user_attrs.get("attempt", 1)
-        if failed.state == _optuna().trial.TrialState.FAIL and attempt < MAX_ATTEMPTS:
-            study.enqueue_trial(failed.system_attrs.get("fixed_params", failed.params),
-                                user_attrs={"attempt": attempt + 1, "again_of": failed.number})  # fmt: skip
-
-
 def queue_again(study, trial, drawn: dict | None, attempt: int) -> None:
     """End a running trial and queue its settings anew; None where its process died before it had drawn them all."""
     trial.set_user_attr("abandoned", True)
@@ -308,6 +314,37 @@ def work_on(plan: Plan, study, trial, requests: runtime.StopRequests) -> str:
         seconds = sum(result["train_s"] for result in results)
         print(f"trial {trial.number:<4} {metric} {value:.4f}  {seconds:6.1f} s   {described(trial.params)}", flush=True)
     return ""
+
+
+def prove_machine(plan: Plan, study, failed: list[int], requests: runtime.StopRequests) -> None:
+    """After trials have failed in a row: train what can be trained, to see whether it is their settings or this machine.
+
+    It is trained for a step: a trial that was trained to its end, wherever that was, or else the recipe as it stands. Raises
+    UserError if that fails too; the failed trials are queued anew, so that a full disk or a broken GPU uses up nobody's tries.
+    """
+    import torch
+
+    from dist_train.trial import Diverged, Stopped, try_out
+
+    done = study.get_trials(deepcopy=False, states=(_optuna().trial.TrialState.COMPLETE,))
+    known = f"trial {done[-1].number}, which was trained before," if done else f"{plan.config.recipe} as it stands"
+    config = plan.trial_config(done[-1].params) if done else plan.base
+    gc.collect()  # a failed training may still hold the GPU's memory, where its objects refer to each other
+    try:
+        with tempfile.TemporaryDirectory(prefix="control-", dir=plan.folder, ignore_cleanup_errors=True) as folder:
+            try_out(config, plan.config.folds, Path(folder), requests)
+    except (Stopped, Diverged):
+        return
+    except (UserError, torch.OutOfMemoryError, OSError) as error:
+        with locked(plan.lock("claim")):
+            queue_blameless(study, failed)
+        raise UserError(
+            f"{plan.folder}: {len(failed)} trials in a row have failed on {platform.node()}, and {known} cannot be trained there "
+            f"either. The last reason:\n  {error}\n"
+            f"  Put that right and start again. The trials are queued anew, and have used up none of their tries."
+        ) from error
+    print(f"{len(failed)} trials in a row have failed for their settings: {known} can be trained here. Going on with the others.",
+          flush=True)  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """One trial of a study: a recipe trained in this process, once for each fold, without what only a lasting run needs."""
 
 import contextlib
+import gc
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +24,8 @@ from dist_train.track import MetricsFile, Tracker
 from dist_train.train import train, validate
 
 SECONDS_BETWEEN_CHECKPOINTS = 60  # a killed trial loses at most this; a shorter one leaves no checkpoint at all
+
+_decoders: dict[tuple, str] = {}  # what this process has measured to be faster, by what the measurement reads
 
 
 class Stopped(Exception):
@@ -57,22 +61,34 @@ def run_trial(
     return results
 
 
+def try_out(config: RunConfig, folds: int, folder: Path, stop_requests: runtime.StopRequests) -> None:
+    """Train one step, write a checkpoint and evaluate, in a folder that is thrown away; raises whatever is in the way.
+
+    folds: as the study has it; the first is taken. Raises Stopped, too.
+    """
+    data = replace(config.data, folds=folds) if folds else config.data
+    config = replace(config, data=data, train=replace(config.train, max_steps=1))
+    train_fold(config, folder / "fold-0", lambda done, figures: None, stop_requests, 0)
+
+
 def train_fold(
-    config: RunConfig, folder: Path, watch: Callable[[float, dict], None], stop_requests: runtime.StopRequests
+    config: RunConfig, folder: Path, watch: Callable[[float, dict], None], stop_requests: runtime.StopRequests,
+    seconds_between_checkpoints: float = SECONDS_BETWEEN_CHECKPOINTS,
 ) -> dict:  # fmt: skip
     """Train once and return `fold_result`. watch(done, best figures so far): done is the share of the run, 0..1.
 
     The folder becomes that of a run, as `report` and `compare` read it. Raises Stopped, Diverged.
     """
+    gc.collect()  # the training before refers to itself, and holds the GPU's memory until somebody looks
     folder.mkdir(parents=True, exist_ok=True)
     accelerator, world = runtime.start(config.train.precision, config.runtime.threads, config.runtime.timeout_s)
     with contextlib.ExitStack() as leaving:
         leaving.callback(runtime.end)
         num_threads = config.data.threads or world.num_cores
-        config = choose_decoder(config, folder.with_name("fold-0"), world.device, num_threads)  # all folds as the first one
+        config = settle_decoder(config, folder.with_name("fold-0"), world.device, num_threads)  # all folds as the first one
         open_run_folder(config, folder, resume=True)
         run = leaving.enter_context(contextlib.closing(Run(config, folder, accelerator, world, stop_requests)))
-        run.checkpoints = SparseCheckpoints(folder, 1)
+        run.checkpoints = SparseCheckpoints(folder, 1, seconds_between_checkpoints)
         state = run.new_state()
         run.resume(state)
         metrics = MetricsFile(folder / "metrics.jsonl", state.step or -1)
@@ -89,9 +105,24 @@ def train_fold(
             except Interrupted:
                 raise Stopped(run.stop_requests.reason) from None
         result = fold_result(run.tracker, state.step, run.epoch_of(state.step), config)
-    split = {config.data.val_split: {name: result[name] for name in ("samples", "loss", "top1")}}  # as `train` writes it
+    split = {config.data.val_split: {name: result[name] for name in ("samples", "loss", "top1", "balanced")}}  # as `train` does
     replace_json(folder / "result.json", result | split)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # nobody goes on from there
     return result
+
+
+def settle_decoder(config: RunConfig, folder: Path, device: torch.device, num_threads: int) -> RunConfig:
+    """`choose_decoder`, which measures once in a process for all trainings that read and cut the same pictures alike.
+
+    That takes seconds, and pixels differ a little: what is compared is decoded in one way, however close the two are in speed.
+    """
+    data, cut = config.data, config.augment
+    if data.decode != "auto" or (folder / "config.yaml").exists():
+        return choose_decoder(config, folder, device, num_threads)
+    place = data.shards, data.train_split, data.crop, data.image_size, cut.crop, cut.scale, cut.ratio, str(device), num_threads
+    if place not in _decoders:
+        _decoders[place] = choose_decoder(config, folder, device, num_threads).data.decode
+    return replace(config, data=replace(data, decode=_decoders[place]))
 
 
 @contextlib.contextmanager
@@ -108,29 +139,28 @@ def divergence_told(run: Run):
 def fold_result(tracker: "TrialTracker", step: int, epoch: float, config: RunConfig) -> dict:
     """The figures of a fold's best evaluation by train.monitor and of its last, and how long the training took.
 
-    {"top1", "loss", "samples", "best_epoch": the best one's; "last_top1", "last_loss", "epoch", "step": at the end;
-    "train_s": seconds of running, evaluations included}. The best was chosen by the fold it was taken on, the last was not.
+    {"top1", "loss", "balanced", "samples", "best_epoch": the best one's; "last_top1", "last_loss", "last_balanced",
+    "epoch", "step": at the end; "train_s": seconds of running, evaluations included}.
+
+    The best was chosen by the fold it was taken on, the last was not.
     """
     best, last = best_line(tracker.evaluations, config.train.monitor), tracker.evaluations[-1]
     return {
-        "top1": best["top1"], "loss": best["loss"], "samples": best["samples"], "best_epoch": best["epoch"],
-        "last_top1": last["top1"], "last_loss": last["loss"], "step": step, "epoch": epoch,
+        **{name: best.get(name) for name in ("top1", "loss", "balanced", "samples")}, "best_epoch": best["epoch"],
+        **{f"last_{name}": last.get(name) for name in ("top1", "loss", "balanced")}, "step": step, "epoch": epoch,
         "train_s": max(line["time_s"] for line in tracker.evaluations),
     }  # fmt: skip
 
 
 def best_line(evaluations: list[dict], monitor: str) -> dict:
     """The best of some evaluations, of equal ones the first."""
-    return max(evaluations, key=lambda line: goodness(line["top1"], line["loss"], monitor))
+    return max(evaluations, key=lambda line: goodness(line["top1"], line["loss"], monitor, line.get("balanced")))
 
 
 def mean_figures(results: list[dict]) -> dict:
-    """Mean top1 and loss of some results; loss None where one of them has none."""
-    losses = [result["loss"] for result in results]
-    return {
-        "top1": sum(result["top1"] for result in results) / len(results),
-        "loss": None if None in losses else sum(losses) / len(losses),
-    }
+    """Mean top1, loss and balanced of some results; None where one of them has none, as those of an earlier version."""
+    values = {name: [result.get(name) for result in results] for name in ("top1", "loss", "balanced")}
+    return {name: None if None in of_all else sum(of_all) / len(of_all) for name, of_all in values.items()}
 
 
 def read_result(folder: Path) -> dict | None:
@@ -158,14 +188,14 @@ class TrialTracker(Tracker):
 
 
 class SparseCheckpoints(Checkpoints):
-    """Checkpoints of a training that is over in seconds, mostly: saves once a minute, whatever the run asks for."""
+    """Checkpoints of a training that is over in seconds, mostly: saves no more often than this, whatever the run asks for."""
 
-    def __init__(self, folder: Path, keep: int):
+    def __init__(self, folder: Path, keep: int, seconds_between: float):
         super().__init__(folder, keep)
-        self._saved = time.monotonic()
+        self._seconds_between, self._saved = seconds_between, time.monotonic()
 
     def save(self, saved: Saved, is_best: bool) -> None:
-        if time.monotonic() - self._saved >= SECONDS_BETWEEN_CHECKPOINTS:
+        if time.monotonic() - self._saved >= self._seconds_between:
             self._saved = time.monotonic()
             super().save(saved, is_best)
 

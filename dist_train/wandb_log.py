@@ -63,6 +63,8 @@ def wandb_mode(setting: str, env: dict) -> str:
 class WandbRun:
     """One W&B run, fed through a queue. Every method returns at once but `finish`, which returns within FINISH_S."""
 
+    record = "metrics.jsonl"  # in the run folder: where the figures are in any case
+
     def __init__(self, folder: Path, config: RunConfig, mode: str, lines: list[dict], env: dict):
         self._folder, self._config, self._mode = folder, config, mode
         self._project = env.get("WANDB_PROJECT") or config.track.project
@@ -107,7 +109,7 @@ class WandbRun:
                 self._log(what, value)
         except Exception as error:  # whatever W&B does, the training goes on and metrics.jsonl has the figures
             self._news.put(f"Weights & Biases is off for the rest of this run: {_first_line(error)}. "
-                           f"The figures are in {self._folder / 'metrics.jsonl'}.")  # fmt: skip
+                           f"The figures are in {self._folder / self.record}.")  # fmt: skip
 
     def _begin(self) -> None:
         if self._mode == "online":

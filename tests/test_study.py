@@ -10,16 +10,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from dist_train import runtime
+from dist_train import decoder_choice, runtime
 from dist_train import trial as one_trial
 from dist_train.checkpoint import Saved
 from dist_train.compare import grouped, read_all
-from dist_train.config import RunConfig, StudyConfig
+from dist_train.config import DataConfig, RunConfig, StudyConfig
 from dist_train.errors import UserError
 from dist_train.journal import counted_trials
 from dist_train.metrics import EvalResult, goodness
@@ -172,6 +174,70 @@ def test_settings_that_cannot_be_trained_are_named_and_the_study_goes_on(write_s
     alone = write_study({"sampler": "grid"}, "alone", search={"data.global_batch_size": [0]})
     with pytest.raises(UserError, match="no trial could be trained"):
         main([alone])
+
+
+def test_a_machine_that_trains_nothing_ends_its_process_and_costs_no_trial_a_try(write_study, monkeypatch):
+    class OnAFullDisk(one_trial.Run):
+        def __init__(self, *given):
+            raise UserError("/scratch/cache: No space left on device")
+
+    rates = [0.01, 0.02, 0.03, 0.04]
+    path = write_study({"sampler": "grid"}, search={"optim.lr": rates})
+    with monkeypatch.context() as patched:
+        patched.setattr(one_trial, "Run", OnAFullDisk)
+        for _ in range(4):  # a cluster may send task after task to the node that is free so soon
+            with pytest.raises(UserError, match="3 trials in a row have failed on (.|\n)*base.yaml as it (.|\n)*No space left"):
+                main([path])
+    waiting = trials_of(path, "WAITING")
+    assert sorted(t.system_attrs["fixed_params"]["optim.lr"] for t in waiting) == rates
+    assert {t.user_attrs.get("attempt", 1) for t in waiting} == {1}
+    assert not list(Path("runs/tune").glob("control-*"))
+    assert main([path]) == 0 and len(trials_of(path)) == 4
+
+
+def test_a_value_that_cannot_be_trained_does_not_end_a_healthy_process(write_study, capsys):
+    rates = [0.01, 0.02, 0.03, 0.04]
+    path = write_study({"sampler": "grid", "folds": 2}, search={"data.global_batch_size": [0, 64], "optim.lr": rates})
+    assert main([path]) == 0
+    assert len(trials_of(path)) == 4
+    assert capsys.readouterr().out.count("3 trials in a row have failed for their settings: base.yaml as it stands can be") == 1
+
+
+def test_what_was_trained_before_is_the_proof_of_a_machine(write_study, table, capsys):
+    path = write_study({"sampler": "grid"}, search={"data.global_batch_size": [64, 0], "optim.lr": [0.01, 0.02, 0.03]})
+    Path("base.yaml").write_text(yaml.safe_dump(RECIPE | {"data": {"shards": table, "threads": 1, "global_batch_size": 0}}))
+    assert main([path]) == 0
+    assert "trial 2, which was trained before, can be trained here" in capsys.readouterr().out
+
+
+def test_a_machine_that_cannot_write_a_checkpoint_is_found_out_in_a_step(write_study, tmp_path, monkeypatch):
+    def full(*given, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dist_train.checkpoint.write_checkpoint", full)
+    plan = read_plan([write_study({}, search={"optim.lr": [0.01]})])
+    with contextlib.closing(runtime.StopRequests(tmp_path)) as requests:
+        with pytest.raises(UserError, match="the checkpoint could not be written"):
+            one_trial.try_out(plan.base, 0, tmp_path / "control", requests)
+
+
+def test_the_decoders_are_measured_once_for_all_trials_that_cut_alike(tmp_path, monkeypatch):
+    rates, gpu = [{"cpu": 100, "gpu": 200}, {"cpu": 100, "gpu": 90}], torch.device("cuda")
+    monkeypatch.setattr(decoder_choice, "rates", lambda config, device, num_threads: rates.pop(0))
+    monkeypatch.setattr(decoder_choice, "is_there", lambda: True)
+    monkeypatch.setattr(one_trial, "_decoders", {})
+
+    def settled(config, folder="new"):
+        return one_trial.settle_decoder(config, tmp_path / folder, gpu, 4).data.decode
+
+    first = RunConfig(data=DataConfig(shards="a"))
+    alike = replace(first, optim=replace(first.optim, lr=1.0), data=replace(first.data, fold=2, global_batch_size=8))
+    assert settled(first) == settled(alike) == "gpu" and len(rates) == 1
+    assert settled(replace(first, augment=replace(first.augment, scale=(0.9, 1.0)))) == "cpu" and not rates
+    assert settled(replace(first, data=replace(first.data, decode="cpu"))) == "cpu", "as asked"
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/config.yaml").write_text(yaml.safe_dump({"data": {"decode": "cpu"}}))
+    assert settled(first, "begun") == "cpu", "a training keeps what it began with"
 
 
 def test_a_killed_study_goes_on_and_two_processes_share_it(write_study):
@@ -436,7 +502,7 @@ def test_shards_behind_a_url_are_fetched_into_the_recipes_cache_and_named_withou
 
 def test_a_trial_that_goes_on_keeps_count_of_what_it_was_patient_about(tmp_path):
     saved = Saved(5, {}, {"is_best": False, "best_value": [0.9, -0.1], "bad_evaluations": 2})
-    assert one_trial.SparseCheckpoints(tmp_path, 1).has_best(saved), "or Run.resume would forget the best figures so far"
+    assert one_trial.SparseCheckpoints(tmp_path, 1, 60).has_best(saved), "or Run.resume would forget the best figures so far"
 
 
 def test_a_fold_of_a_trial_is_a_run_that_report_and_compare_read(write_study):
@@ -533,6 +599,26 @@ def test_a_loss_that_is_no_number_counts_in_a_trial_as_in_a_run():
     assert best_line([{"top1": 0.9, "loss": None}, {"top1": 0.8, "loss": 0.1}], "top1")["top1"] == 0.9
 
 
+def test_a_study_of_balanced_accuracy_takes_the_highest(write_study):
+    path = write_study({"sampler": "grid", "folds": 2, "metric": "balanced"}, search={"optim.lr": [0.01, 0.00001]})
+    assert main([path]) == 0
+    trials = trials_of(path)
+    for trial in trials:
+        folds = [json.loads(file.read_text()) for file in Path("runs/tune", trial.user_attrs["folder"]).glob("fold-*/result.json")]
+        assert trial.value == pytest.approx(sum(fold["val"]["balanced"] for fold in folds) / 2)
+        assert all(0 < fold["last_balanced"] <= fold["balanced"] for fold in folds)
+    best = max(trials, key=lambda t: t.value)
+    recipe = Path("runs/tune/best.yaml").read_text()
+    assert f"# Validation balanced accuracy {best.value:.2%}" in recipe and best.params["optim.lr"] == 0.01
+    assert yaml.safe_load(recipe)["train"]["monitor"] == "balanced"
+
+
+def test_a_fold_of_an_earlier_version_has_no_balanced_accuracy():
+    old, new = {"top1": 0.9, "loss": 0.2}, {"top1": 0.8, "loss": 0.4, "balanced": 0.7}
+    assert mean_figures([old, new]) == {"top1": pytest.approx(0.85), "loss": pytest.approx(0.3), "balanced": None}
+    assert mean_figures([new]) == new and best_line([old, new], "balanced") == new and best_line([old, new], "top1") == old
+
+
 def test_the_table_shows_mean_and_sample_deviation():
     folds = [{"best_epoch": 1.0, "train_s": 2.0, "last_top1": 0.9}, {"best_epoch": 2.0, "train_s": 3.0, "last_top1": 0.92}]
     row = Row(7, {"optim.lr": 0.0123456}, folds, [0.9, 0.94], Path())
@@ -545,6 +631,15 @@ def test_the_table_shows_mean_and_sample_deviation():
         "best epoch": ("1.0", "", ""), "seconds": ("2.0", "", ""), "ended": ("", "pruned after 1.25 folds", "diverged"),
         "optim.lr": ("", "1", "9"),
     }  # fmt: skip
+
+
+def test_balanced_accuracies_are_shown_as_shares_the_highest_first():
+    folds = [{"best_epoch": 1.0, "train_s": 2.0, "last_top1": 0.9, "last_balanced": 0.5}]
+    rows = [Row(k, {"variant": name}, folds, [value], Path(name)) for k, (name, value) in enumerate([("a", 0.6), ("b", 0.75)])]
+    table = trial_table(rows, "balanced")
+    assert table.columns[1][0] == "best balanced accuracy" and table.rows[0][1:4] == ["60.00%", "", "50.00%"]
+    bars = variant_bars([*rows, Row(2, {"variant": "a"}, folds, [0.7], Path("c"))], "balanced")
+    assert [bar.name for bar in bars] == ["b", "a"]
 
 
 def test_a_variants_bar_is_the_mean_of_its_trials():
