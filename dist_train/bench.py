@@ -24,7 +24,7 @@ from dist_train.augment import Augment
 from dist_train.boxes import random_resized_boxes
 from dist_train.cache import DecodedCache
 from dist_train.config import RunConfig
-from dist_train.data import open_stream, to_device
+from dist_train.data import open_stream, picture_size, to_device
 from dist_train.decode import decode_batch, decoders, read_from_files
 from dist_train.errors import UserError
 from dist_train.folds import open_index
@@ -287,7 +287,7 @@ def _bytes(config: RunConfig, index, threads: int) -> Iterator[int]:
 def _decoded(config: RunConfig, index, threads: int) -> Iterator[int]:
     """Batches decoded from payloads that lie in memory, the same few again and again."""
     crop, size = decoder_crop(config, index)
-    shape = (size, size) if size else index.image_size
+    shape = picture_size(index, size)
     split = index.split(config.data.train_split)
     store, batch = Store(split.stored), config.data.global_batch_size
     kept, num_bytes = [], 0

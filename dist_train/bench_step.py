@@ -17,7 +17,7 @@ from pathlib import Path
 from dist_train import ranks, runtime
 from dist_train.cache import auto_room
 from dist_train.config import RunConfig
-from dist_train.data import to_device
+from dist_train.data import picture_size, to_device
 from dist_train.decoder_choice import choose_decoder
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex
@@ -215,4 +215,4 @@ def decoded_bytes(config: RunConfig, index: ShardIndex) -> int:
     if index.features is not None:
         return 4 * len(index.features)
     _, size = decoder_crop(config, index)
-    return 3 * math.prod((size, size) if size else index.image_size)
+    return 3 * math.prod(picture_size(index, size))

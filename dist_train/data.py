@@ -6,6 +6,7 @@ for batch in open_stream("shards/x", split="train", batch_size=64, image_size=22
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +25,7 @@ from dist_train.order import Order, evaluation_share, rank_share, sample_keys
 from dist_train.shard_cache import read_ahead, shards_in_play
 from dist_train.workers import num_cores
 
-__all__ = ["Batch", "open_evaluation", "open_stream", "to_device"]
+__all__ = ["Batch", "open_evaluation", "open_stream", "picture_size", "to_device"]
 
 
 def open_stream(
@@ -69,7 +70,7 @@ def open_stream(
         rank_share(batch_size, rank, world_size)
     except ValueError as error:
         raise UserError(f"{index.folder}: {error}.") from None
-    size = _output_size(index, image_size)
+    size = picture_size(index, image_size)
     if crop not in ("random_resized", "resize"):
         raise UserError(f"crop is {crop!r}; expected random_resized or resize.")
 
@@ -135,7 +136,7 @@ def open_evaluation(
     central crop that keeps `eval_crop` of the shorter side is decoded to image_size (0: the whole picture, squeezed);
     one-size pictures come whole and as they are. cache: as in `open_stream`; it pays for passes after the first.
     """
-    size = _output_size(index, image_size)
+    size = picture_size(index, image_size)
     source = index.split(split)
     share = evaluation_share(source.num_samples, *world[:2])
 
@@ -171,7 +172,7 @@ def to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
         for batch in batches:
             yield batch.to(device)
         return
-    copy_stream, compute_stream = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    copy_stream, compute_stream = _copy_stream(device), torch.cuda.current_stream(device)
 
     def copied(batch: Batch) -> Batch:
         with torch.cuda.stream(copy_stream):
@@ -189,7 +190,17 @@ def to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
             yield batch
 
 
-def _output_size(index: ShardIndex, image_size: int) -> tuple[int, int] | None:
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: torch keeps the memory that was once used on a stream for that stream."""
+    return torch.cuda.Stream(device)
+
+
+def picture_size(index: ShardIndex, image_size: int) -> tuple[int, int] | None:
+    """(height, width) of pictures that are brought to image_size pixels, or kept as stored where it is 0; None for tables.
+
+    Raises UserError where they are to be kept and differ in size. Of the index, features, image_size and folder are read.
+    """
     if index.features is not None:
         return None
     if image_size < 0:

@@ -11,6 +11,7 @@ import torch
 
 from dist_train.boxes import random_resized_boxes
 from dist_train.config import RunConfig
+from dist_train.data import picture_size
 from dist_train.decode import decode_from_files
 from dist_train.errors import UserError
 from dist_train.folds import open_index
@@ -59,13 +60,13 @@ def rates(config: RunConfig, gpu: GpuDecoder, num_threads: int = 0) -> dict[str,
     """
     index = open_index(config)
     crop, image_size = decoder_crop(config, index)
-    if crop != "random_resized" or not is_there():  # in this order: importing torchvision takes seconds
+    if crop != "random_resized" or index.features is not None or not is_there():  # last: it imports torchvision, for seconds
         return None
+    size = picture_size(index, image_size)
     store = Store(index.split(config.data.train_split).stored)
     samples = np.arange(min(TRIAL_PICTURES, store.split.num_samples))
     shapes, keys = store.table[samples], sample_keys(config.seed, np.zeros_like(samples), samples)
     boxes = random_resized_boxes(keys, shapes["height"], shapes["width"], config.augment.scale, config.augment.ratio)
-    size = (image_size, image_size) if image_size else index.image_size
     at, num_threads = store.locate(samples), num_threads or num_cores()
     share = max(-(-len(samples) // num_threads), min(LEAST_OF_A_THREAD, len(samples)))
     parts = [(np.arange(share) + i * share) % len(samples) for i in range(num_threads)]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dist_train.augment import constants, evaluation_pixels
 from dist_train.cache import DecodedCache
 from dist_train.config import RunConfig
-from dist_train.data import Batch, open_evaluation, to_device
+from dist_train.data import Batch, open_evaluation, picture_size, to_device
 from dist_train.durable import replace_json
 from dist_train.index import ShardIndex
 from dist_train.metrics import EvalResult, Sums
@@ -111,7 +111,7 @@ def predict_logits(
     if index.features is not None:
         inputs = [(1.0, standardised(values, index))]
     else:
-        size = (config.data.image_size,) * 2 if config.data.image_size else tuple(index.image_size)
+        size = picture_size(index, config.data.image_size)
         pictures = evaluation_pixels(values, size, index.mean, index.std)
         inputs = views(pictures, config.train.flip_test, config.train.shift_test)
     with accelerator.autocast():

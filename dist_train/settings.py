@@ -2,12 +2,87 @@
 
 import dataclasses
 import typing
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal
 
-from dist_train.errors import UserError, did_you_mean
+from dist_train.errors import UserError
 
 _WRITTEN_ADVICE = "\n  Put back the settings the run was started with, or begin another run with --run."
+# What settings are called elsewhere, where their own names do not lead there.
+ALSO_CALLED = {
+    "data.shards": "dataset data_dir data_path data_root",
+    "data.val_split": "validation_split valid_split",
+    "data.folds": "kfold kfolds cross_validation n_splits",
+    "data.global_batch_size": "batch_size bs per_device_batch_size",
+    "data.image_size": "img_size imgsz input_size resolution crop_size",
+    "data.threads": "workers num_workers",
+    "data.prefetch_mb": "prefetch_factor",
+    "augment.flip": "hflip",
+    "augment.flip_vertical": "vflip",
+    "augment.rotate_degrees": "rotation",
+    "augment.brightness": "jitter color_jitter colour_jitter",
+    "augment.contrast": "jitter color_jitter colour_jitter",
+    "augment.saturation": "jitter color_jitter colour_jitter",
+    "augment.erase": "erasing random_erasing cutout reprob",
+    "augment.start_size": "progressive_resizing",
+    "model.name": "arch architecture backbone network net type",
+    "model.pretrained": "weights model_path finetune",
+    "model.dropout": "drop_rate",
+    "model.hidden": "layers",
+    "model.batchnorm": "batch_norm bn",
+    "optim.name": "optimizer optimiser opt type",
+    "optim.lr": "learning_rate",
+    "optim.momentum": "beta1 betas",
+    "optim.beta2": "betas",
+    "optim.weight_decay": "wd l2",
+    "optim.schedule": "scheduler lr_scheduler lr_schedule lr_decay learning_rate_scheduler",
+    "optim.layer_decay": "llrd layerwise_lr_decay",
+    "optim.freeze_epochs": "freeze_backbone freeze_layers",
+    "optim.warmup_epochs": "warmup_steps warmup_iters warmup_ratio lr_warmup",
+    "optim.final_lr": "min_lr lr_min eta_min lrf",
+    "optim.step_epochs": "step_size lr_step",
+    "optim.step_factor": "gamma",
+    "optim.class_weights": "balanced pos_weight reweight",
+    "optim.clip_norm": "clip_grad grad_clip max_grad_norm gradient_clip gradient_clipping clip_grad_norm",
+    "optim.ema_decay": "model_ema weight_average",
+    "train.max_steps": "steps num_steps total_steps max_iter iterations",
+    "train.precision": "amp fp16 bf16 fp32 half autocast dtype",
+    "train.parallel": "strategy ddp fsdp distributed",
+    "train.micro_batch_size": "accumulation_steps gradient_accumulation_steps accumulate_grad_batches grad_accum accum_iter",
+    "train.eval_every_epochs": "eval_every eval_interval eval_freq eval_steps val_interval check_val_every_n_epoch",
+    "train.monitor": "metric_for_best_model",
+    "train.patience": "early_stopping early_stop",
+    "train.flip_test": "tta",
+    "train.shift_test": "tta",
+    "train.sync_batchnorm": "sync_bn syncbn",
+    "train.checkpoint_every_steps": "save_steps save_every save_interval save_freq checkpoint_interval",
+    "train.keep_checkpoints": "save_total_limit save_top_k",
+    "train.log_every_steps": "log_interval log_freq logging_steps print_freq",
+    "train.profile_steps": "profiler",
+    "track.wandb": "wandb_mode report_to logger",
+    "runtime.timeout_s": "ddp_timeout",
+    "path": "data_dir source_dir",
+    "target": "label label_column",
+    "out": "output output_dir",
+    "split.val": "val_split val_size val_fraction validation_split",
+    "split.test": "test_split test_size test_fraction",
+    "resize": "size image_size img_size",
+    "shard_mb": "maxsize shard_size max_shard_size",
+    "workers": "threads jobs processes",
+    "overwrite": "force",
+    "trials": "num_runs max_evals",
+    "metric": "monitor objective",
+}
+# What does it instead, and words of a training that no setting answers to.
+NO_SETTINGS = {
+    "`dist-train train --resume` goes on with a run, `--from RUN` begins another from it, `--run` names its folder.":
+        "resume resume_from resume_from_checkpoint checkpoint ckpt run run_name exp_name output_dir out_dir save_dir log_dir",
+    "The launcher sets processes and devices: accelerate launch, or launch/local.sh --gpus N|all, --cpu N.":
+        "gpus num_gpus gpu_ids device devices cuda cpu nodes num_nodes num_processes nproc_per_node world_size rank local_rank",
+    "The index of the shards says it.": "num_classes classes nb_classes in_channels",
+    "`--config FILE` reads settings from a YAML file.": "cfg recipe",
+}  # fmt: skip
 
 
 def read_config(kind: type, argv: list[str], prog: str, files: list[str] = (), epilog: str = ""):
@@ -89,6 +164,54 @@ def setting_names(kind: type, prefix: str = "") -> dict[str, type]:
     return names
 
 
+def which_setting(name: str, known: Collection[str], otherwise: str = "`--help` lists them all.") -> str:
+    """The last sentence of a complaint about a name that is no setting: the settings that may be meant, or what does it instead.
+
+    known: dotted names of the settings there are. The last part of the name counts, and its section where several are meant.
+    """
+    import difflib  # only where something is wrong
+
+    meanings, sections = _meanings(known), {}
+    for setting in known:
+        sections.setdefault(setting.rpartition(".")[0], setting)
+    whole = name.lower().replace("-", "_")
+    if whole and whole in sections:
+        return f"Did you mean {sections[whole]}?"
+    section, _, word = whole.rpartition(".")
+    if (joined := whole.replace(".", "_")) in meanings:
+        section, word = "", joined
+    elif not section:  # data_threads
+        section = next((other for other in sections if other and whole.startswith(f"{other}_")), "")
+        word = whole.removeprefix(f"{section}_")
+    words = difflib.get_close_matches(word, meanings, 1, 0.8) or _with_like_parts(word, meanings)
+    found = list(dict.fromkeys(meaning for word in words for meaning in meanings[word]))
+    meant = [setting for setting in found if setting in known]
+    near = difflib.get_close_matches(section, sections, 1)
+    own = [setting for setting in meant if near and setting.startswith(f"{near[0]}.")]
+    return f"Did you mean {' or '.join((own or meant)[:3])}?" if meant else next(iter(found), otherwise)
+
+
+def _meanings(known: Collection[str]) -> dict[str, list[str]]:
+    """Word -> the settings that are called so, here or elsewhere; for some words of a training, what does it instead."""
+    meanings = {}
+    for setting in known:
+        meanings.setdefault(setting.rpartition(".")[2], []).append(setting)
+    others = {setting: words for setting, words in ALSO_CALLED.items() if setting in known}
+    for meaning, words in (others | (NO_SETTINGS if "train.epochs" in known else {})).items():
+        for word in words.split():
+            meanings.setdefault(word, []).append(meaning)
+    return meanings
+
+
+def _with_like_parts(word: str, words: Iterable[str]) -> list[str]:
+    """The words that have all parts of word (smoothing: label_smoothing) or nothing else (num_epochs: epochs); of these the
+    nearest, by the number of parts that only one of the two has."""
+    mine, parts = set(word.split("_")), {other: set(other.split("_")) for other in words}
+    apart = {other: len(its ^ mine) for other, its in parts.items() if its <= mine or mine <= its}
+    least = min(apart.values(), default=0)
+    return [other for other, count in apart.items() if count == least]
+
+
 def _underscored(word: str) -> str:
     if not word.startswith("--"):
         return word
@@ -116,8 +239,9 @@ def _collect(kind: type, argv: list[str]) -> tuple[list[tuple[str, str, object]]
     import yaml
 
     known, settings, problems = setting_names(kind), [], []
-    words = iter(argv)
-    for word in words:
+    words = argv[::-1]
+    while words:
+        word = words.pop()
         if word in ("-h", "--help") or word.startswith("--print_config"):
             continue
         if not word.startswith("--"):
@@ -125,10 +249,12 @@ def _collect(kind: type, argv: list[str]) -> tuple[list[tuple[str, str, object]]
             problems.append(f"command line: {word!r} does not follow an option; expected {expected}")
             continue
         name, equals, value = word[2:].partition("=")
-        if not equals:
-            value = next(words, None)
-        if value is None:
-            problems.append(f"command line: --{name} has no value")
+        if not equals:  # the next option is no value: `--amp --train.epochs 3`
+            value = words.pop() if words and not words[-1].startswith("--") else None
+        if value is None and name in known:
+            problems.append(f"command line: --{name} has no value; expected {_expected(known[name])}.")
+        elif value is None and name == "config":
+            problems.append("command line: --config has no value; expected a YAML file of settings.")
         elif name != "config":
             settings.append(("command line", name, value))
         else:
@@ -143,11 +269,8 @@ def _collect(kind: type, argv: list[str]) -> tuple[list[tuple[str, str, object]]
                     settings += [(value, key, v) for key, v in flatten(tree).items()]
                 else:
                     problems.append(f"{value}: expected `key: value` lines, found {type(tree).__name__}")
-    for where, name, _ in settings:
-        if name not in known:
-            alike = [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]
-            hint = did_you_mean(name, known, f"Did you mean {alike[0]}?" if alike else "`--help` lists them all.")
-            problems.append(f"{where}: {name} is not a setting. {hint}")
+    problems += [f"{where}: {name} is not a setting. {which_setting(name, known)}" for where, name, _ in settings
+                 if name not in known]  # fmt: skip
     if problems:  # values of the known names are looked at in the same breath
         good = [(where, name, value) for where, name, value in settings if name in known]
         problems += _mistyped(kind, good)

@@ -1,6 +1,7 @@
 """Where raw samples come from: one contract, `Source`, and the commonest of them, a folder of class folders.
 
-`tables.py` makes sources of CSV files and scikit-learn's sets, `torchsets.py` of torchvision's.
+`tables.py` makes sources of CSV files and scikit-learn's sets, `torchsets.py` of torchvision's, `picture_lists.py` of pictures
+listed in a CSV file.
 """
 
 import os
@@ -25,9 +26,10 @@ class Source:
     """Raw samples in an order that follows from their names alone, not from the file system's.
 
     labels: (N,) int32, class numbers. sizes: (N,) int64, bytes of the raw sample, an estimate where it is not at hand.
-    preset: (N,) int8, number in SPLITS of the split that the source itself assigns, or None. store holds the bytes:
-    `read(i)` gives sample i's as they are to be stored, `take(rows)` a picklable store of a few, `stamps()` N short
-    texts that change when the samples' bytes do. features: names of a table's columns, None for pictures.
+    preset: (N,) int8, number in SPLITS of the split that the source itself assigns, or None. groups: (N,) int64, samples of one
+    number come into one split, or None. store holds the bytes: `read(i)` gives sample i's as they are to be stored,
+    `take(rows)` a picklable store of a few, `stamps()` N short texts that change when the samples' bytes do. features:
+    names of a table's columns, None for pictures.
     """
 
     classes: list[str]
@@ -36,6 +38,7 @@ class Source:
     sizes: np.ndarray
     store: object
     preset: np.ndarray | None = None
+    groups: np.ndarray | None = None
     features: list[str] | None = None
     left_out: list[dict] = field(default_factory=list)  # {"name", "why"}: samples that a rule of the source drops
     notes: list[str] = field(default_factory=list)  # lines for the user
@@ -51,8 +54,8 @@ class Source:
         """The same source with these samples only, small enough to be sent to a worker process."""
         return replace(
             self, names=[self.names[i] for i in rows], labels=self.labels[rows], sizes=self.sizes[rows],
-            preset=None if self.preset is None else self.preset[rows], store=self.store.take(rows),
-            left_out=[], notes=[],
+            preset=None if self.preset is None else self.preset[rows], groups=None if self.groups is None else self.groups[rows],
+            store=self.store.take(rows), left_out=[], notes=[],
         )  # fmt: skip
 
 
@@ -71,6 +74,10 @@ def open_source(config: ShardConfig) -> Source:
         from dist_train.tables import csv_source
 
         source = csv_source(config)
+    elif config.source == "list":
+        from dist_train.picture_lists import list_source
+
+        source = list_source(config)
     else:
         from dist_train.tables import sklearn_source
 
@@ -331,7 +338,11 @@ def _list_folder(folder: Path) -> tuple[list[str], list[str], int]:
 
 
 def _pictures_below(folder: Path) -> tuple[list[tuple[str, int, int]], int]:
-    """(path below the folder, bytes, time of change in ns) of every picture, and the number of other files."""
+    """(path below the folder, bytes, time of change in ns) of every picture, and the number of other files.
+
+    Unlike `files_below` it enters a folder by every way that is no circle, so that no name depends on the order of listing, and
+    raises where one may not be read: a set has all its pictures or is not made.
+    """
     found, others = [], 0
     root = os.stat(folder)
     todo = [("", frozenset([(root.st_dev, root.st_ino)]))]

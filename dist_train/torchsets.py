@@ -123,8 +123,19 @@ def _dataset_class(name: str) -> type:
     raise UserError(f"dataset: torchvision has no set named {name!r}. {hint}")
 
 
+def _refuse_half_unpacked(root: Path, config: ShardConfig) -> None:
+    """torchvision unpacks ImageNet when it is opened, if train/ is not there, and takes what it finds for all of it."""
+    if any((root / "train").glob("*.tar")):
+        raise UserError(f"{root / 'train'}: was not unpacked to its end: it holds tars.\n  Remove it, and begin again.")
+    if config.part and not all((root / split).is_dir() for split in ("train", "val")):
+        raise UserError(f"{root}: train and val are not unpacked, and parts that begin together would stand in each other's way.\n"
+                        f"  Unpack them in one process first: datasets/imagenet.yaml says how.")  # fmt: skip
+
+
 def _open_splits(kind: type, root: str, config: ShardConfig) -> list[tuple[str, object]]:
     """[(train, val, test, extra or all, the opened set)]. Raises UserError."""
+    if kind.__name__ == "ImageNet":
+        _refuse_half_unpacked(Path(root), config)
     settings = inspect.signature(kind.__init__).parameters
     options = {"download": True} if config.download and "download" in settings else {}
     needed = [p for p in list(settings.values())[2:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]

@@ -1,12 +1,18 @@
 """Settings: every fault is named at once, later sources win, the written file reads back equal."""
 
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 
-from dist_train.config import RunConfig, conflicts
+from dist_train.config import RunConfig, StudyConfig, conflicts
 from dist_train.errors import UserError
-from dist_train.settings import from_dict, read_config, setting_names, to_dict
+from dist_train.settings import ALSO_CALLED, NO_SETTINGS, from_dict, read_config, setting_names, to_dict, which_setting
 from dist_train.shard_config import ShardConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINING = setting_names(RunConfig)
 
 
 def write(tmp_path, text):
@@ -59,6 +65,60 @@ def test_a_missing_file_and_a_missing_value_are_named():
 def test_a_word_that_follows_no_option_is_refused():
     with pytest.raises(UserError, match="'recipe.yaml' does not follow an option; expected --config recipe.yaml"):
         read_config(RunConfig, ["recipe.yaml"], "train")
+
+
+@pytest.mark.parametrize("name, meant", [
+    ("optim.leraning_rate", "optim.lr"), ("lr", "optim.lr"), ("learningRate", "optim.lr"), ("optimizer.momentum", "optim.momentum"),
+    ("batch-size", "data.global_batch_size"), ("train.batch_size", "data.global_batch_size"), ("workers", "data.threads"),
+    ("data.num_workers", "data.threads"), ("weight-decay", "optim.weight_decay"), ("train.dropout", "model.dropout"),
+    ("amp", "train.precision"), ("mixed_precision", "train.precision"), ("use_wandb", "track.wandb"),
+    ("smoothing", "optim.label_smoothing"), ("model_name", "model.name"), ("data_image_size", "data.image_size"),
+    ("optim", "optim.name"), ("treads", "data.threads or runtime.threads"), ("data_treads", "data.threads"),
+    ("optim.betas", "optim.momentum or optim.beta2"), ("crop", "data.crop or augment.crop"), ("dta.crop", "data.crop"),
+    ("augment.size", "augment.start_size"), ("num_epochs", "train.epochs"), ("model.type", "model.name"),
+])  # fmt: skip
+def test_the_words_of_other_trainers_and_of_other_sections_lead_to_the_setting(name, meant):
+    assert which_setting(name, TRAINING) == f"Did you mean {meant}?"
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("train.resume", "dist-train train --resume"), ("num_gpu", "The launcher sets processes"), ("device", "The launcher"),
+    ("num_classes", "The index of the shards says it."), ("zebra", "`--help` lists them all."),
+])  # fmt: skip
+def test_what_is_no_setting_at_all_is_said_to_be_done_otherwise(name, expected):
+    assert expected in which_setting(name, TRAINING)
+    assert which_setting(name, setting_names(ShardConfig), "none") in ("none", "Did you mean classes?")
+
+
+@pytest.mark.parametrize("name, meant", [("num_workers", "workers"), ("val_split", "split.val"), ("data_dir", "path")])
+def test_a_conversion_has_words_of_its_own(name, meant):
+    assert which_setting(name, setting_names(ShardConfig)) == f"Did you mean {meant}?"
+
+
+def test_every_other_word_leads_to_a_setting_that_there_is():
+    targets = set(ALSO_CALLED)
+    for kind in (RunConfig, ShardConfig, StudyConfig):
+        known = setting_names(kind)
+        own = {name.rpartition(".")[2] for name in known}
+        for setting in ALSO_CALLED.keys() & known.keys():
+            targets.discard(setting)
+            for word in ALSO_CALLED[setting].split():
+                assert word not in own, f"{word} is a setting of {kind.__name__} by now"
+                assert setting in re.findall(r"[\w.]*\w", which_setting(word, known)), word
+    assert not targets, f"{targets} are no settings"
+    for sentence, words in NO_SETTINGS.items():
+        assert all(which_setting(word, TRAINING) == sentence for word in words.split())
+        assert all((ROOT / path).exists() for path in re.findall(r"launch/\S+\.sh", sentence))
+
+
+def test_an_option_without_a_value_does_not_take_the_next_one():
+    with pytest.raises(UserError) as error:
+        read_config(RunConfig, ["--amp", "--train.compile", "--train.epochs", "3", "--config"], "train")
+    assert str(error.value).splitlines() == [
+        "command line: --train.compile has no value; expected true or false.",
+        "command line: --config has no value; expected a YAML file of settings.",
+        "command line: amp is not a setting. Did you mean train.precision?",
+    ]
 
 
 @pytest.mark.parametrize("kind", [RunConfig, ShardConfig])

@@ -6,6 +6,7 @@ import os
 import resource
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ import torch
 from dist_train import open_stream
 from dist_train.augment import Augment
 from dist_train.config import AugmentConfig, DataConfig, RunConfig
-from dist_train.data import open_evaluation, to_device
+from dist_train.data import open_evaluation, picture_size, to_device
 from dist_train.errors import UserError
 from dist_train.folds import fold_view
 from dist_train.index import load_index
 from dist_train.order import sample_keys
+from dist_train.sizes import input_size
 from dist_train.store import MAX_FILES, Store
 
 
@@ -206,6 +208,21 @@ def test_a_shard_truncated_under_a_running_stream_is_an_error_not_a_crash(copied
 def test_what_cannot_be_streamed_is_refused(digits, options, complaint):
     with pytest.raises(UserError, match=complaint):
         next(open_stream(**{"shards": digits} | options))
+
+
+@pytest.mark.parametrize("stored, features, image_size, expected", [
+    ((8, 6), None, 0, (8, 6)), ((8, 6), None, 32, (32, 32)), (None, None, 32, (32, 32)), (None, ["a", "b"], 32, None),
+    (None, None, 0, "x: the pictures differ in size.*--data.image_size 224"), ((8, 6), None, -1, "image_size is -1; expected"),
+])  # fmt: skip
+def test_pictures_have_one_size_from_the_decoder_to_the_network(stored, features, image_size, expected):
+    index = SimpleNamespace(folder="x", image_size=stored, features=features)
+    config = RunConfig(data=DataConfig(image_size=image_size))
+    if isinstance(expected, str):
+        for size in (lambda: picture_size(index, image_size), lambda: input_size(config, index)):
+            with pytest.raises(UserError, match=expected):
+                size()
+    else:
+        assert picture_size(index, image_size) == input_size(config, index) == expected
 
 
 def test_more_open_shards_than_the_limit_are_closed_and_opened_again(digits, monkeypatch):

@@ -1,8 +1,10 @@
 """Raw data of every kind, good and bad."""
 
+import errno
 import hashlib
 import io
 import itertools
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -46,6 +48,16 @@ def images(index, split="train") -> np.ndarray:
 # Folders
 
 
+def test_imagenet_that_is_half_unpacked_is_refused(tmp_path):
+    settings = {"source": "torchvision", "dataset": "ImageNet", "path": str(tmp_path)}
+    with pytest.raises(UserError, match="train and val are not unpacked, and parts"):
+        open_source(ShardConfig(**settings, part="0/4"))
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "n01440764.tar").touch()
+    with pytest.raises(UserError, match="train: was not unpacked to its end"):
+        open_source(ShardConfig(**settings))
+
+
 def test_folders_are_searched_deeply_and_oddly_named_files_are_found(tmp_path):
     names = [
         "a/x.y.z.jpg",
@@ -82,6 +94,23 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "raw/b/broken.png").symlink_to(tmp_path / "nowhere.png")
     source = open_source(ShardConfig(path=str(tmp_path / "raw")))
     assert source.names == ["a/1.png", "a/linked/2.png", "b/1.png"]
+
+
+def test_a_folder_that_may_not_be_read_ends_a_conversion_and_is_named_elsewhere(tmp_path, monkeypatch, capsys):
+    picture(tmp_path / "raw/a/locked/1.png")
+    picture(tmp_path / "raw/b/1.png")
+    scandir = os.scandir
+
+    def guarded(path):
+        if Path(path).name == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(UserError, match="raw/a/locked: cannot be listed: Permission denied"):
+        open_source(ShardConfig(path=str(tmp_path / "raw")))
+    assert files_below(tmp_path / "raw", (".png",)) == [tmp_path / "raw/b/1.png"]
+    assert "raw/a/locked: cannot be listed: Permission denied; left aside" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("val_name", ["val", "valid", "validation"])
