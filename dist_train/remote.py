@@ -6,10 +6,10 @@ GOOGLE_APPLICATION_CREDENTIALS, ...). Where it is missing, and for every other s
 """
 
 import contextlib
+import functools
 import http.client
 import importlib.util
 import os
-import random
 import re
 import string
 import sys
@@ -24,14 +24,15 @@ import xxhash
 
 from dist_train.errors import UserError
 from dist_train.tars import writing
+from dist_train.tries import Damaged, Server, Transient, server_of, tried
 
-TRIES = 3
-FIRST_WAIT_S = 0.5  # before the second try; doubled before the third
 SILENCE_S = 60  # a server that sends nothing for this long is taken to be gone
 _CHUNK = 1 << 20
 _OBJECT_SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "abfss")
 _RETRIED_STATUSES = (408, 425, 429, 500, 502, 503, 504, 520, 522, 524)  # of HTTP: a later try may meet another
+_SETTINGS = ("AWS_", "GOOGLE_", "AZURE_")  # variables that obstore reads
 _SECRETS = re.compile(r"(?<=://)[^/@\s]+@|(?<=\?)\S+")
+_CREDENTIALS = re.compile(r"credential|metadata|access.?key|169\.254\.|performing (?:POST|PUT)\b", re.IGNORECASE)  # not GET
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -70,21 +71,24 @@ def without_secrets(tree: dict) -> dict:
 
 def download(
     url: str, file: BinaryIO, num_bytes: int | None = None, checksum: str | None = None, advice: str = "",
-    is_wanted: Callable[[], bool] = lambda: True,
+    is_wanted: Callable[[], bool] = lambda: True, waited_s: float = 0.0,
 ) -> str:  # fmt: skip
     """Write what lies at the URL into an open file, from its start; return the xxh3_128, hex.
 
-    Three tries where the fault may pass: a busy or failing server, a broken connection, a body that is cut short or
-    whose size or checksum is not the one given. Raises UserError, naming the URL and the last reason, after them, and
-    at once where trying again is useless: no such file, no permission; InterruptedError once is_wanted() is false.
+    Tried again where the fault may pass, with patience (`tries.tried`): a busy or failing server, a broken connection; twice
+    where the size or the checksum is not the one given. waited_s: how long the caller has waited for others to fetch it. Raises
+    UserError, naming the URL and the last reason, after that, and at once where trying again is useless: no such file, no
+    permission; InterruptedError once is_wanted() is false.
     """
-    return _tried(url, lambda: _fetch(url, file, num_bytes, checksum, is_wanted), advice)
+    how = {"is_wanted": is_wanted, "is_patient": True, "waited_s": waited_s}
+    return _tried(url, lambda: _fetch(url, file, num_bytes, checksum, is_wanted), advice=advice, **how)
 
 
 def read_range(url: str, offset: int, num_bytes: int) -> bytes | None:
-    """The num_bytes > 0 bytes of a file from offset on; None where only the whole can be had. Tried, and raises, as `download`.
+    """The num_bytes > 0 bytes of a file from offset on; None where only the whole can be had.
 
-    None: the server does not know ranges (it answers 200 instead of 206; RFC 9110, section 14), or the file ends before.
+    None: the server does not know ranges (it answers 200 instead of 206; RFC 9110, section 14), or the file ends before. Tried and
+    raises as `download`, with less patience.
     """
 
     def attempt() -> bytes | None:
@@ -93,43 +97,32 @@ def read_range(url: str, offset: int, num_bytes: int) -> bytes | None:
         except _NoRange:
             return None
         if len(found) != num_bytes:
-            raise _Transient(f"{len(found):,} bytes came, {num_bytes:,} were asked for")
+            raise Damaged(f"{len(found):,} bytes came, {num_bytes:,} were asked for")
         return found
 
     return _tried(url, attempt)
 
 
 def read_small(url: str) -> bytes:
-    """All bytes of a file that fits into memory. Tried, and raises, as `download`."""
+    """All bytes of a file that fits into memory. Tried and raises as `read_range`."""
     return _tried(url, lambda: b"".join(_chunks(url)))
 
 
 def file_size(url: str) -> int | None:
-    """Bytes of the file, without fetching it; None where the server does not say. Tried, and raises, as `download`."""
+    """Bytes of the file, without fetching it; None where the server does not say. Tried and raises as `download`."""
     scheme = split_url(url).scheme
-    if scheme in _OBJECT_SCHEMES and _has_obstore():
-        return _tried(url, lambda: _object_size(url))
-    if scheme == "file":
-        return _tried(url, lambda: _disk_size(url))
-    return _tried(url, lambda: _http_size(url)) if scheme in ("http", "https") else None
+    is_object = scheme in _OBJECT_SCHEMES and _has_obstore()
+    look = _object_size if is_object else {"file": _disk_size, "http": _http_size, "https": _http_size}.get(scheme)
+    return _tried(url, lambda: look(url), is_patient=True) if look else None
 
 
-def _tried(url: str, attempt: Callable, advice: str = ""):
-    """attempt(), again where the fault may pass. Raises UserError, naming the URL and the last reason."""
-    for number in range(TRIES):
-        if number:
-            time.sleep(FIRST_WAIT_S * 2 ** (number - 1) * random.uniform(0.8, 1.2))  # ranks must not come back as one
-        try:
-            return attempt()
-        except _Transient as fault:
-            reason = str(fault)
-    raise UserError(
-        f"{shown(url)}: cannot be fetched: {reason} ({TRIES} tries).\n  {advice or 'Is the server well? Try again.'}"
-    )
+def _tried(url: str, attempt: Callable, **how):
+    return tried(_server(url), shown(url), attempt, **how)
 
 
-class _Transient(Exception):
-    """A fault that another try may not meet."""
+def _server(url: str) -> Server:
+    parts = split_url(url)
+    return server_of(f"{parts.scheme}://{parts.netloc}")
 
 
 class _NoRange(Exception):
@@ -154,15 +147,26 @@ def _fetch(url: str, file: BinaryIO, num_bytes, checksum, is_wanted) -> str:
                 view = view[file.write(view) :]
     if num_bytes is not None and received != num_bytes:
         found = "more" if received > num_bytes else f"{received:,}"
-        raise _Transient(f"{found} bytes came, {num_bytes:,} were expected")
+        raise Damaged(f"{found} bytes came, {num_bytes:,} were expected")
     if checksum is not None and digest.hexdigest() != checksum:
-        raise _Transient("the checksum of what came differs from the index")
+        raise Damaged("the checksum of what came differs from the index")
     file.truncate(received)
     return digest.hexdigest()
 
 
 def _chunks(url: str, span: tuple[int, int] | None = None) -> Iterator[bytes]:
-    """The file's bytes, or those of a span (first, stop), piece by piece. Raises _Transient, _NoRange or UserError."""
+    """The file's bytes, or those of a span (first, stop), piece by piece. Raises Transient, _NoRange or UserError."""
+    server, heard_at = _server(url), 0.0
+    try:
+        for chunk in _pieces(url, span):
+            server.heard_at = heard_at = time.monotonic()
+            yield chunk
+    except Transient as fault:
+        fault.heard_at = heard_at
+        raise
+
+
+def _pieces(url: str, span: tuple[int, int] | None) -> Iterator[bytes]:
     scheme = split_url(url).scheme
     if scheme in ("http", "https"):
         return _http_chunks(url, span)
@@ -182,7 +186,7 @@ def _http_chunks(url: str, span: tuple[int, int] | None) -> Iterator[bytes]:
         while chunk := answer.read(_CHUNK):
             yield chunk
         if getattr(answer, "length", None):  # of the bytes announced, so many did not come
-            raise _Transient(f"the connection ended {answer.length:,} bytes early")
+            raise Transient(f"the connection ended {answer.length:,} bytes early")
 
 
 def _http_size(url: str) -> int | None:
@@ -209,10 +213,10 @@ def _http_answer(url: str, span: tuple[int, int] | None):
         if error.code == 416:
             raise _NoRange from None
         if error.code in _RETRIED_STATUSES:
-            raise _Transient(f"the server says {error.code} {error.reason}") from None
+            raise Transient(f"the server says {error.code} {error.reason}") from None
         raise _refused(url, error.code, f"the server says {error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException) as error:
-        raise _Transient(str(getattr(error, "reason", "") or error) or type(error).__name__) from None
+        raise Transient(str(getattr(error, "reason", "") or error) or type(error).__name__) from None
 
 
 def _object_chunks(url: str, span: tuple[int, int] | None) -> Iterator[bytes]:
@@ -230,33 +234,57 @@ def _object_size(url: str) -> int:
 def _object_store(url: str):
     """(obstore's store of the URL, path in it); its faults become ours."""
     from obstore import exceptions as faults
-    from obstore.store import from_url
 
     parts = split_url(url)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    client = {
-        "connect_timeout": f"{SILENCE_S}s",
-        "read_timeout": f"{SILENCE_S}s",
-        "timeout": "1 day",
-    }  # 30 s by default
-    if parts.scheme == "s3" and endpoint.startswith("http:"):
-        client["allow_http"] = True
-    options = {"endpoint": endpoint} if parts.scheme == "s3" and endpoint else {}
+    endpoint = endpoint if parts.scheme == "s3" else ""
+    settings = frozenset(item for item in os.environ.items() if item[0].startswith(_SETTINGS))
     try:
-        store = from_url(
-            f"{parts.scheme}://{parts.netloc}", **options, client_options=client, retry_config={"max_retries": 0}
-        )
-        yield store, parts.path.lstrip("/")
+        yield _opened_store(f"{parts.scheme}://{parts.netloc}", endpoint, SILENCE_S, settings), parts.path.lstrip("/")
     except FileNotFoundError as error:
         raise _refused(url, 404, _first_line(error)) from None
     except (faults.PermissionDeniedError, faults.UnauthenticatedError) as error:
         raise _refused(url, 403, _first_line(error)) from None
     except faults.GenericError as error:
-        if "credential" in str(error).lower() or "metadata" in str(error).lower():
-            raise _refused(url, 401, _first_line(error)) from None
-        raise _Transient(_first_line(error)) from None
+        raise _object_fault(url, error, endpoint) from None
     except (OSError, faults.BaseError) as error:
-        raise _Transient(_first_line(error)) from None
+        raise Transient(_first_line(error)) from None
+
+
+@functools.lru_cache(8)
+def _opened_store(base: str, endpoint: str, silence_s: float, settings: frozenset):
+    """obstore's store, which keeps its connections and credentials for all threads; another one where a setting has changed."""
+    from obstore.store import from_url
+
+    client = {"connect_timeout": f"{silence_s}s", "read_timeout": f"{silence_s}s", "timeout": "1 day"}  # 30 s by default
+    if endpoint.startswith("http:"):
+        client["allow_http"] = True
+    options = {"endpoint": endpoint} if endpoint else {}
+    return from_url(base, **options, client_options=client, retry_config={"max_retries": 0})
+
+
+def _object_fault(url: str, error: Exception, endpoint: str) -> Exception:
+    """What a fault comes to that obstore has no name for."""
+    status = re.search(r"status code: (\d{3})", str(error))
+    # without a place to go: the bucket is of another region
+    code = int(status[1]) if status else 301 if "redirect without" in str(error) else 0
+    if code == 416:
+        return _NoRange()
+    if is_of_credentials := _is_of_credentials(url, error, endpoint):
+        may_pass = _server(url).heard_at > 0  # whoever gives a role's credentials gives few a second
+    else:
+        may_pass = not 300 <= code < 500
+    if may_pass or code in _RETRIED_STATUSES:
+        return Transient(_first_line(error))
+    return _refused(url, 401 if is_of_credentials else code, _first_line(error))
+
+
+def _is_of_credentials(url: str, error: Exception, endpoint: str = "") -> bool:
+    """Whether it is credentials that cannot be had, by words that are not those of the URL."""
+    parts, text = split_url(url), unquote(str(error))
+    for own in filter(None, (parts.path.strip("/"), *parts.netloc.split("@"), split_url(endpoint).hostname)):
+        text = re.sub(rf"(?<![\w-]){re.escape(own)}(?![\w-])", "", text)
+    return bool(_CREDENTIALS.search(text))
 
 
 def _disk_chunks(url: str, span: tuple[int, int] | None) -> Iterator[bytes]:
@@ -286,7 +314,7 @@ def _disk_file(url: str):
     except PermissionError as error:
         raise Refused(f"{shown(url)}: cannot be read: {error.strerror}.") from None
     except OSError as error:  # of a network disk: a stale handle, a server that is away
-        raise _Transient(error.strerror or str(error)) from None
+        raise Transient(error.strerror or str(error)) from None
 
 
 def _fsspec_chunks(url: str, span: tuple[int, int] | None) -> Iterator[bytes]:
@@ -309,9 +337,9 @@ def _fsspec_chunks(url: str, span: tuple[int, int] | None) -> Iterator[bytes]:
     except PermissionError as error:
         raise _refused(url, 403, _first_line(error)) from None
     except Exception as error:  # each file system of fsspec has errors of its own
-        if "credential" in str(error).lower():
+        if _is_of_credentials(url, error) and not _server(url).heard_at:
             raise _refused(url, 401, _first_line(error)) from None
-        raise _Transient(f"{type(error).__name__}: {_first_line(error)}") from None
+        raise Transient(f"{type(error).__name__}: {_first_line(error)}") from None
 
 
 class Refused(UserError):
@@ -335,5 +363,5 @@ def _first_line(error: Exception) -> str:
     """What an error says, without the dumps of structures that some bring along."""
     code = re.search(r"<Code>(\w+)</Code>", str(error))
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    line = re.split(r": <\?xml| in [\d.]+[mµ]?s ", line)[0]
+    line = re.sub(r" in [\d.]+[mµn]?s\b", "", line.partition(": <")[0])
     return _SECRETS.sub("", f"{line[:240]}{f' ({code[1]})' if code else ''}").rstrip(".")

@@ -16,7 +16,7 @@ from dist_train.durable import put_in_place, sync
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex, SplitIndex, file_checksum, load_index
 from dist_train.remote import NotThere, download, join, shown
-from dist_train.shard_cache import DEFAULT_GB, RemoteShards, ShardCache, default_folder
+from dist_train.shard_cache import DEFAULT_GB, RemoteShards, ShardCache, default_folder, is_full
 from dist_train.tars import writing
 
 _SAFE_NAME, _CHECKSUM = re.compile(r"\w[\w.-]*"), re.compile(r"[0-9a-f]{32}")
@@ -35,14 +35,13 @@ def load_remote_index(url: str, cache_dir: str = "", cache_gb: float = DEFAULT_G
         shutil.rmtree(scratch, ignore_errors=True)
         with writing(scratch):
             scratch.mkdir()
-            with open(scratch / "index.json", "wb", buffering=0) as file:
-                try:
-                    checksum = download(join(url, "index.json"), file)
-                except NotThere as error:
-                    raise UserError(
-                        f"{str(error).splitlines()[0]}\n  Expected the folder of a set. Tars made by others are indexed first: "
-                        f"dist-train index '{shown(url)}/train-{{000000..000009}}.tar' --out shards/NAME"
-                    ) from None
+            try:
+                checksum = _download(cache, join(url, "index.json"), scratch / "index.json")
+            except NotThere as error:
+                raise UserError(
+                    f"{str(error).splitlines()[0]}\n  Expected the folder of a set. Tars made by others are indexed first: "
+                    f"dist-train index '{shown(url)}/train-{{000000..000009}}.tar' --out shards/NAME"
+                ) from None
         try:
             index = load_index(scratch)
         except UserError as error:
@@ -51,7 +50,7 @@ def load_remote_index(url: str, cache_dir: str = "", cache_gb: float = DEFAULT_G
         folder = cache.folder / f"index-{xxhash.xxh3_64_hexdigest((shown(url) + checksum).encode())}"
         if not _is_whole(folder, index, checksum):
             for split in index.splits.values():
-                _fetch_tables(url, scratch, split)
+                _fetch_tables(cache, url, scratch, split)
             with writing(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 for path in scratch.iterdir():
@@ -101,14 +100,27 @@ def _is_whole(folder: Path, index: ShardIndex, checksum: str) -> bool:
         return False
 
 
-def _fetch_tables(url: str, folder: Path, split: SplitIndex) -> None:
+def _fetch_tables(cache: ShardCache, url: str, folder: Path, split: SplitIndex) -> None:
     for name, expected in ({f"{split.name}.names.txt": None} | split.table_files).items():
-        with writing(folder / name), open(folder / name, "wb", buffering=0) as file:
-            try:
-                download(
-                    join(url, name), file, checksum=expected, advice="See what is wrong there with dist-train verify."
-                )
-            except NotThere:
-                if name in split.table_files:
-                    raise
+        try:
+            advice = "See what is wrong there with dist-train verify."
+            _download(cache, join(url, name), folder / name, checksum=expected, advice=advice)
+        except NotThere:
+            if name in split.table_files:
+                raise
+            with writing(folder / name):
                 os.unlink(folder / name)  # the names of the sources are optional
+
+
+def _download(cache: ShardCache, url: str, path: Path, **how) -> str:
+    """Fetch a small file to a path; return its checksum. Where the disk is full, shards that nobody reads make way."""
+    while True:
+        with writing(path), open(path, "wb", buffering=0) as file:
+            try:
+                return download(url, file, **how)
+            except UserError as error:
+                if not is_full(error):
+                    raise
+                if not cache.drop_one():
+                    advice = "Make room there, or set data.cache_dir (--cache-dir) to a folder on another disk."
+                    raise UserError(f"{str(error).splitlines()[0]}\n  {advice}") from error

@@ -8,6 +8,7 @@ Locks are flock's, so they end with their process: what a crash leaves behind is
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import os
 import secrets
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from dist_train.errors import UserError
+from dist_train.file_locks import POLL_S, is_at, open_whole, remove_unused, try_lock
 from dist_train.index import SplitIndex
 from dist_train.order import Order
 from dist_train.remote import download, file_size, join, read_range, shown
@@ -28,9 +30,13 @@ from dist_train.tars import writing
 
 DEFAULT_GB = 100.0
 PATIENCE_S = 30.0  # batches in the making let go of their shards sooner, on a busy machine as well
-_POLL_S = 0.02
+_DISK_SHARE = 0.9  # of what the disk has: the rest is left to checkpoints and others, unless shards in use need it
 _IDLE_BATCHES = 1_000  # looked at ahead of the reading where all of their samples are kept
 _SOON_S = 0.2  # in which batches in the making usually let go of a shard
+
+
+def _always() -> bool:
+    return True
 
 
 def _none() -> None:
@@ -54,7 +60,7 @@ class RemoteShards:
         return f"{shown(join(self.url, split.files[shard]))} (kept as {self.cache.folder}/{split.shard_checksums[shard]}.tar)"
 
     def open(
-        self, split: SplitIndex, shard: int, is_wanted: Callable[[], bool] = lambda: True, let_go: Callable[[], None] = _none
+        self, split: SplitIndex, shard: int, is_wanted: Callable[[], bool] = _always, let_go: Callable[[], None] = _none
     ) -> int:
         """A descriptor of the whole shard, as `ShardCache.open`."""
         url, num_bytes = join(self.url, split.files[shard]), int(split.shard_bytes[shard])
@@ -62,7 +68,7 @@ class RemoteShards:
 
     def discard(self, split: SplitIndex, shard: int) -> bool:
         """Remove the local copy, unless somebody reads it; says whether it is gone."""
-        return _remove_unused(self.cache.folder / f"{split.shard_checksums[shard]}.tar")
+        return remove_unused(self.cache.folder / f"{split.shard_checksums[shard]}.tar")
 
     def is_kept(self, split: SplitIndex, shard: int) -> bool:
         """Whether the shard is on the local disk."""
@@ -74,13 +80,15 @@ class RemoteShards:
 
 
 class ShardCache:
-    """A folder that holds at most limit_bytes of shards; the least recently used go first, and none that is in use."""
+    """A folder that holds at most limit_bytes of shards, and less where its disk has less; the least recently used go first, and
+    none that is in use."""
 
     def __init__(self, folder: Path, limit_bytes: int):
         self.folder, self.limit_bytes = folder, limit_bytes
+        self._full_bytes = sys.maxsize  # of shards, with which the disk was full: quotas show in no other way
 
     def open(
-        self, url: str, checksum: str, num_bytes: int, is_wanted: Callable[[], bool] = lambda: True,
+        self, url: str, checksum: str, num_bytes: int, is_wanted: Callable[[], bool] = _always,
         let_go: Callable[[], None] = _none,
     ) -> int:  # fmt: skip
         """A descriptor of the whole shard, fetched if it is not there; it is not removed until the descriptor is closed.
@@ -90,27 +98,30 @@ class ShardCache:
         """
         whole = self.folder / f"{checksum}.tar"
         partial = self.folder / f"{checksum}.tar.partial"
+        began, waited_s = time.monotonic(), 0.0
         while True:
-            fd = _open_whole(whole, num_bytes)
+            fd = open_whole(whole, num_bytes)
             if fd is not None:
                 return fd
             fd = self._create(partial)
             try:
-                if _try_lock(fd, fcntl.LOCK_EX, partial) and _is_at(fd, partial):
+                if try_lock(fd, fcntl.LOCK_EX, partial) and is_at(fd, partial):
                     if not whole.exists():
-                        self._fetch(fd, partial, whole, url, checksum, num_bytes, is_wanted, let_go)
+                        self._fetch(fd, partial, url, num_bytes, is_wanted, let_go, checksum=checksum, waited_s=waited_s)
+                        self._keep(fd, partial, whole)
                         return fd
                     partial.unlink()  # fetched by another process since we looked
             except BaseException:
                 with contextlib.suppress(OSError):
-                    if _try_lock(fd, fcntl.LOCK_EX, partial) and _is_at(fd, partial):
+                    if try_lock(fd, fcntl.LOCK_EX, partial) and is_at(fd, partial):
                         partial.unlink()
                 os.close(fd)
                 raise
             os.close(fd)
             if not is_wanted():
                 raise InterruptedError(f"{shown(url)}: no longer wanted")
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
+            waited_s = time.monotonic() - began
 
     @contextlib.contextmanager
     def fetched(self, url: str):
@@ -119,31 +130,39 @@ class ShardCache:
         Raises UserError if it cannot be fetched or there is no room for it.
         """
         partial = self.folder / f"{secrets.token_hex(16)}.tar.partial"
-        num_bytes = file_size(url)  # where the server does not say, the next file makes room for this one
+        num_bytes = file_size(url)
         fd = self._create(partial)
-        while not (_try_lock(fd, fcntl.LOCK_EX, partial) and _is_at(fd, partial)):  # taken for another's leavings
+        while not (try_lock(fd, fcntl.LOCK_EX, partial) and is_at(fd, partial)):  # taken for another's leavings
             os.close(fd)
             fd = self._create(partial)
         try:
             # whoever indexes beside us lets go of its tar when it is read, however long that takes
-            self._reserve(fd, partial, url, num_bytes or 0, lambda: True, is_patient=True)
-            with open(partial, "r+b", buffering=0) as file:
-                checksum = download(url, file, num_bytes)
-                with writing(partial):
-                    os.fsync(file.fileno())  # as in `_fetch`
+            checksum = self._fetch(fd, partial, url, num_bytes, is_patient=True)
             whole = self.folder / f"{checksum}.tar"
-            with self.locked("room.lock"), writing(whole):
-                os.replace(partial, whole)
-            fcntl.flock(fd, fcntl.LOCK_SH)
+            self._keep(fd, partial, whole)
             yield whole
         finally:
             partial.unlink(missing_ok=True)
             os.close(fd)
 
-    def _create(self, path: Path) -> int:
-        with writing(path):
+    def room(self) -> int:
+        """Bytes that shards may take there, as the disk is now."""
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            return self._limit(self._others())
+
+    def in_words(self, limit: int) -> tuple[str, str]:
+        """(what shards may take there, what to do about it), for messages. limit: as of `room`."""
+        gb = self.limit_bytes / 1e9
+        if limit >= self.limit_bytes:
+            return f"shards may take {gb:g} GB in {self.folder}", "Raise data.cache_gb (--cache-gb)"
+        what = f"its disk, or a quota on it, leaves {limit / 1e9:.3g} GB to shards in {self.folder} (data.cache_gb is {gb:g})"
+        return what, "Make room there, or set data.cache_dir (--cache-dir) to a folder on a larger disk"
+
+    def drop_one(self) -> bool:
+        """Remove the shard whose last use is longest ago of those that nobody reads; says whether there was one."""
+        with self.locked("room.lock"), writing(self.folder):
+            return any(remove_unused(path) for *_, path in self._others())
 
     @contextlib.contextmanager
     def locked(self, name: str):
@@ -151,57 +170,65 @@ class ShardCache:
         path = self.folder / name
         fd = self._create(path)
         try:
-            while not _try_lock(fd, fcntl.LOCK_EX, path):
-                time.sleep(_POLL_S)
+            while not try_lock(fd, fcntl.LOCK_EX, path):
+                time.sleep(POLL_S)
             yield
         finally:
             os.close(fd)
 
+    def _create(self, path: Path) -> int:
+        with writing(path):
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
     def _fetch(
-        self, fd: int, partial: Path, whole: Path, url: str, checksum: str, num_bytes: int, is_wanted, let_go
-    ) -> None:
-        self._reserve(fd, partial, url, num_bytes, is_wanted, let_go)
-        with open(partial, "r+b", buffering=0) as file:
-            download(url, file, num_bytes, checksum, is_wanted=is_wanted)
-            with writing(partial):
-                os.fsync(file.fileno())  # it has its size already, by which it is taken for whole later on
-        with (
-            self.locked("room.lock"),
-            writing(whole),
-        ):  # whoever adds up the files must not miss it between its two names
-            os.rename(partial, whole)
+        self, fd: int, partial: Path, url: str, num_bytes: int | None, is_wanted=_always, let_go=_none, is_patient=False, **how
+    ) -> str:
+        """Write the file, once there is room for it; return its checksum. Where the disk is full all the same, others make way."""
+        room = num_bytes or 0  # where the server does not say, the next file makes room for this one
+        while True:
+            self._reserve(fd, partial, url, room, is_wanted, let_go, is_patient)
+            try:
+                with open(partial, "r+b", buffering=0) as file:
+                    checksum = download(url, file, num_bytes, is_wanted=is_wanted, **how)
+                    with writing(partial):
+                        os.fsync(file.fileno())  # it has its size already, by which it is taken for whole later on
+                return checksum
+            except UserError as error:
+                if not is_full(error):
+                    raise
+            room = self._note_full(fd, partial, room)
+
+    def _keep(self, fd: int, partial: Path, whole: Path) -> None:
+        with self.locked("room.lock"), writing(whole):  # whoever adds up the files must not miss it between its two names
+            os.replace(partial, whole)
         fcntl.flock(fd, fcntl.LOCK_SH)  # should it be removed between the two locks, it can still be read through fd
 
-    def _reserve(self, fd: int, partial: Path, url: str, num_bytes: int, is_wanted, let_go=_none, is_patient=False) -> None:
+    def _reserve(self, fd: int, partial: Path, url: str, num_bytes: int, is_wanted, let_go, is_patient) -> None:
         """Make room for the shard, and take it: the file gets its final size before its bytes.
 
         is_patient: wait however long others use the shards that are in the way.
         """
-        if num_bytes > self.limit_bytes:
-            raise UserError(
-                f"{shown(url)}: has {num_bytes:,} bytes, and shards may take {self.limit_bytes / 1e9:g} GB in {self.folder}.\n"
-                f"  Raise data.cache_gb (--cache-gb)."
-            )
+        with writing(partial):
+            os.ftruncate(fd, 0)  # what a crash has left
         began, is_said = time.monotonic(), False
         while is_wanted():
-            with self.locked("room.lock"):
-                others, taken = [], num_bytes
-                for entry in os.scandir(self.folder):
-                    if entry.name.endswith((".tar", ".tar.partial")) and entry.name != partial.name:
-                        with contextlib.suppress(FileNotFoundError):
-                            others.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
-                taken += sum(size for _, size, _ in others)
-                arriving = False
-                for _, size, path in sorted(others):
-                    if taken <= self.limit_bytes:
+            with self.locked("room.lock"), writing(partial):
+                others = self._others(partial)
+                taken, arriving = num_bytes + sum(size for _, size, *_ in others), False
+                limit, most = self._limit(others), self._limit(others, share=1.0)
+                what, advice = self.in_words(most)
+                if num_bytes > most:
+                    raise UserError(f"{shown(url)}: has {num_bytes:,} bytes, and {what}.\n  {advice}.")
+                for _, size, _, path in others:
+                    if taken <= limit:
                         break
-                    if _remove_unused(path):
+                    if remove_unused(path):
                         taken -= size
                     else:
                         arriving |= path.suffix == ".partial" and size > 0
-                if taken <= self.limit_bytes:
-                    with writing(partial):
-                        os.ftruncate(fd, num_bytes)
+                if taken <= most:
+                    os.ftruncate(fd, num_bytes)
                     return
             waited_s = time.monotonic() - began
             if is_patient and waited_s > PATIENCE_S and not is_said:
@@ -210,12 +237,46 @@ class ShardCache:
             if not arriving and waited_s > PATIENCE_S and not is_patient:  # nothing will become removable by itself
                 raise UserError(
                     f"{self.folder}: no room to fetch {shown(url)} ({num_bytes:,} bytes): all shards there are in use, and "
-                    f"they may take {self.limit_bytes / 1e9:g} GB.\n  Raise data.cache_gb, or lower data.window_shards."
+                    f"{what}.\n  {advice}, or lower data.window_shards."
                 )
             if waited_s > _SOON_S:
                 let_go()
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
         raise InterruptedError(f"{shown(url)}: no longer wanted")
+
+    def _note_full(self, fd: int, partial: Path, num_bytes: int) -> int:
+        """Empty a file that the disk does not take, and note how much it does take; how many bytes to make room for now."""
+        with self.locked("room.lock"), writing(partial):
+            others, written = self._others(partial), 512 * os.fstat(fd).st_blocks
+            num_bytes = num_bytes or written + 1
+            on_disk = written + sum(num_written for _, _, num_written, _ in others)
+            less = num_bytes + sum(size for _, size, *_ in others) - 1  # so that something makes way, whatever is counted
+            self._full_bytes = min(self._full_bytes, on_disk, less)
+            os.ftruncate(fd, 0)
+        return num_bytes
+
+    def _others(self, partial: Path | None = None) -> list[tuple[int, int, int, Path]]:
+        """(time of last use, bytes, those of them that are on the disk, path) of all shards there but one; the oldest first."""
+        others = []
+        for entry in os.scandir(self.folder):
+            if entry.name.endswith((".tar", ".tar.partial")) and Path(entry.path) != partial:
+                with contextlib.suppress(FileNotFoundError):
+                    found = entry.stat()
+                    is_partial = entry.name.endswith(".partial")  # of its final size from the beginning
+                    written = 512 * found.st_blocks if is_partial else found.st_size
+                    others.append((found.st_mtime_ns, found.st_size, written, Path(entry.path)))
+        return sorted(others)
+
+    def _limit(self, others: list[tuple[int, int, int, Path]], share: float = _DISK_SHARE) -> int:
+        disk = os.statvfs(self.folder)
+        num_written = sum(written for _, _, written, _ in others)
+        has = share * (disk.f_bavail * disk.f_frsize + num_written) if disk.f_blocks else sys.maxsize
+        return min(self.limit_bytes, self._full_bytes, int(has))
+
+
+def is_full(error: UserError) -> bool:
+    """Whether a file could not be written because its disk, or a quota on it, is full."""
+    return getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
 def shards_in_play(order: Order, world_size: int) -> int:
@@ -236,12 +297,14 @@ def read_ahead(
     do not fit it.
     """
     num_on_machine = num_on_machine or min(num_in_play * machine_ranks, store.split.num_shards)
-    limit, mean_bytes = store.split.remote.cache.limit_bytes, float(store.split.shard_bytes.mean())
+    cache, mean_bytes = store.split.remote.cache, float(store.split.shard_bytes.mean())
+    limit = cache.room()
     in_play_bytes = int(num_on_machine * mean_bytes)
     if in_play_bytes > limit:
+        what, advice = cache.in_words(limit)
         raise UserError(
-            f"data.cache_gb is {limit / 1e9:g}, but {num_on_machine} shards of {mean_bytes / 1e6:,.1f} MB are in use at once on "
-            f"each machine: {in_play_bytes / 1e9:,.3g} GB.\n  Raise data.cache_gb, or lower data.window_shards."
+            f"{num_on_machine} shards of {mean_bytes / 1e6:,.1f} MB are in use at once on each machine, "
+            f"{in_play_bytes / 1e9:,.3g} GB, but {what}.\n  {advice}, or lower data.window_shards."
         )
     store.max_open, store.is_read_ahead = min(store.max_open, num_in_play), True
     ahead_bytes = min(max(int(num_in_play * mean_bytes), int(4 * mean_bytes)), (limit - in_play_bytes) // 2 // machine_ranks)
@@ -332,57 +395,3 @@ class ReadAhead:
             if not self._ahead or sum(size for _, size in self._ahead) + num_bytes <= self.ahead_bytes:
                 return
             self._stopped.wait(0.05)
-
-
-def _open_whole(path: Path, num_bytes: int) -> int | None:
-    """A descriptor of a shard that is there, locked against removal; None if it is not, or is not whole."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        what = f"{path}: cannot be opened: {error.strerror}."
-        raise UserError(f"{what}\n  Set data.cache_dir to a folder of yours.") from None
-    while not _try_lock(fd, fcntl.LOCK_SH, path):
-        time.sleep(_POLL_S)
-    if os.fstat(fd).st_size == num_bytes and _is_at(fd, path):
-        os.utime(fd)  # the time of last use
-        return fd
-    os.close(fd)
-    _remove_unused(path, only_size_other_than=num_bytes)
-    return None
-
-
-def _remove_unused(path: Path, only_size_other_than: int = -1) -> bool:
-    """Remove a file that nobody has locked; says whether it is gone."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return not path.exists()
-    try:
-        if os.fstat(fd).st_size != only_size_other_than and _try_lock(fd, fcntl.LOCK_EX, path) and _is_at(fd, path):
-            path.unlink()
-            return True
-        return False
-    finally:
-        os.close(fd)
-
-
-def _try_lock(fd: int, kind: int, path: Path) -> bool:
-    try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        what = f"{path}: its file system has no locks ({error.strerror})."
-        raise UserError(f"{what}\n  Set data.cache_dir to a folder on a local disk.") from None
-
-
-def _is_at(fd: int, path: Path) -> bool:
-    """Whether the path still names the open file."""
-    try:
-        there = os.stat(path)
-    except FileNotFoundError:
-        return False
-    return os.path.samestat(os.fstat(fd), there)

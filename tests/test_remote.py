@@ -1,6 +1,7 @@
 """Shards behind a URL: the same batches as from a folder, fetched once, proven, bounded, through faults and crashes."""
 
 import contextlib
+import errno
 import fcntl
 import http.server
 import itertools
@@ -15,13 +16,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import tiny_run
 from test_foreign import dali_index, pairs, write_tar
 
-from dist_train import foreign, plan, remote, shard, shard_cache, verify
+from dist_train import foreign, plan, remote, remote_index, shard, shard_cache, tries, verify
 from dist_train import store as store_module
 from dist_train.config import DataConfig, RunConfig
 from dist_train.data import open_evaluation, open_stream
@@ -31,16 +33,18 @@ from dist_train.order import Order
 from dist_train.remote import file_size, read_range, read_small
 from dist_train.shard_cache import ReadAhead, ShardCache, default_folder, shards_in_play
 from dist_train.store import Store
+from dist_train.tars import writing
 
 
 class FaultyServer(http.server.ThreadingHTTPServer):
-    """Serves a folder. faults: {file name: what is done to its next requests, in order}; requests: names in order."""
+    """Serves a folder, and answers: {file name: bytes}. faults: {file name: what is done to its next requests, in order}; requests:
+    names in order. The first folder of a URL is the bucket, or whatever it is called."""
 
     daemon_threads = True
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), _Answer)
-        self.folder, self.faults, self.requests = folder, {}, []
+        self.folder, self.faults, self.answers, self.requests = folder, {}, {}, []
         self.has_ranges, self.ranges = True, []  # ranges: (name, first, stop) of those that were answered
         self.url = f"http://127.0.0.1:{self.server_address[1]}/set"
 
@@ -53,14 +57,16 @@ class FaultyServer(http.server.ThreadingHTTPServer):
 
 class _Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):  # noqa: N802  http.server calls it so
-        server, name = self.server, self.path.partition("?")[0].removeprefix("/set/")
+        server, name = self.server, self.path.partition("?")[0].lstrip("/").partition("/")[2]
         server.requests.append(name)
         plan = server.faults.get(name, [])
         fault = plan.pop(0) if plan else "none"
         path = server.folder / name
-        if isinstance(fault, int) or not path.exists():
+        if fault == "hang up":
+            return self.connection.close()
+        if isinstance(fault, int) or not (name in server.answers or path.exists()):
             return self.send_error(fault if isinstance(fault, int) else 404)
-        body = path.read_bytes()
+        body = server.answers[name] if name in server.answers else path.read_bytes()
         if fault == "damaged":
             body = body[:-700] + bytes([body[-700] ^ 1]) + body[-699:]
         if fault == "longer":
@@ -97,7 +103,7 @@ class _Answer(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
         return None
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_PUT = do_GET  # noqa: N815
 
     def log_message(self, *words):
         pass
@@ -105,7 +111,10 @@ class _Answer(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
+    """Three tries soon after each other."""
+    monkeypatch.setattr(tries, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(tries, "PATIENCE_S", 0)
+    monkeypatch.setattr(tries, "SHORT_PATIENCE_S", 0)
     monkeypatch.setattr(remote, "SILENCE_S", 10)  # a busy machine may stall the server for seconds
 
 
@@ -235,7 +244,8 @@ def test_lasting_faults_end_the_run_with_the_url_and_the_reason(server, tmp_path
     assert not list(tmp_path.glob("*.tar*"))
 
 
-def test_a_server_that_is_not_there_is_named(tmp_path):
+def test_a_server_that_is_not_there_is_named_soon(tmp_path, monkeypatch):
+    monkeypatch.setattr(tries, "PATIENCE_S", 600)
     with pytest.raises(UserError, match="http://127.0.0.1:9/set/index.json: cannot be fetched: .*refused.* .3 tries"):
         load_index("http://127.0.0.1:9/set", str(tmp_path))
 
@@ -348,7 +358,7 @@ def test_a_fetch_ends_soon_once_its_stream_is_closed(many, server, tmp_path, mon
 
 def test_a_limit_too_small_for_the_shards_in_play_is_refused_at_once(many, server, tmp_path):
     index = load_index(server.url, str(tmp_path), 50_000 / 1e9)
-    with pytest.raises(UserError, match=r"(?s)data.cache_gb is 5e-05, but 10 shards .* or lower data.window_shards"):
+    with pytest.raises(UserError, match=r"(?s)10 shards .* but shards may take 5e-05 GB .*cache_gb.*, or lower data.window_shards"):
         batches_of(index)
     with pytest.raises(UserError, match="data.cache_gb is 0"):
         load_index(server.url, str(tmp_path), 0)
@@ -640,7 +650,7 @@ def test_dalis_index_behind_a_url_is_held_against_its_tar(foreign_tars, server, 
     assert "secret" not in str(told.value)
     server.faults["train-000000.idx"] = [403]  # S3's answer to whoever may not list what is there
     foreign.index_tars(url, out=tmp_path / "index", cache=cache)
-    server.faults["train-000000.idx"] = [500] * remote.TRIES
+    server.faults["train-000000.idx"] = [500] * tries.TRIES
     foreign.index_tars(url, out=tmp_path / "index", cache=cache)
     assert "train-000000.idx: cannot be fetched" in capsys.readouterr().err
 
@@ -785,3 +795,275 @@ def test_nothing_left_to_fetch_is_no_work_and_no_thread_outlives_its_stream(many
     assert time.process_time() - began < 0.5
     stream.close()
     until(lambda: not threads_of("fetch"), "the end of its threads")
+
+
+# A server that is away for a while
+
+
+def test_a_stream_outlives_a_server_that_is_busy_for_a_while(many, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(tries, "PATIENCE_S", 60)
+    monkeypatch.setattr(tries, "LONGEST_WAIT_S", 0.05)
+    index = load_index(server.url, str(tmp_path))
+    server.faults |= {path.name: [503] * 8 for path in Path(many).glob("train-*.tar")}
+    assert batches_of(index, 6) == batches_of(many, 6)
+
+
+def test_a_stop_ends_the_wait_for_a_server(many, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(tries, "PATIENCE_S", 600)
+    monkeypatch.setattr(tries, "FIRST_WAIT_S", 100)
+    monkeypatch.setattr(tries, "LONGEST_WAIT_S", 100)
+    store = Store(load_index(server.url, str(tmp_path)).split("test"))
+    server.faults["test-000000.tar"] = [503] * 9
+    with ThreadPoolExecutor(1) as pool:
+        fetching = pool.submit(store.locate, np.array([0]))
+        until(lambda: server.count(".tar"), "a request")
+        store.stopped.set()
+        with pytest.raises(InterruptedError):
+            fetching.result(timeout=10)
+    assert server.count(".tar") == 1
+
+
+def test_waiting_for_another_who_fetches_counts_as_waiting_for_the_server(many, server, tmp_path, monkeypatch):
+    split = load_index(server.url, str(tmp_path)).split("test")
+    waited = []
+
+    def download(*rest, waited_s, **how):
+        waited.append(waited_s)
+        return remote.download(*rest, **how)
+
+    monkeypatch.setattr(shard_cache, "download", download)
+    with ThreadPoolExecutor(1) as pool:
+        with open(tmp_path / f"{split.shard_checksums[0]}.tar.partial", "w") as partial:
+            fcntl.flock(partial, fcntl.LOCK_EX)
+            fetching = pool.submit(split.remote.open, split, 0)
+            time.sleep(0.5)
+            os.unlink(partial.name)  # as whoever gives up does
+        os.close(fetching.result(timeout=30))
+    os.unlink(tmp_path / f"{split.shard_checksums[0]}.tar")
+    os.close(split.remote.open(split, 0))
+    assert waited[0] > 0.3 and waited[1:] == [0]
+
+
+# Object storage: names, credentials, clients
+
+
+@pytest.fixture
+def object_storage(server, tmp_path, monkeypatch) -> FaultyServer:
+    """The server as S3, with the file sets/x.bin in each of its buckets. It also gives the credentials of a role."""
+    pytest.importorskip("obstore")
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    base = server.url.removesuffix("/set")
+    for name, value in {"ENDPOINT_URL": base, "METADATA_ENDPOINT": base, "REGION": "x"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    server.answers = {"sets/x.bin": b"payload", "sets/credentials/metadata.bin": b"payload"}
+    give_credentials(server, "2099-01-01T00:00:00Z")
+    return server
+
+
+def give_credentials(server, expiration: str) -> None:
+    role = {"AccessKeyId": "me", "SecretAccessKey": "word", "Token": "t", "Expiration": expiration}
+    role |= {"Code": "Success", "Type": "AWS-HMAC", "LastUpdated": "2024-01-01T00:00:00Z"}
+    folder = "meta-data/iam/security-credentials"
+    server.answers |= {"api/token": b"t", f"{folder}/": b"role", f"{folder}/role": json.dumps(role).encode()}
+
+
+def test_a_busy_bucket_is_asked_again_whatever_its_name(object_storage, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "me")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "word")
+    for place in ("corp-metadata/sets/x.bin", "credentials/sets/x.bin", "data/sets/credentials/metadata.bin"):
+        object_storage.faults[place.partition("/")[2]] = ["hang up", 503]
+        assert remote.read_small(f"s3://{place}") == b"payload"
+    assert len(object_storage.requests) == 3 * 3
+    for more, (fault, reason) in enumerate(((400, "400 Bad Request"), (301, "incorrectly configured region")), 1):
+        object_storage.faults["sets/x.bin"] = [fault] * 9
+        with pytest.raises(UserError, match=f"s3://data/sets/x.bin: cannot be fetched: .*{reason}"):
+            remote.read_small("s3://data/sets/x.bin")
+        assert len(object_storage.requests) == 3 * 3 + more, "a request that is wrong was made again"
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(UserError, match="(?s)half/sets/x.bin: access is refused: .*Missing SecretAccessKey.*credentials") as told:
+        remote.read_small("s3://half/sets/x.bin")
+    assert "tries" not in str(told.value)
+
+
+def test_credentials_that_cannot_be_had_are_final_at_the_start_and_a_passing_fault_later(object_storage):
+    give_credentials(object_storage, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 120)))  # soon asked for again
+    object_storage.faults["api/token"] = [404] * 9
+    with pytest.raises(UserError, match="(?s)s3://other/sets/x.bin: access is refused: .*Set credentials"):
+        remote.read_small("s3://other/sets/x.bin")
+    assert object_storage.requests == ["api/token"]
+    object_storage.faults["api/token"] = [503]  # whoever gives them may be busy even then
+    assert remote.read_small("s3://role/sets/x.bin") == b"payload"
+    for fault in (404, 503):
+        time.sleep(0.3)  # what was given is used for 0.1 s
+        object_storage.faults["meta-data/iam/security-credentials/role"] = [fault, fault]
+        before = object_storage.count("/role")
+        assert remote.read_small("s3://role/sets/x.bin") == b"payload"
+        assert object_storage.count("/role") == before + 3
+
+
+def test_clients_of_object_storage_keep_their_credentials(object_storage, monkeypatch):
+    def read() -> bytes:
+        return remote.read_small("s3://kept/sets/x.bin")
+
+    with ThreadPoolExecutor(4) as pool:
+        read()
+        assert {pool.submit(read).result() for _ in range(8)} == {b"payload"}
+    assert remote.read_range("s3://kept/sets/x.bin", 1, 3) == b"ayl" and remote.file_size("s3://kept/sets/x.bin") == 7
+    assert object_storage.count("api/token") == 1
+    monkeypatch.setenv("AWS_REGION", "y")
+    assert read() == b"payload" and object_storage.count("api/token") == 2  # other settings, another client
+
+
+# A disk that is smaller than data.cache_gb
+
+
+def written(folder: Path) -> int:
+    """Bytes of its disk that shards take."""
+    total = 0
+    for path in folder.glob("*.tar*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += 512 * path.stat().st_blocks
+    return total
+
+
+def give_disk(monkeypatch, folder: Path, num_bytes: int) -> None:
+    """Let the folder's disk have so much room, as far as it says."""
+
+    def statvfs(path):
+        return SimpleNamespace(f_blocks=num_bytes, f_frsize=1, f_bavail=max(0, num_bytes - written(folder)))
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+
+
+def give_quota(monkeypatch, folder: Path, num_bytes: int) -> None:
+    """Refuse what is written beyond so many bytes, without a word before."""
+
+    def download(url, file, *rest, **how):
+        checksum = remote.download(url, file, *rest, **how)
+        beyond = written(folder) - num_bytes
+        if beyond > 0:
+            file.truncate(max(0, os.fstat(file.fileno()).st_size - beyond))
+            with writing(file.name):
+                raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        return checksum
+
+    monkeypatch.setattr(shard_cache, "download", download)
+
+
+def test_shards_make_way_on_a_disk_smaller_than_the_limit(many, server, tmp_path, monkeypatch):
+    split = load_index(server.url, str(tmp_path)).split("train")
+    num_bytes = 6 * int(split.shard_bytes.max())
+    give_disk(monkeypatch, tmp_path, num_bytes)
+    most = 0
+    for k in range(split.num_shards):
+        os.close(split.remote.open(split, k))
+        most = max(most, sum(path.stat().st_size for path in tmp_path.glob("*.tar")))
+    assert 0.7 * num_bytes < most <= 0.9 * num_bytes, "a tenth is left to others"
+    assert server.count(".tar") == split.num_shards == 24
+
+
+def test_shards_in_use_may_fill_the_disk_and_then_it_is_named(many, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache, "PATIENCE_S", 0.1)
+    split = load_index(server.url, str(tmp_path)).split("train")
+    give_disk(monkeypatch, tmp_path, 6 * int(split.shard_bytes.max()) + 50_000)
+    fds = [split.remote.open(split, k) for k in range(6)]
+    with pytest.raises(UserError, match=r"(?s)no room to fetch .*all shards there are in use, and its disk, or a "
+                                        r"quota on it, leaves .*data.cache_gb is 100.*set data.cache_dir"):  # fmt: skip
+        split.remote.open(split, 6)
+    for fd in fds:
+        os.close(fd)
+    give_disk(monkeypatch, tmp_path, 1000)
+    for path in tmp_path.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"(?s)train-000006.tar: has [\d,]+ bytes, and its disk, .*data.cache_gb .*data.cache_dir"):
+        split.remote.open(split, 6)
+    assert not list(tmp_path.glob("*.tar*"))
+
+
+def test_a_stream_that_does_not_fit_the_disk_is_refused_at_once(many, server, tmp_path, monkeypatch):
+    index = load_index(server.url, str(tmp_path))
+    give_disk(monkeypatch, tmp_path, 5 * int(index.split("train").shard_bytes.max()))
+    with pytest.raises(UserError, match=r"(?s)10 shards of .*but its disk, .*data.cache_dir.*, or lower data.window_shards"):
+        batches_of(index)
+    assert batches_of(index, window_shards=1, lanes=1) == batches_of(many, window_shards=1, lanes=1)
+    assert written(tmp_path) <= 5 * int(index.split("train").shard_bytes.max())
+
+
+def test_shards_make_way_where_a_quota_is_met(many, server, tmp_path, monkeypatch):
+    split = load_index(server.url, str(tmp_path)).split("train")
+    give_quota(monkeypatch, tmp_path, int(4.5 * split.shard_bytes.max()))
+    for k in range(split.num_shards):
+        os.close(split.remote.open(split, k))
+    kept = {path.stem for path in tmp_path.glob("*.tar")}
+    assert kept == set(split.shard_checksums[-len(kept) :]) and len(kept) >= 3  # the last ones
+    assert server.count(".tar") <= split.num_shards + 2, "the quota was met again and again"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_quota_without_shards_that_could_make_way_is_named(many, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache, "PATIENCE_S", 0.1)
+    split = load_index(server.url, str(tmp_path)).split("train")
+    give_quota(monkeypatch, tmp_path, int(2.5 * split.shard_bytes.max()))
+    fds = [split.remote.open(split, k) for k in range(2)]
+    with pytest.raises(UserError, match=r"(?s)no room to fetch .*train-000002.tar.*a quota on it.*data.cache_gb.*data.cache_dir"):
+        split.remote.open(split, 2)
+    assert not list(tmp_path.glob("*.partial"))
+    for fd in fds:
+        os.close(fd)
+    os.close(split.remote.open(split, 2))
+
+
+def test_indexing_makes_way_where_a_quota_is_met(foreign_tars, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache, "file_size", lambda url: None)  # a server that does not say
+    size = max(path.stat().st_size for path in foreign_tars.iterdir())
+    give_quota(monkeypatch, tmp_path / "cache", int(1.5 * size))
+    cache = ShardCache(tmp_path / "cache", 10**11)
+    index = foreign.index_tars(f"{server.url}/train-{{000000..000002}}.tar", out=tmp_path / "index", cache=cache)
+    assert index.split("train").num_samples == 60
+
+
+def test_shards_make_way_for_the_files_of_an_index(many, server, tmp_path, monkeypatch):
+    split = load_index(server.url, str(tmp_path)).split("train")
+    for k in range(3):
+        os.close(split.remote.open(split, k))
+
+    def download(url, file, **how):
+        if list(tmp_path.glob("*.tar")) or "val" in url:
+            with writing(file.name):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return remote.download(url, file, **how)
+
+    monkeypatch.setattr(remote_index, "download", download)
+    assert load_index(server.url, str(tmp_path)).split("train").num_samples > 0
+    assert not list(tmp_path.glob("*.tar"))
+    shutil.rmtree(next(tmp_path.glob("index-*")))
+    with pytest.raises(UserError, match="(?s)val.*No space left on device.*set data.cache_dir"):
+        load_index(server.url, str(tmp_path))
+
+
+@pytest.mark.parametrize("says", ["how much it has", "nothing"])
+def test_a_small_disk_holds_what_it_can(many, server, tmp_path, says):
+    """On a real one, as it is seen, and as a quota is not."""
+    apart = ["unshare", "--user", "--map-root-user", "--mount"]
+    if not shutil.which("unshare") or subprocess.run([*apart, "true"], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    size = int(load_index(many).split("train").shard_bytes.max())
+    code = """
+import os, sys, types
+from dist_train.index import load_index
+if sys.argv[3] == "nothing":
+    os.statvfs = lambda path: types.SimpleNamespace(f_blocks=10**12, f_frsize=1, f_bavail=10**12)
+split = load_index(sys.argv[1], sys.argv[2]).split("train")
+for k in range(split.num_shards):
+    fd = split.remote.open(split, k)
+    assert os.fstat(fd).st_size == split.shard_bytes[k]
+    os.close(fd)
+print(len([name for name in os.listdir(sys.argv[2]) if name.endswith(".tar")]))
+"""
+    mount = 'mount -t tmpfs -o "size=$1" none "$2" && shift 2 && exec "$@"'
+    python = [sys.executable, "-c", code, server.url, str(tmp_path), says]
+    command = [*apart, "sh", "-c", mount, "sh", str(7 * size), str(tmp_path), *python]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert 3 <= int(done.stdout) <= 7

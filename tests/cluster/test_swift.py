@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train import remote
+from dist_train import tries
 from dist_train.data import open_stream
 from dist_train.errors import UserError
 from dist_train.index import load_index
@@ -37,7 +37,8 @@ def bucket(swift, digits, monkeypatch) -> str:
     store_module = pytest.importorskip("obstore.store")
     for name, value in swift.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
+    for name, seconds in {"FIRST_WAIT_S": 0.01, "PATIENCE_S": 0, "SHORT_PATIENCE_S": 0}.items():
+        monkeypatch.setattr(tries, name, seconds)
     make_bucket(swift, "shards")
     store = store_module.from_url(
         "s3://shards", endpoint=swift["AWS_ENDPOINT_URL"], client_options={"allow_http": True}
@@ -72,7 +73,7 @@ def test_what_s3_refuses_is_said_at_once(bucket, tmp_path, monkeypatch):
         load_index("s3://shards/sets/none", str(tmp_path))
     with pytest.raises(UserError, match="there is no such file .*NoSuchBucket"):
         load_index("s3://nowhere/sets", str(tmp_path))
-    monkeypatch.setattr(remote, "TRIES", 1)  # refusals must not count as faults that pass
+    monkeypatch.setattr(tries, "TRIES", 1)  # refusals must not count as faults that pass
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(
         UserError, match="(?s)access is refused: .*SignatureDoesNotMatch.*Set credentials .*AWS_ACCESS_KEY_ID"
