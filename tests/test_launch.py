@@ -287,6 +287,22 @@ def test_a_warned_job_queues_itself_again_if_it_stopped_in_order(machine, code_a
     assert (asked.read_text() if asked.exists() else "") == ("requeue 12345\n" if requeued else "")
 
 
+@pytest.mark.parametrize("restart, code, writes, requeued", [
+    ("1", 137, True, True), ("1", 86, True, True), ("1", 1, False, False), ("1", 2, True, False), ("1", 0, True, False),
+    ("", 137, True, False),
+])  # fmt: skip
+def test_a_job_that_ends_by_itself_is_queued_again_where_that_is_wished_and_it_came_on(machine, restart, code, writes, requeued):
+    checkpoints = Path(machine["LOG"], "run", "checkpoints")
+    (checkpoints / "step-00000900").mkdir(parents=True)
+    do = f"[[ $RANK == 0 ]] || exit 0; mkdir {checkpoints}/step-00001000{'' if writes else '.partial'}; exit {code}"
+    env = in_job(machine) | {"RUN": str(checkpoints.parent), "RESTART": restart, "DO": do}
+    found, out, err = run("train.sbatch", [env["RECIPE"]], env)
+    assert found == code, err
+    asked = Path(env["LOG"], "scontrol")
+    assert (asked.read_text() if asked.exists() else "") == ("requeue 12345\n" if requeued else "")
+    assert (f"ended (exit code {code}): queued again" in out) == requeued
+
+
 def test_a_job_outlives_the_term_that_its_ranks_answer(machine):
     env = in_job(machine) | {"DO": "sleep 1; exit 85"}
     with start("train.sbatch", [env["RECIPE"]], env) as process:
@@ -300,6 +316,8 @@ def test_a_job_outlives_the_term_that_its_ranks_answer(machine):
 @pytest.mark.parametrize("words, extra, complaint", [
     (["nowhere.yaml"], {}, "no such recipe"), (["RECIPE"], {"SLURM_NTASKS": "3"}, "do not spread evenly"),
     (["RECIPE"], {"LAUNCHER": "mpirun"}, "expected srun or accelerate"),
+    (["RECIPE", "--resume"], {}, "--resume: it resumes in any case"), (["RECIPE", "--run", "runs/a"], {}, "RUN=runs/NAME"),
+    (["RECIPE", "--run=runs/a"], {}, "RUN=runs/NAME"),
 ])  # fmt: skip
 def test_a_job_that_cannot_run_says_why(machine, words, extra, complaint):
     code, _, err = run("train.sbatch", [machine.get(word, word) for word in words], in_job(machine) | extra)
