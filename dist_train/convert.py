@@ -114,7 +114,7 @@ def described(
 def _plan(config: ShardConfig, source: Source) -> dict[int, list[np.ndarray]]:
     """{split: the samples of each of its shards}; splits without samples are left out."""
     draws = name_draws(source.names, config.seed)
-    splits = assign_splits(source.labels, source.preset, draws, config.split.val, config.split.test)
+    splits = assign_splits(source.labels, source.preset, draws, config.split.val, config.split.test, source.groups)
     sizes = source.sizes
     if config.resize:  # a JPEG of quality 90 takes about 0.4 bytes a pixel
         sizes = np.minimum(sizes, int(0.6 * config.resize**2) + 512)

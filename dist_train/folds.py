@@ -100,6 +100,8 @@ def fold_view(index: ShardIndex, config: RunConfig) -> ShardIndex:
         problems.append(
             f"{index.folder}: {data.train_split} has {whole.num_samples} samples, too few for data.folds {data.folds}."
         )
+    if group := index.source.get("group"):
+        problems.append(f"{index.folder}: its splits keep the groups of column {group!r} whole; data.folds would not: set it to 0.")
     if problems:
         raise UserError("\n".join(problems))
     labels = np.asarray(whole.table()["label"])

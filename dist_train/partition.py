@@ -1,25 +1,32 @@
 """Which sample goes into which split and which shard: pure functions, decided before anything is written."""
 
+import math
+
 import numpy as np
 import xxhash
 
+from dist_train.errors import UserError
 from dist_train.order import hash_words, mix
 from dist_train.sources import SPLITS
 
 TRAIN, VAL, TEST = range(len(SPLITS))
 _SPLIT, _PLACE = 1, 2  # what a hash is for, so that the two uses share no random bits
 _MEMBER_BYTES = 512 + 1024  # a sample's tar headers and its label, besides the payload
+_SAMPLES = 1.0  # what the error of the number of samples weighs, beside the errors of all classes
+_GROUPS = 0.25  # of the number of groups: without, the smallest groups gather in the smallest split
+_PASSES = 8  # over all groups; most often no group moves any more before
 
 
 def assign_splits(
-    labels: np.ndarray, preset: np.ndarray | None, draws: np.ndarray, val: float, test: float
+    labels: np.ndarray, preset: np.ndarray | None, draws: np.ndarray, val: float, test: float, groups: np.ndarray | None = None
 ) -> np.ndarray:
     """The split of every sample, (N,) int8 numbers in SPLITS; every class is shared out alike (stratified).
 
     labels: (N,) class numbers; preset: (N,) splits that the source gives, or None; draws: (N,) from `name_draws`.
     val and test are shares of the samples that the source leaves to training; a split that the source has itself gets
     none of them. Rounding errors are carried from class to class, so the totals are right to one sample even where
-    every class has few; the last sample of a class always stays in training.
+    every class has few; the last sample of a class always stays in training. groups: (N,) numbers; samples of one number are
+    put into one split together (`keep_groups_whole`), or None. Raises UserError where no whole group goes into a split.
     """
     splits = np.full(len(labels), TRAIN, np.int8) if preset is None else np.maximum(preset, TRAIN).astype(np.int8)
     shares = {split: share for split, share in ((TEST, test), (VAL, val)) if share and not (splits == split).any()}
@@ -35,7 +42,62 @@ def assign_splits(
             carried[split] = min(1.0, max(-1.0, wanted - count))
             splits[members[first : first + count]] = split
             first += count
+    drawn = set(splits[free].tolist())
+    if groups is not None and len(drawn) > 1:
+        splits[free] = keep_groups_whole(splits[free], labels[free], groups[free], draws[free])
+        for split in sorted(drawn - set(splits[free].tolist())):
+            sizes, wanted = np.unique(groups[free], return_counts=True)[1], shares[split] * len(free)
+            raise UserError(
+                f"split.{SPLITS[split]} is {shares[split]}, {wanted:,.0f} of {len(free):,} samples, and no whole group goes there: "
+                f"there are {len(sizes):,}, of {sizes.min():,} to {sizes.max():,} samples.\n"
+                f"  Set it to a share that groups fill, or to 0 for no such split."
+            )
     return splits
+
+
+def keep_groups_whole(splits: np.ndarray, labels: np.ndarray, groups: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Splits with no group in two of them, that have about as many samples of each class as the given ones.
+
+    All arrays (n,). In an order drawn from its samples' draws, each group goes where the squared relative errors of the counts
+    then come out least: of the samples of each class, and of all samples and all groups (_SAMPLES, _GROUPS). So again, until no
+    group moves. A class always keeps a sample in training; where one group has all of it, the group is trained on.
+    """
+    num_classes, used = int(labels.max()) + 1, np.unique(splits).tolist()
+    numbers, group_of = np.unique(groups, return_inverse=True)
+    cells, in_cell = np.unique(group_of * num_classes + labels, return_counts=True)
+    members = [[] for _ in numbers]  # of each group (class, samples), then (num_classes, all samples), (num_classes + 1, 1)
+    for cell, count in zip(cells.tolist(), in_cell.tolist(), strict=True):
+        members[cell // num_classes].append((cell % num_classes, count))
+    for mine in members:
+        mine += [(num_classes, sum(count for _, count in mine)), (num_classes + 1, 1)]
+    wanted, weights = {}, {}
+    for split in used:
+        counts = np.bincount(labels[splits == split], minlength=num_classes).tolist()
+        wanted[split] = [*counts, sum(counts), round(len(numbers) * sum(counts) / len(labels))]
+        importance = [1] * num_classes + [_SAMPLES * num_classes, _GROUPS * num_classes]
+        weights[split] = [much / max(1, count) ** 2 for much, count in zip(importance, wanted[split], strict=True)]
+    order = np.zeros(len(numbers), np.uint64)
+    np.bitwise_xor.at(order, group_of, draws)
+
+    held = {split: [0] * (num_classes + 2) for split in used}
+    held[TRAIN] = [*np.bincount(labels, minlength=num_classes).tolist(), len(labels), len(numbers)]
+    place = [TRAIN] * len(numbers)
+    for _ in range(_PASSES):
+        before = list(place)
+        for group in np.argsort(order, kind="stable").tolist():
+            mine = members[group]
+            for k, count in mine:
+                held[place[group]][k] -= count
+            errors = {  # what the sum of squares grows by; `fsum` gives the same on every machine, and with every Python
+                split: math.fsum(weights[split][k] * count * (count + 2 * (held[split][k] - wanted[split][k])) for k, count in mine)
+                for split in (used if all(held[TRAIN][k] for k, _ in mine) else [TRAIN])
+            }
+            place[group] = min(errors, key=errors.get)
+            for k, count in mine:
+                held[place[group]][k] += count
+        if place == before:
+            break
+    return np.array(place, np.int8)[group_of]
 
 
 def name_draws(names: list[str], seed: int) -> np.ndarray:

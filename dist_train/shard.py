@@ -71,10 +71,15 @@ def check_settings(config: ShardConfig) -> None:
     }  # fmt: skip
     problems = [f"{name} is {value}; expected {what}." for name, (value, good, what) in limits.items() if not good]
     usual, hint = ShardConfig(), {"classes": "; merge picks and joins classes of any source"}
-    for name, source in (("classes", "folder"), ("target", "csv"), ("drop", "csv"), ("missing", "csv"), ("extra", "torchvision"),
-                         ("download", "torchvision")):  # fmt: skip
-        if getattr(config, name) != getattr(usual, name) and config.source != source:
+    sources = {
+        "classes": "folder", "target": "csv or list", "drop": "csv", "missing": "csv or list", "extra": "torchvision",
+        "download": "torchvision", **dict.fromkeys(("picture", "root", "ending", "split_column", "group"), "list"),
+    }  # fmt: skip
+    for name, source in sources.items():
+        if getattr(config, name) != getattr(usual, name) and config.source not in source.split(" or "):
             problems.append(f"{name} is for source: {source}, and this is {config.source}{hint.get(name, '')}.")
+    if config.source == "list" and config.missing == "mean":
+        problems.append("missing is mean, and a class or a group has none; expected drop or error for source: list.")
     if problems:
         raise UserError("\n".join(problems))
 

@@ -19,8 +19,8 @@ class SplitConfig:
 class ShardConfig:
     """One conversion: what `datasets/<set>.yaml` holds."""
 
-    source: Literal["folder", "torchvision", "sklearn", "csv"] = "folder"
-    """where raw samples come from"""
+    source: Literal["folder", "torchvision", "sklearn", "csv", "list"] = "folder"
+    """where raw samples come from; list: pictures that a CSV file lists"""
     path: str = ""
     """folder of class folders, CSV file, or the root folder of a torchvision set"""
     dataset: str = ""
@@ -30,12 +30,25 @@ class ShardConfig:
     merge: tuple[str, ...] = ()
     """classes joined into one, such as cat+dog, in this order; classes that are not named are left out"""
     target: str = ""
-    """csv: the column with the class"""
+    """csv and list: the column with the class"""
+    picture: str = "image"
+    """list: the column with the path of each picture, below root"""
+    root: str = ""
+    """list: the folder that the paths start from; default the one the CSV file lies in"""
+    ending: str = ""
+    """list: added to names that do not end as a picture's do, such as .jpg"""
+    split_column: str = ""
+    """list: the column with each picture's split, train, val or test; one that no row names is drawn from the training rows, and
+    without the column all are"""
+    group: str = ""
+    """list: the column with what no two splits may share, such as a patient or a scene; splits are drawn of whole groups, with
+    each class shared out as evenly as these allow"""
     drop: tuple[str, ...] = ()
     """csv: columns left out, such as a row number"""
     missing: Literal["drop", "mean", "error"] = "drop"
     """csv: rows with missing or non-numeric values are left out, kept (mean), or refused. What is missing then counts as the
-    column's mean over the training split, with folds over the fold's training part; in predict and in exported files, too"""
+    column's mean over the training split, with folds over the fold's training part; in predict and in exported files, too.
+    list: rows without a value in a column that is used are left out or refused"""
     extra: bool = False
     """torchvision: add the set's extra training samples, where it has some (SVHN)"""
     download: bool = False

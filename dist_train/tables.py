@@ -12,7 +12,7 @@ from dist_train.shard_config import ShardConfig
 from dist_train.sources import Pixels, Source, Vectors, printable
 
 SKLEARN = ("digits", "breast_cancer", "iris", "wine")
-_NO_CLASS = ("", "na", "n/a", "nan", "null", "?")  # "none" and "-" are classes of well-known sets
+NO_CLASS = ("", "na", "n/a", "nan", "null", "?")  # "none" and "-" are classes of well-known sets
 _LEFT_OUT_KEPT = 1000  # rows named in the index; more are counted only
 
 
@@ -41,7 +41,7 @@ def csv_source(config: ShardConfig) -> Source:
     values, features = np.delete(values, texts, axis=1), [f for k, f in enumerate(features) if k not in texts]
 
     labels = [row[target].strip() for row in rows]
-    unlabelled = np.array([label.lower() in _NO_CLASS for label in labels])
+    unlabelled = np.array([label.lower() in NO_CLASS for label in labels])
     unusable = np.isinf(values) if config.missing == "mean" else ~np.isfinite(values)
     reasons = {}
     for r in np.flatnonzero(unlabelled | unusable.any(axis=1)):
@@ -58,9 +58,6 @@ def csv_source(config: ShardConfig) -> Source:
     if not len(keep):
         raise UserError(f"{path}: none of the {len(rows)} rows is complete.\n  Drop the emptiest columns with --drop.")
     notes += [f"{len(reasons):,} of {len(rows):,} rows were left out for missing values"] if reasons else []
-    left_out = [{"name": f"line {lines[r]}", "why": why} for r, why in list(reasons.items())[:_LEFT_OUT_KEPT]]
-    if len(reasons) > len(left_out):
-        left_out.append({"name": f"{len(reasons) - len(left_out)} more lines", "why": "missing values"})
 
     values, constant = _without_constants(values[keep])
     notes += _note("columns that never change, dropped", [header[features[k]] for k in constant])
@@ -69,9 +66,9 @@ def csv_source(config: ShardConfig) -> Source:
         raise UserError(f"{path}: no numeric column besides {config.target!r} is left to learn from.")
     if num_holes := int(np.isnan(values).sum()):
         notes.append(f"{num_holes:,} missing values count as their column's mean over the training split")
-    classes, numbers = _classes(path, config.target, [labels[r] for r in keep])
+    classes, numbers = class_numbers(path, config.target, [labels[r] for r in keep])
     return _table(classes, numbers, values, [header[f] for f in features], [f"line {lines[r]}" for r in keep],
-                  left_out=left_out, notes=notes)  # fmt: skip
+                  left_out=left_out_rows(reasons, lines), notes=notes)  # fmt: skip
 
 
 def column_statistics(rows: np.ndarray, weights: np.ndarray | None = None) -> tuple[list[float], list[float]]:
@@ -171,6 +168,14 @@ def read_csv(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
     return header, rows, lines
 
 
+def left_out_rows(reasons: dict[int, str], lines: list[int]) -> list[dict]:
+    """What the index says of the rows that are left out. reasons: by row; lines: the line of every row."""
+    left_out = [{"name": f"line {lines[r]}", "why": why} for r, why in list(reasons.items())[:_LEFT_OUT_KEPT]]
+    if len(reasons) > len(left_out):
+        left_out.append({"name": f"{len(reasons) - len(left_out)} more lines", "why": "missing values"})
+    return left_out
+
+
 def _target_column(path: Path, target: str, header: list[str]) -> int:
     if target in header:
         return header.index(target)
@@ -190,7 +195,7 @@ def number_in(cell: str) -> float:
     return value if abs(value) <= 3.4028234e38 else math.copysign(np.inf, value)
 
 
-def _classes(path: Path, target: str, labels: list[str]) -> tuple[list[str], np.ndarray]:
+def class_numbers(path: Path, target: str, labels: list[str]) -> tuple[list[str], np.ndarray]:
     """Class names in order, and (N,) int32 class numbers."""
     distinct = set(labels)
     if len(distinct) > max(20, len(labels) // 2):

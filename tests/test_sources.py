@@ -23,7 +23,7 @@ from dist_train.read_foreign import Sums
 from dist_train.shard import check_settings
 from dist_train.shard_config import ShardConfig, SplitConfig
 from dist_train.sources import files_below, open_source
-from dist_train.tables import _classes, column_statistics
+from dist_train.tables import class_numbers, column_statistics
 from dist_train.verify import find_damage
 
 
@@ -402,7 +402,8 @@ CSV_FAULTS = {
 
 
 def test_classes_that_are_one_number_written_differently_have_an_order():
-    orders = {tuple(_classes(Path("t.csv"), "k", labels)[0]) for labels in itertools.permutations(["01", "1", "+1", "2", "-3"])}
+    labels = ["01", "1", "+1", "2", "-3"]
+    orders = {tuple(class_numbers(Path("t.csv"), "k", list(order))[0]) for order in itertools.permutations(labels)}
     assert orders == {("-3", "+1", "01", "1", "2")}
 
 
