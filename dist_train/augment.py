@@ -1,9 +1,10 @@
 """What is done to a batch of training pictures on the device, each picture with its own keyed draws.
 
-The order is fixed: geometry (crop, flip, rotation, resize as ONE resampling), brightness, contrast, saturation, hue,
-greyscale, normalising, erasing; then mixup or cutmix (`mix`, in mixing.py). What is done to a sample follows from its
-key alone, never from its neighbours. Whatever comes from outside a picture has the mean colour: 0 once normalised.
-No value is read back to the host and every shape is static, so all of it can be compiled or captured in a CUDA graph.
+The order is fixed: geometry (crop, flips, rotation, resize as ONE resampling), TrivialAugment's operation (policies.py;
+its moves ride in that resampling), brightness, contrast, saturation, hue, greyscale, normalising, erasing; then mixup or
+cutmix (`mix`, in mixing.py). What is done to a sample follows from its key alone, never from its neighbours. Whatever
+comes from outside a picture has the mean colour: 0 once normalised. No value is read back from a GPU and every shape
+is static there, so all of it can be compiled or captured in a CUDA graph.
 """
 
 import functools
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_train import colour
+from dist_train import colour, policies
 from dist_train.boxes import fallback_box, side_tables
 from dist_train.config import AugmentConfig
 from dist_train.draws import between, chance, random_boxes, uniform
@@ -24,10 +25,12 @@ from dist_train.mixing import mix
 
 __all__ = ["Augment", "evaluation_pixels", "mix", "uniform"]
 
-# Draws of a key, by use. The decoder's box is draws 0 to 21, so the crop must start at 0.
+# Draws of a key, by use; mixing.py and policies.py have those from 64 on. The decoder's box is draws 0 to 21, so the crop must
+# start at 0. A number that moves changes the pixels of runs that go on.
 CROP, FLIP, ROTATE = 0, 32, 33
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE = 34, 35, 36, 37, 38
 ERASE, ERASE_BOX = 39, 40
+FLIP_VERTICAL = 62
 Channels = Sequence[float]  # one number a channel
 ERASE_SCALE, ERASE_RATIO = (0.02, 1 / 3), (0.3, 3.3)  # Zhong et al. 2017, as in torchvision
 MAX_SHRINK = 1.5  # reduced by more than this, bilinear sampling skips pixels and shows false patterns
@@ -48,6 +51,8 @@ class Augment:
             torch.from_numpy(np.stack(side_tables(scale, ratio))).to(device)
             for scale, ratio in ((config.scale, config.ratio), (ERASE_SCALE, ERASE_RATIO))
         )
+        self.amounts = policies.amount_table(device)
+        self.whole = torch.tensor([[0.0, 0.0, *size]], device=device)
 
     def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
         """images: uint8 (N, C, H, W), any memory format, C 1 or 3; keys: (N,) int64 from `sample_keys`, same device.
@@ -55,6 +60,8 @@ class Augment:
         Returns float32 (N, C, height, width) in channels-last memory, normalised.
         """
         images = self.transform_geometry(images, keys)
+        if self.config.trivial:
+            images = policies.change_pixels(images, *policies.draw_operations(keys, self.amounts))
         images = self.jitter(images, keys)
         images = images.sub_(self.mean).div_(self.std)  # in place: on a CPU, fresh memory costs more than arithmetic
         if self.config.erase:
@@ -62,23 +69,32 @@ class Augment:
         return images.contiguous(memory_format=torch.channels_last)
 
     def transform_geometry(self, images: Tensor, keys: Tensor) -> Tensor:
-        """Crop, flip, rotate and resize: uint8 (N, C, H, W) -> float32 (N, C, height, width) in 0..1.
+        """Crop, flip, rotate, do TrivialAugment's moves, resize: uint8 (N, C, H, W) -> float32 (N, C, height, width) in 0..1.
 
-        The rotation is about the centre of the output. Flips and whole-pixel shifts copy pixels exactly; resizing the
+        Rotation is about the centre of the output. Flips and whole-pixel shifts copy pixels exactly; resizing the
         whole picture is antialiased; all else is one bilinear sampling, after an antialiased reduction where the
-        pictures are more than MAX_SHRINK times larger than the output. A rotated crop shows in its corners what lies
-        around it in the picture.
+        pictures are more than MAX_SHRINK times larger than the output. A crop that is rotated, sheared or moved shows
+        what lies around it in the picture.
         """
         config, pictures = self.config, to_float(images)
         stored = tuple(images.shape[2:])
         flipped = self.draw_flips(keys) if config.flip else None
+        upended = chance(keys, FLIP_VERTICAL, config.flip_vertical) if config.flip_vertical else None
+        motion = is_moved = None
+        if config.trivial:
+            operations, amounts = policies.draw_operations(keys, self.amounts)
+            motion, is_moved = policies.motions(operations, amounts, self.size), policies.is_moved(operations)
         if config.crop != "random_resized" and not config.rotate_degrees:
             if config.crop == "padded":
                 pictures = shift_crop(pictures, *self.draw_shift(keys), config.padding, self.mean)
             if stored != self.size:
                 pictures = resize(pictures, self.size)
-            return pictures if flipped is None else flip(pictures, flipped)
-        angle = between(keys, ROTATE, -config.rotate_degrees, config.rotate_degrees) if config.rotate_degrees else None
+            pictures = pictures if flipped is None else flip(pictures, flipped)
+            pictures = pictures if upended is None else flip(pictures, upended, axis=2)
+            return pictures if motion is None else policies.change_marked(pictures, is_moved, self.move, motion)
+        if config.rotate_degrees:
+            turned = rotation(between(keys, ROTATE, -config.rotate_degrees, config.rotate_degrees))
+            motion, is_moved = turned if motion is None else after(turned, motion), None
         boxes = self.draw_boxes(keys, stored)
         spare = MAX_SHRINK if config.crop == "random_resized" else 1.0  # small boxes need pixels to enlarge
         reduced = tuple(
@@ -90,7 +106,11 @@ class Augment:
             zoom_y, zoom_x = reduced[0] / stored[0], reduced[1] / stored[1]
             top, left, height, width = boxes.unbind(1)
             boxes = torch.stack([top * zoom_y, left * zoom_x, height * zoom_y, width * zoom_x], 1)
-        return sample_boxes(pictures, boxes, self.size, flipped, angle, self.mean)
+        return sample_boxes(pictures, boxes, self.size, flipped, motion, self.mean, upended, is_moved)
+
+    def move(self, pictures: Tensor, motion: Tensor) -> Tensor:
+        """Sample pictures of the output's size along `motion` (see `sample_boxes`); what comes from outside is filled."""
+        return sample_boxes(pictures, self.whole, self.size, None, motion, self.mean)
 
     def jitter(self, images: Tensor, keys: Tensor) -> Tensor:
         """Brightness, contrast, saturation, hue, then greyscale: float32 (N, C, H, W) in 0..1, and so returned."""
@@ -163,9 +183,9 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
 
 
-def flip(images: Tensor, flipped: Tensor) -> Tensor:
-    """Mirror left to right the pictures marked in flipped (N,) bool."""
-    return torch.where(flipped[:, None, None, None], images.flip(3), images)
+def flip(images: Tensor, flipped: Tensor, axis: int = 3) -> Tensor:
+    """Mirror the pictures marked in flipped (N,) bool: left to right, or top to bottom with axis 2."""
+    return torch.where(flipped[:, None, None, None], images.flip(axis), images)
 
 
 def shift_crop(images: Tensor, top: Tensor, left: Tensor, padding: int, fill: Tensor) -> Tensor:
@@ -183,13 +203,16 @@ def shift_crop(images: Tensor, top: Tensor, left: Tensor, padding: int, fill: Te
 
 
 def sample_boxes(
-    images: Tensor, boxes: Tensor, size: tuple[int, int], flipped: Tensor | None, angle: Tensor | None, fill: Tensor
-) -> Tensor:
-    """Cut boxes out, resize them to `size`, mirror them, turn them, in one bilinear sampling.
+    images: Tensor, boxes: Tensor, size: tuple[int, int], flipped: Tensor | None, motion: Tensor | None, fill: Tensor,
+    upended: Tensor | None = None, is_moved: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Cut boxes out, resize them to `size`, mirror them, move them, in one bilinear sampling.
 
-    images: float32 (N, C, H, W); boxes: (N, 4) top, left, height, width, pixels; flipped: (N,) bool or None; angle:
-    (N,) degrees, counter-clockwise, or None; fill: (1, C, 1, 1), the colour outside the picture. Without rotation the
-    result is torchvision's resized_crop without antialias: a box ends at its own outermost pixels.
+    images: float32 (N, C, H, W); boxes: (N, 4) top, left, height, width, pixels; flipped, upended: (N,) bool or None,
+    left to right and top to bottom; motion: (N, 2, 3) or None, from which place (x, y) of the resized box a pixel of the
+    output at (x, y, 1) comes, counted in its pixels from its centre; fill: (1, C, 1, 1), the colour outside the picture.
+    Without a motion the result is torchvision's resized_crop without antialias: a box ends at its own outermost pixels;
+    and so it is for pictures that is_moved, (N,) bool, if given, leaves out, whose motion must be none.
     """
     box_y, box_x, box_height, box_width = (side[:, None] for side in boxes.unbind(1))
     height, width = size
@@ -198,25 +221,44 @@ def sample_boxes(
     zoom_x, zoom_y = box_width / width, box_height / height
     if flipped is not None:
         zoom_x = torch.where(flipped[:, None], -zoom_x, zoom_x)
+    if upended is not None:
+        zoom_y = torch.where(upended[:, None], -zoom_y, zoom_y)
     centre_x, centre_y = box_x + box_width / 2, box_y + box_height / 2
-    if angle is None:
-        half = 0.5  # of a pixel: the middle of the box's outermost ones
+    half = 0.5  # of a pixel: the middle of the box's outermost ones
+    if motion is None:
         columns_x = (x * zoom_x + centre_x).clamp(box_x + half, box_x + box_width - half)
         rows_y = (y * zoom_y + centre_y).clamp(box_y + half, box_y + box_height - half)
         columns_y, rows_x = torch.zeros_like(columns_x), torch.zeros_like(rows_y)
     else:
-        turn = torch.deg2rad(angle)[:, None]
-        cos, sin = turn.cos(), turn.sin()
-        columns_x, columns_y = x * cos * zoom_x + centre_x, x * sin * zoom_y + centre_y
-        rows_x, rows_y = -y * sin * zoom_x, y * cos * zoom_y
+        (x_by_x, x_by_y, x_by_1), (y_by_x, y_by_y, y_by_1) = ([part[:, None] for part in row.unbind(1)] for row in motion.unbind(1))
+        columns_x, columns_y = (x * x_by_x + x_by_1) * zoom_x, (x * y_by_x + y_by_1) * zoom_y
+        rows_x, rows_y = y * x_by_y * zoom_x, y * y_by_y * zoom_y
+        if is_moved is not None:
+            reach_x, reach_y = (torch.where(is_moved[:, None], math.inf, side / 2 - half) for side in (box_width, box_height))
+            columns_x, rows_y = columns_x.clamp(-reach_x, reach_x), rows_y.clamp(-reach_y, reach_y)
+        columns_x, columns_y = columns_x + centre_x, columns_y + centre_y
     # grid_sample counts a picture's width and height from -1 to 1. The grid is the sum of a row's and a column's part:
     # one pass over it, where F.affine_grid costs more than the sampling itself on a CPU.
     columns = torch.stack([columns_x * (2 / images.shape[3]) - 1, columns_y * (2 / images.shape[2])], -1)
     rows = torch.stack([rows_x * (2 / images.shape[3]), rows_y * (2 / images.shape[2]) - 1], -1)
     grid = columns[:, None] + rows[:, :, None]
-    if angle is None:
+    if motion is None:
         return F.grid_sample(images, grid, align_corners=False, padding_mode="border")
     return F.grid_sample(images - fill, grid, align_corners=False, padding_mode="zeros").add_(fill)
+
+
+def rotation(angle: Tensor) -> Tensor:
+    """The motion (see `sample_boxes`) that turns pictures about their centre. angle: (N,) degrees, counter-clockwise."""
+    turn = torch.deg2rad(angle)
+    cos, sin = turn.cos(), turn.sin()
+    zero = torch.zeros_like(angle)
+    return torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)
+
+
+def after(first: Tensor, second: Tensor) -> Tensor:
+    """The motion that does one and then another: (N, 2, 3) each. Their product by sums: matmul may round to TF32."""
+    turned = (first[:, :, :2, None] * second[:, None]).sum(2)
+    return torch.cat([turned[:, :, :2], turned[:, :, 2:] + first[:, :, 2:]], 2)
 
 
 def erase(images: Tensor, boxes: Tensor, erased: Tensor) -> Tensor:
@@ -236,7 +278,7 @@ def check(config: AugmentConfig) -> None:
         if not holds:
             problems.append(f"augment.{name} is {getattr(config, name)!r}; expected {expected}.")
 
-    for name in ("flip", "grayscale", "erase"):
+    for name in ("flip", "flip_vertical", "grayscale", "erase"):
         expect(name, 0 <= getattr(config, name) <= 1, "a probability, 0 to 1")
     for name in ("brightness", "contrast", "saturation", "mixup", "cutmix"):
         expect(name, 0 <= getattr(config, name) < math.inf, "0 (off) or more")

@@ -26,6 +26,11 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
     return _blend(images, to_gray(images), factor) if images.shape[1] == 3 else images
 
 
+def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend each picture with a smoothed copy: 0 is smooth, 1 as it is. The outermost pixels stay."""
+    return images if min(images.shape[2:]) <= 2 else _blend(images, _smoothed(images), factor)
+
+
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     """Turn each picture's hue by `shift` turns (-0.5 to 0.5), by way of HSV."""
     if images.shape[1] == 1:
@@ -56,6 +61,14 @@ def to_gray(images: Tensor) -> Tensor:
 def drop_colour(images: Tensor, dropped: Tensor) -> Tensor:
     """Replace the pictures marked in `dropped` (N,) bool by their greyscale."""
     return torch.where(_per_image(dropped), to_gray(images), images)
+
+
+def _smoothed(images: Tensor) -> Tensor:
+    """The mean of each pixel and its eight neighbours, itself counted five times; the outermost pixels as they are."""
+    rows = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
+    smoothed, inner = images.clone(), images[:, :, 1:-1, 1:-1]
+    smoothed[:, :, 1:-1, 1:-1] = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * inner) / 13
+    return smoothed
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:

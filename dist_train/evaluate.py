@@ -42,12 +42,14 @@ class Evaluation:
 def evaluate(
     config: RunConfig, index: ShardIndex, split: str, network: torch.nn.Module, accelerator, world: World, crop: float,
     is_asked_to_stop: Callable[[], bool] = lambda: False, cache: str | DecodedCache = "none", confusion: bool = True,
+    record: Callable = lambda *of_batch: None,
 ) -> Evaluation:  # fmt: skip
     """Evaluate a network on a split; every rank returns the same figures.
 
     network: without the wrapper of data parallelism, so that ranks with different numbers of batches never wait for
     each other. crop, cache: see `open_evaluation`. is_asked_to_stop: asked about once a second; where it is true on any rank, all
-    raise Interrupted. confusion: keep the (K, K) table too. Raises UserError if a sample cannot be read.
+    raise Interrupted. confusion: keep the (K, K) table too. record(batch, predicted (N,), probabilities (N, K), losses (N,)) takes
+    this rank's batches, in sample order. Raises UserError if a sample cannot be read.
     """
     was_training = network.training
     network.eval()
@@ -67,7 +69,9 @@ def evaluate(
         logits = predict_logits(config, index, network, batch.images, accelerator)
         losses = F.cross_entropy(logits, batch.labels, reduction="none")
         sums.update(logits, batch.labels, losses)
-        probability, predicted = logits.softmax(1).max(1)
+        probabilities, predicted = logits.softmax(1), logits.argmax(1)  # as the figures count: softmax can make two logits equal
+        record(batch, predicted, probabilities, losses)
+        probability = probabilities.gather(1, predicted[:, None])[:, 0]
         per_sample.append((batch.samples, torch.stack([batch.labels.float(), predicted.float(), probability, losses])))
     network.train(was_training)
     if world.world_size > 1:

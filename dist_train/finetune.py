@@ -51,13 +51,14 @@ def layer_depths(model: nn.Module, head: str) -> dict[str, int]:
 def _blocks(module: nn.Module, prefix: str, head: str, half: float) -> Iterator[tuple[list[str], bool]]:
     """(parameter names, whether they begin a layer), from input to output.
 
-    Opened are the network, sequences in it, and what holds more than half of all weights (ViT's encoder).
+    Opened are the network, sequences in it, what holds more than half of all weights (ViT's encoder), and timm's stages, whose
+    sequence is called blocks.
     """
     yield [prefix + name for name, _ in module.named_parameters(recurse=False)], False
     for name, child in module.named_children():
         sequence = isinstance(child, nn.Sequential | nn.ModuleList | nn.ModuleDict)
         is_large = sum(p.numel() for p in child.parameters()) > half
-        if any(True for _ in child.children()) and (sequence or is_large):
+        if any(True for _ in child.children()) and (sequence or is_large or hasattr(child, "blocks")):
             yield from _blocks(child, f"{prefix}{name}.", head, half)
         elif names := [f"{prefix}{name}.{n}" for n, _ in child.named_parameters()]:
             yield names, prefix + name == head or any(p.dim() >= 2 for p in child.parameters())

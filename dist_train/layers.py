@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_train import messages
+from dist_train.errors import UserError
 
 _STREAM = 0x5DEECE66D1CE4E5B  # tells dropout's random bits from those that augmentation draws from the same keys
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -14,15 +15,17 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 def use_keyed_dropout(model: nn.Module) -> nn.Module:
     """Replace every dropout module below model by KeyedDropout, numbered in order.
 
-    Changes model and returns it. Taken are nn.Dropout, Dropout1d, 2d, 3d and row-wise StochasticDepth. Names, weights
-    and rates stay. Dropout inside nn.MultiheadAttention and AlphaDropout stay as they are: they draw from torch's own
-    generator.
+    Changes model and returns it. Taken are nn.Dropout, Dropout1d, 2d, 3d, torchvision's row-wise StochasticDepth and timm's
+    DropPath. Names, weights and rates stay. Dropout inside nn.MultiheadAttention, AlphaDropout and what a network does by
+    F.dropout (timm's GhostNet, before its last layer) stay as they are: they draw from torch's own generator.
     """
     layer = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if (units := _units(child)) is not None:
-                setattr(parent, name, KeyedDropout(child.p, layer, units).train(child.training))
+                p = child.drop_prob if hasattr(child, "drop_prob") else child.p
+                keyed = KeyedDropout(p, layer, units, is_scaled=getattr(child, "scale_by_keep", True))
+                setattr(parent, name, keyed.train(child.training))
                 layer += 1
     return model
 
@@ -64,17 +67,20 @@ class KeyedDropout(nn.Module):
 
     units: "all" draws for each value of a sample; "channels" once a channel (nn.Dropout2d); "samples" once a sample
     (stochastic depth). Where a layer is split over ranks (see `hybrid`), first_unit is the number of the first unit held
-    here, even, and the samples of all ranks of `group` pass through together.
+    here, even, and the samples of all ranks of `group` pass through together. is_scaled: whether survivors make up for those
+    that are dropped.
     """
 
     is_split, group = False, None
 
-    def __init__(self, p: float = 0.5, layer: int = 0, units: str = "all", first_unit: int = 0):
+    def __init__(
+        self, p: float = 0.5, layer: int = 0, units: str = "all", first_unit: int = 0, is_scaled: bool = True
+    ):
         super().__init__()
         if not 0 <= p <= 1 or first_unit % 2 or units not in ("all", "channels", "samples"):
             raise ValueError(f"dropout with p={p}, units={units!r}, first_unit={first_unit}: expected 0 <= p <= 1, "
                              "units all, channels or samples, and an even first unit")  # fmt: skip
-        self.p, self.layer, self.units, self.first_unit = p, layer, units, first_unit
+        self.p, self.layer, self.units, self.first_unit, self.is_scaled = p, layer, units, first_unit, is_scaled
         self.keys: Tensor | None = None  # no buffer: DistributedDataParallel would overwrite it with rank zero's
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,7 +98,7 @@ class KeyedDropout(nn.Module):
         shape = {"all": x.shape, "channels": x.shape[:2], "samples": x.shape[:1]}[self.units]
         bits = random_bits(self.keys, self.layer, shape[1:].numel(), self.first_unit)
         keep = (bits >= dropped - 32768).view(*shape, *(1 for _ in x.shape[len(shape) :]))
-        return x * keep * (65536 / (65536 - dropped))
+        return x * keep * (65536 / (65536 - dropped)) if self.is_scaled else x * keep
 
     def extra_repr(self) -> str:
         return f"p={self.p}, layer={self.layer}, units={self.units!r}"
@@ -122,13 +128,22 @@ def use_sync_batchnorm(model: nn.Module, group: dist.ProcessGroup | None = None)
     """Replace every BatchNorm below model by one over all ranks of group (None: all ranks of the job).
 
     Changes model and returns it (a new module if model is itself a BatchNorm). Parameters and buffers are taken over,
-    not copied, and keep their names. Every rank must call the model equally often.
+    not copied, and keep their names; timm's BatchNormAct2d keeps its activation. Every rank must call the model equally
+    often. Raises UserError for other layers with statistics of a batch: each rank's would stay its own, unagreed.
     """
-    if type(model) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-        new = GlobalBatchNorm(model.num_features, model.eps, model.momentum, model.affine, model.track_running_stats)
-        new._parameters, new._buffers, new.group = model._parameters, model._buffers, group
+    has_act = is_timms(model, "BatchNormAct2d")
+    if has_act or type(model) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        kind = GlobalBatchNormAct if has_act else GlobalBatchNorm
+        new = kind(model.num_features, model.eps, model.momentum, model.affine, model.track_running_stats)
+        new._parameters, new._buffers, new._modules, new.group = model._parameters, model._buffers, model._modules, group
         return new.train(model.training)
     for name, child in model.named_children():
+        if _keeps_own_statistics(child):
+            raise UserError(
+                f"train.sync_batchnorm is true, and the network's {type(child).__name__} ({name}) cannot take its statistics "
+                "from all ranks; BatchNorm1d, 2d, 3d and timm's BatchNormAct2d can.\n"
+                "  Set train.sync_batchnorm: false, train on one rank, or take another network."
+            )
         setattr(model, name, use_sync_batchnorm(child, group))
     return model
 
@@ -165,6 +180,14 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         share = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked.to(torch.float32)
         self.running_mean.lerp_(mean, share)
         self.running_var.lerp_(unbiased_var, share)
+
+
+class GlobalBatchNormAct(GlobalBatchNorm):
+    """timm's BatchNormAct2d over all ranks: with its dropout and activation, `drop` and `act`, after the norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, C, H, W). Returns the same shape and dtype."""
+        return self.act(self.drop(super().forward(x)))
 
 
 class _Normalise(torch.autograd.Function):
@@ -230,7 +253,19 @@ def _units(module: nn.Module) -> str | None:
         type(module).__name__ == "StochasticDepth" and getattr(module, "mode", "") == "row"
     ):  # torchvision's, not imported
         return "samples"
-    return None
+    return "samples" if is_timms(module, "DropPath") else None
+
+
+def is_timms(module: nn.Module, name: str) -> bool:
+    """Whether the module is of timm's class of this name; timm is not imported."""
+    return type(module).__name__ == name and type(module).__module__.partition(".")[0] == "timm"
+
+
+def _keeps_own_statistics(module: nn.Module) -> bool:
+    known = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, GlobalBatchNorm, GlobalBatchNormAct)
+    has_statistics = isinstance(module, nn.modules.batchnorm._BatchNorm) or module._buffers.get("running_var") is not None
+    is_frozen = "Frozen" in type(module).__name__  # torchvision's and timm's, whose statistics are constants
+    return has_statistics and not is_frozen and type(module) not in known and not is_timms(module, "BatchNormAct2d")
 
 
 def _mix64(x: Tensor) -> Tensor:

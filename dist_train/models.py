@@ -1,10 +1,9 @@
-"""A network by its name: AlexNet, VGG and the MLP from here, any other classifier from torchvision."""
-
+"""A network by its name: AlexNet, VGG and the MLP from here, any other classifier from torchvision or timm."""
 
 import torch
 from torch import nn
 
-from dist_train import networks
+from dist_train import networks, timm_models
 from dist_train.config import ModelConfig
 from dist_train.errors import UserError, did_you_mean
 
@@ -34,12 +33,14 @@ def build_model(
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would change the GPUs' generators for good
         if config.name in OWN:
             model = _own(config, num_classes, image_size, num_features)
+        elif config.name.startswith(timm_models.PREFIX):
+            model = timm_models.build(config, num_classes, image_size)
         else:
             model = _torchvision(config, num_classes, image_size)
     if config.pretrained:
         from dist_train.pretrained import load_pretrained
 
-        load_pretrained(model, config, head_name(model, num_classes))
+        load_pretrained(model, config, head_name(model, num_classes), image_size)
     return model
 
 
@@ -109,7 +110,8 @@ def _torchvision(config: ModelConfig, num_classes: int, image_size) -> nn.Module
     known = torchvision.models.list_models(module=torchvision.models)
     if config.name not in known:
         hint = did_you_mean(config.name, [*OWN, *known], f"There are {', '.join([*OWN, *known])}.")
-        raise UserError(f"model.name is {config.name!r}, which is no network known here or in torchvision. {hint}")
+        raise UserError(f"model.name is {config.name!r}, which is no network known here or in torchvision. {hint}\n"
+                        f"  timm's are called {timm_models.PREFIX}NAME.")  # fmt: skip
     options = {}
     if config.name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}

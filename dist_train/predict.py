@@ -5,6 +5,9 @@ import contextlib
 import json
 import os
 import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from dist_train.folds import fold_view
 from dist_train.index import ShardIndex, load_index
 from dist_train.layers import use_keyed_dropout
 from dist_train.models import build_model
+from dist_train.predictions import predictions_file
 from dist_train.pretrained import put_weights
 from dist_train.settings import from_dict, read_config, to_dict
 from dist_train.sizes import range_problems, shift_problems
@@ -91,14 +95,19 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.top < 1:
         raise UserError(f"--top is {options.top}; expected 1 class or more.")
+    if (num_ranks := runtime.num_launched()) > 1:  # each would print every line
+        raise UserError(f"dist-train predict: the launcher started {num_ranks} processes; expected one.\n"
+                        f"  Start it without a launcher; several at once on different files, if one takes too long.")  # fmt: skip
     trained = load_run(options.run)
-    if trained.features is not None:
-        inputs = _table_batches(trained, options.paths)
-    else:
-        inputs = _picture_batches(trained, _picture_paths(options.paths))
-    accelerator, _ = runtime.start(runtime.precision_here(trained.config.train.precision), 0, 60)
+    paths = options.paths if trained.features is not None else _picture_paths(options.paths)
+    accelerator, world = runtime.start(runtime.precision_here(trained.config.train.precision), 0, 60)
     with contextlib.ExitStack() as leaving:
         leaving.push(runtime.leave)
+        if trained.features is not None:
+            inputs = _table_batches(trained, paths)
+        else:
+            inputs = picture_batches(trained, paths, trained.config.data.threads or world.num_cores)
+        leaving.enter_context(contextlib.closing(inputs))
         trained.network.to(accelerator.device)
         num_bad = 0
         for names, values, complaints in inputs:
@@ -122,7 +131,7 @@ def main(argv: list[str]) -> int:
 
 
 def eval_main(argv: list[str]) -> None:
-    """`dist-train eval RUN --split test [--json] [--SECTION.KEY VALUE ...]`; the last line is a JSON object."""
+    """`dist-train eval RUN --split test [--predictions FILE] [--SECTION.KEY VALUE ...]`; the last line is a JSON object."""
     parser = argparse.ArgumentParser(
         prog="dist-train eval", description="Figures of a run on a split of its shards.",
         epilog="Other options are those of dist-train train, such as --data.shards OTHER.",
@@ -130,7 +139,11 @@ def eval_main(argv: list[str]) -> None:
     parser.add_argument("run", help="run folder")
     parser.add_argument("--split", default="test", help="split; default test")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    parser.add_argument("--predictions", metavar="FILE", help="write a CSV file: a line for each sample, in their order")
+    parser.add_argument("--probabilities", action="store_true", help="with a column for each class in that file")
     options, overrides = parser.parse_known_args(argv)
+    if options.probabilities and not options.predictions:
+        raise UserError("--probabilities adds columns to a file that is not named: add --predictions FILE.csv.")
     trained = load_run(options.run)
     config = read_config(RunConfig, overrides, "dist-train eval", [str(trained.folder / "config.yaml")])
     index = fold_view(load_index(config.data.shards, config.data.cache_dir, config.data.cache_gb), config)
@@ -145,8 +158,12 @@ def eval_main(argv: list[str]) -> None:
         leaving.enter_context(Watch(world, config.runtime.timeout_s, runtime.master_address()))
         trained.network.to(world.device)
         as_trained = _with_statistics(index, trained)
-        evaluation = evaluate(config, as_trained, options.split, trained.network, accelerator, world,
-                              config.data.eval_crop if trained.eval_crop else 0.0)  # fmt: skip
+        recording = contextlib.nullcontext(lambda *of_batch: None)
+        if options.predictions:
+            recording = predictions_file(Path(options.predictions), index, options.split, world, options.probabilities)
+        with recording as record:
+            evaluation = evaluate(config, as_trained, options.split, trained.network, accelerator, world,
+                                  config.data.eval_crop if trained.eval_crop else 0.0, record=record)  # fmt: skip
         if world.is_main:
             _keep(trained, config, evaluation, index.split(options.split).fingerprint())
             if not options.json:
@@ -202,27 +219,45 @@ def _picture_paths(paths: list[str]) -> list[str]:
     return found
 
 
-def _picture_batches(trained: Trained, paths: list[str]):
-    """Yield (names, uint8 (N, 3, H, W), [(name, reason) of unreadable ones]), prepared as evaluation prepares them."""
+def picture_batches(trained: Trained, paths: list[str], num_threads: int) -> Iterator[tuple]:
+    """Yield (names, uint8 (N, 3, H, W), [(name, reason) of unreadable ones]), prepared as evaluation prepares them.
+
+    In the order of the paths; the next batch is decoded, by num_threads, while one is used.
+    """
     height, width = trained.image_size
-    for first in range(0, len(paths), BATCH_SIZE):
-        names, pixels, complaints = [], [], []
-        for path in paths[first : first + BATCH_SIZE]:
-            out = np.empty((height, width, 3), np.uint8)
-            try:
-                payload = Path(path).read_bytes()
-                box = None
-                if trained.eval_crop and not trained.one_size:
-                    rows, columns = (np.array([side]) for side in picture_size(payload))
-                    box = tuple(boxes.central_boxes(rows, columns, (height, width), trained.eval_crop)[0])
-                decode_into(payload, out, box)
-            except (OSError, DecodeError) as error:
-                complaints.append((path, getattr(error, "strerror", None) or str(error)))
-            else:
-                names.append(path)
-                pixels.append(out)
-        values = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) if pixels else None
-        yield names, values, complaints
+
+    def decode(path: str, out: np.ndarray) -> str | None:
+        """Decode a file into out, (H, W, 3) uint8; return why it cannot be, or None."""
+        try:
+            payload = Path(path).read_bytes()
+            box = None
+            if trained.eval_crop and not trained.one_size:
+                rows, columns = (np.array([side]) for side in picture_size(payload))
+                box = tuple(boxes.central_boxes(rows, columns, (height, width), trained.eval_crop)[0])
+            decode_into(payload, out, box)
+        except (OSError, DecodeError) as error:
+            return getattr(error, "strerror", None) or str(error)
+        return None
+
+    def collected(part: list[str], pixels: np.ndarray, futures: list) -> tuple:
+        reasons = [future.result() for future in futures]
+        good = [i for i, reason in enumerate(reasons) if reason is None]
+        values = torch.from_numpy(pixels if len(good) == len(part) else pixels[good]).permute(0, 3, 1, 2) if good else None
+        complaints = [(path, reason) for path, reason in zip(part, reasons, strict=True) if reason is not None]
+        return [part[i] for i in good], values, complaints
+
+    pool, started = ThreadPoolExecutor(num_threads, "decode"), deque()
+    try:
+        for first in range(0, len(paths), BATCH_SIZE):
+            part = paths[first : first + BATCH_SIZE]
+            pixels = np.empty((len(part), height, width, 3), np.uint8)
+            started.append((part, pixels, [pool.submit(decode, path, out) for path, out in zip(part, pixels, strict=True)]))
+            if len(started) > 1:
+                yield collected(*started.popleft())
+        if started:
+            yield collected(*started.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _table_batches(trained: Trained, paths: list[str]):

@@ -1,4 +1,4 @@
-"""Weights trained before: torchvision's by name, or a .pth or .safetensors file."""
+"""Weights trained before: torchvision's and timm's by name, or a .pth or .safetensors file."""
 
 import json
 import os
@@ -9,21 +9,27 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dist_train import timm_models
 from dist_train.config import ModelConfig
 from dist_train.errors import UserError
 
 _FILES = (".pth", ".pt", ".safetensors")
 
 
-def load_pretrained(model: nn.Module, config: ModelConfig, head: str) -> None:
+def load_pretrained(
+    model: nn.Module, config: ModelConfig, head: str, image_size: tuple[int, int] | None = None
+) -> None:
     """Load config.pretrained into model. head: name of the last layer, which stays as drawn if its class count differs.
+
+    image_size: what the model was built for, which timm's published tables of positions are fitted to.
 
     Raises UserError if the weights cannot be had or fit the network nowhere but there.
     """
     if config.pretrained.endswith(_FILES):
         weights, where = _read(config.pretrained), config.pretrained
     else:
-        weights, where = _published(config), f"model.pretrained: {config.pretrained}"
+        is_timms, where = config.name.startswith(timm_models.PREFIX), f"model.pretrained: {config.pretrained}"
+        weights = timm_models.published_weights(config, model, head, image_size) if is_timms else _published(config)
     weights = {present_name(name): t for name, t in weights.items()}
     own = model.state_dict()
     aside = ("aux1.", "aux2.", "AuxLogits.")  # GoogLeNet's and Inception's side heads, which are not built
@@ -62,12 +68,16 @@ def published_statistics(config: ModelConfig) -> tuple[list[float], list[float]]
     """(mean, std) by channel with which the pictures were normalised that these weights learned from; None where unknown.
 
     Known for torchvision's weights, by name or as a file of this network that is called as torchvision calls it
-    (vgg13-19584684.pth, the hash included), and for a run's weights.safetensors, from inference.json beside it. Other files
-    bring none. GoogLeNet and Inception move what they get so that it has 0.5 and 0.5: their weights' own statistics.
+    (vgg13-19584684.pth, the hash included), for timm's by name or as a file with the hub's config.json beside it, and for a
+    run's weights.safetensors, from inference.json beside it. Other files bring none. torchvision's GoogLeNet and Inception
+    move what they get so that it has 0.5 and 0.5: their weights' own statistics.
     Raises UserError where inference.json is damaged.
     """
     if Path(config.pretrained).name == "weights.safetensors":
         return _statistics_of_run(Path(config.pretrained).parent)
+    if config.pretrained and config.name.startswith(timm_models.PREFIX):
+        is_file = config.pretrained.endswith(_FILES)
+        return timm_models.statistics_beside(config.pretrained) if is_file else timm_models.published_statistics(config)
     if config.pretrained.endswith(_FILES):
         version = _version_of_file(config)
     else:

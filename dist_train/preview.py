@@ -149,10 +149,11 @@ def _note(config: RunConfig, index: ShardIndex) -> str:
     elif augment.crop == "padded":
         done.append(f"shifted by up to {augment.padding} pixels")
     done += [f"turned by up to {augment.rotate_degrees:g}°"] if augment.rotate_degrees else []
+    done += ["one operation of TrivialAugment"] if augment.trivial else []
     mirrored = "mirrored every other epoch" if augment.flip_alternates else "mirrored"
-    words = {"flip": mirrored, "brightness": "brighter or darker", "contrast": "contrast", "saturation": "saturation",
-             "hue": "hue", "grayscale": "grey", "erase": "a box erased", "mixup": "mixed with a neighbour",
-             "cutmix": "a box of a neighbour pasted in"}  # fmt: skip
+    words = {"flip": mirrored, "flip_vertical": "mirrored top to bottom", "brightness": "brighter or darker",
+             "contrast": "contrast", "saturation": "saturation", "hue": "hue", "grayscale": "grey", "erase": "a box erased",
+             "mixup": "mixed with a neighbour", "cutmix": "a box of a neighbour pasted in"}  # fmt: skip
     done += [f"{text} ({name} {getattr(augment, name):g})" for name, text in words.items() if getattr(augment, name)]
     return (
         f"Drawn anew each epoch, keyed by seed, epoch and sample: {', '.join(done)}." if done else "Nothing is changed."

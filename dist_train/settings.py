@@ -20,6 +20,7 @@ ALSO_CALLED = {
     "data.prefetch_mb": "prefetch_factor",
     "augment.flip": "hflip",
     "augment.flip_vertical": "vflip",
+    "augment.trivial": "trivial_augment trivialaugment auto_augment autoaugment randaugment aa",
     "augment.rotate_degrees": "rotation",
     "augment.brightness": "jitter color_jitter colour_jitter",
     "augment.contrast": "jitter color_jitter colour_jitter",

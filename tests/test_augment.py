@@ -10,7 +10,7 @@ import torchvision.transforms.v2.functional as TF
 from torchvision.transforms import InterpolationMode
 
 from dist_train import augment as A
-from dist_train import mixing, order
+from dist_train import mixing, order, policies
 from dist_train.augment import Augment, evaluation_pixels
 from dist_train.config import AugmentConfig
 from dist_train.errors import UserError
@@ -18,17 +18,20 @@ from dist_train.errors import UserError
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 FILL = torch.tensor(MEAN).view(1, 3, 1, 1)
 EVERYTHING = AugmentConfig(
-    crop="random_resized", flip=0.5, rotate_degrees=15, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1,
-    grayscale=0.3, erase=0.5,
+    crop="random_resized", flip=0.5, flip_vertical=0.5, rotate_degrees=15, trivial=True, brightness=0.3, contrast=0.3,
+    saturation=0.3, hue=0.1, grayscale=0.3, erase=0.5,
 )  # fmt: skip
 CONFIGS = {
     "plain": AugmentConfig(),
     "flip": AugmentConfig(flip=0.5),
+    "flip_vertical": AugmentConfig(flip_vertical=0.5),
     "padded": AugmentConfig(crop="padded", flip=0.5, padding=3),
     "rotate": AugmentConfig(rotate_degrees=15, flip=0.5),
     "padded_rotate": AugmentConfig(crop="padded", rotate_degrees=15),
     "random_resized": AugmentConfig(crop="random_resized", flip=0.5),
     "colour": AugmentConfig(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2, grayscale=0.2, erase=0.3),
+    "trivial": AugmentConfig(crop="padded", flip=0.5, trivial=True),
+    "trivial_cropped": AugmentConfig(crop="random_resized", flip_vertical=0.5, trivial=True),
     "everything": EVERYTHING,
 }
 
@@ -70,10 +73,12 @@ def test_sampled_boxes_are_resized_crops(size):
     pictures = noise(6).contiguous() / 255
     cuts = torch.tensor([[0, 0, 20, 24], [3, 4, 10, 12], [5, 0, 15, 20], [0, 7, 1, 1], [2, 2, 17, 3], [19, 23, 1, 1.0]])
     flipped = torch.tensor([False, True, False, True, False, True])
-    found = A.sample_boxes(pictures, cuts, size, flipped, None, FILL)
+    upended = torch.tensor([False, False, True, True, False, True])
+    found = A.sample_boxes(pictures, cuts, size, flipped, None, FILL, upended)
     for i, (top, left, height, width) in enumerate(cuts.int().tolist()):
         expected = TF.resized_crop(pictures[i], top, left, height, width, size, antialias=False)
         expected = TF.horizontal_flip(expected) if flipped[i] else expected
+        expected = TF.vertical_flip(expected) if upended[i] else expected
         assert (found[i] - expected).abs().max() < 2e-5
 
 
@@ -81,7 +86,7 @@ def test_rotation_is_torchvisions_and_fills_with_the_mean():
     pictures = noise(4).contiguous() / 255
     whole = torch.tensor([[0.0, 0, 20, 24]]).expand(4, 4)
     angles = torch.tensor([15.0, -7.5, 90.0, 0.0])
-    found = A.sample_boxes(pictures, whole, (20, 24), None, angles, FILL)
+    found = A.sample_boxes(pictures, whole, (20, 24), None, A.rotation(angles), FILL)
     for i, angle in enumerate(angles.tolist()):
         with_mask = torch.cat([pictures[i], torch.ones(1, 20, 24)])
         expected = TF.rotate(with_mask, angle, InterpolationMode.BILINEAR, fill=[0.0])
@@ -96,7 +101,7 @@ def test_rotation_is_torchvisions_and_fills_with_the_mean():
 
 def test_rotation_reads_what_surrounds_the_box():
     pictures = torch.full((1, 3, 40, 40), 0.9)
-    found = A.sample_boxes(pictures, torch.tensor([[12.0, 12, 16, 16]]), (16, 16), None, torch.tensor([45.0]), FILL)
+    found = A.sample_boxes(pictures, torch.tensor([[12.0, 12, 16, 16]]), (16, 16), None, A.rotation(torch.tensor([45.0])), FILL)
     assert torch.allclose(found, torch.tensor(0.9), atol=1e-5)
 
 
@@ -106,6 +111,16 @@ def test_flips_copy_pixels_exactly():
     flipped = A.uniform(keys, A.FLIP) < 0.5
     assert 20 < flipped.sum() < 44
     expected = torch.stack([TF.horizontal_flip(p) if f else p for p, f in zip(pictures, flipped, strict=True)])
+    assert torch.equal(found, normalize(expected, MEAN, STD))
+
+
+def test_flips_top_to_bottom_copy_pixels_exactly_and_have_draws_of_their_own():
+    pictures, keys = noise(256), some_keys(256)
+    found = Augment(AugmentConfig(flip=0.5, flip_vertical=0.3), (20, 24), MEAN, STD)(pictures, keys)
+    flipped, upended = A.uniform(keys, A.FLIP) < 0.5, A.uniform(keys, A.FLIP_VERTICAL) < 0.3
+    assert 55 < upended.sum() < 100 and 20 < (flipped & upended).sum() < 55
+    expected = [TF.horizontal_flip(p) if f else p for p, f in zip(pictures, flipped, strict=True)]
+    expected = torch.stack([TF.vertical_flip(p) if u else p for p, u in zip(expected, upended, strict=True)])
     assert torch.equal(found, normalize(expected, MEAN, STD))
 
 
@@ -247,7 +262,7 @@ def test_samples_of_a_batch_and_epochs_differ(name):
     transform = Augment(CONFIGS[name], (20, 24), MEAN, STD)
     same = noise(1).expand(16, -1, -1, -1)
     found = transform(same, some_keys(16))
-    assert len(found.flatten(1).unique(dim=0)) >= (2 if name == "flip" else 8)
+    assert len(found.flatten(1).unique(dim=0)) >= (2 if name in ("flip", "flip_vertical") else 8)
     next_epoch = torch.from_numpy(order.sample_keys(0, np.ones(16, np.int64), np.arange(16)))
     assert not torch.equal(found, transform(same, next_epoch))
 
@@ -287,8 +302,9 @@ class _Operations(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", ["padded", "everything"])
-def test_no_float64_and_no_host_read_on_the_device(name):
+@pytest.mark.parametrize("name", ["padded", "trivial", "everything"])
+def test_no_float64_and_no_host_read_on_the_device(name, monkeypatch):
+    monkeypatch.setattr(policies, "picks_pictures", lambda device: False)  # as on a GPU
     transform, pictures, keys = Augment(CONFIGS[name], (16, 16), MEAN, STD), noise(4), some_keys(4)
     config = AugmentConfig(mixup=0.2, cutmix=1.0)
     with _Operations() as seen:
@@ -301,31 +317,32 @@ def test_no_float64_and_no_host_read_on_the_device(name):
 
 
 @pytest.mark.parametrize("name, backend", [
-    ("padded", "eager"),
+    ("padded", "eager"), ("trivial", "eager"),
     # the real one generates C++ here, from the same graph as a GPU's kernels
     pytest.param("everything", "inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")),
 ])  # fmt: skip
 def test_it_compiles_into_one_graph(name, backend):
-    transform, pictures, keys = Augment(CONFIGS[name], (16, 16), MEAN, STD), noise(4), some_keys(4)
-    config, labels = AugmentConfig(mixup=0.2, cutmix=1.0), torch.arange(4)
+    transform, pictures, keys = Augment(CONFIGS[name], (16, 16), MEAN, STD), noise(64), some_keys(64)  # every operation
+    config, labels = AugmentConfig(mixup=0.2, cutmix=1.0), torch.arange(64)
 
     def whole(pictures, keys):
-        return mixing.mix(transform(pictures, keys), labels, keys, config, 4)
+        return mixing.mix(transform(pictures, keys), labels, keys, config, 64)
 
     compiled = torch.compile(whole, backend=backend, fullgraph=True, dynamic=False)
     for found, expected in zip(compiled(pictures, keys), whole(pictures, keys), strict=True):
-        assert torch.allclose(found, expected, atol=1e-6 if backend == "eager" else 5e-5)
+        differs = (found - expected).abs() > (1e-6 if backend == "eager" else 5e-5)
+        assert differs.float().mean() < 0.02  # between two levels a pixel may become either, which alters its table
 
 
 def test_settings_out_of_range_are_all_named_at_once():
     config = AugmentConfig(
-        flip=1.5, hue=0.7, scale=(0.5, 0.2), ratio=(0.0, 1.0), padding=-1, rotate_degrees=-3, mixup=-1
+        flip=1.5, flip_vertical=-0.1, hue=0.7, scale=(0.5, 0.2), ratio=(0.0, 1.0), padding=-1, rotate_degrees=-3, mixup=-1
     )
     with pytest.raises(UserError) as caught:
         Augment(config, (8, 8), MEAN, STD)
     lines = str(caught.value).splitlines()
-    assert len(lines) == 7 and lines[0] == "augment.flip is 1.5; expected a probability, 0 to 1."
-    names = ("flip", "hue", "scale", "ratio", "padding", "rotate_degrees", "mixup")
+    assert len(lines) == 8 and lines[0] == "augment.flip is 1.5; expected a probability, 0 to 1."
+    names = ("flip", "flip_vertical", "hue", "scale", "ratio", "padding", "rotate_degrees", "mixup")
     assert {line.split()[0] for line in lines} == {f"augment.{name}" for name in names}
     with pytest.raises(UserError, match="augment.flip is 0.3; expected 0.5 beside augment.flip_alternates"):
         Augment(AugmentConfig(flip=0.3, flip_alternates=True), (8, 8), MEAN, STD)

@@ -18,6 +18,7 @@ def noise(n: int, channels: int = 3) -> torch.Tensor:
         (colour.adjust_brightness, TF.adjust_brightness, [0.0, 0.5, 1.0, 1.7]),
         (colour.adjust_contrast, TF.adjust_contrast, [0.0, 0.5, 1.0, 1.7]),
         (colour.adjust_saturation, TF.adjust_saturation, [0.0, 0.5, 1.0, 1.7]),
+        (colour.adjust_sharpness, TF.adjust_sharpness, [0.0, 0.5, 1.0, 1.7]),
         (colour.adjust_hue, TF.adjust_hue, [-0.5, -0.13, 0.0, 0.4]),
     ],
 )
@@ -36,3 +37,9 @@ def test_greyscale_is_torchvisions():
     found = colour.drop_colour(pictures, torch.tensor([True, False, True]))
     assert torch.allclose(found[[0, 2]], TF.rgb_to_grayscale(pictures[[0, 2]], 3), atol=1e-6)
     assert torch.equal(found[1], pictures[1])
+
+
+def test_pictures_too_small_to_smooth_keep_their_sharpness():
+    pictures = torch.rand(2, 3, 2, 9)
+    assert torch.equal(colour.adjust_sharpness(pictures, torch.tensor([0.0, 2.0])), pictures)
+    assert torch.equal(TF.adjust_sharpness(pictures[0], 0.0), pictures[0])

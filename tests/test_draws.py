@@ -6,7 +6,7 @@ import torch
 from scipy.special import betaincinv
 
 from dist_train import augment as A
-from dist_train import boxes, draws, mixing, order
+from dist_train import boxes, draws, mixing, order, policies
 
 
 def some_keys(n: int) -> torch.Tensor:
@@ -37,6 +37,7 @@ def test_no_two_uses_share_a_draw():
     used += range(boxes.CROP_DRAWS)
     used += range(A.ERASE_BOX, A.ERASE_BOX + boxes.CROP_DRAWS)
     used += [mixing.CHOICE, mixing.SHARE, mixing.CENTRE_Y, mixing.CENTRE_X]
+    used += [A.FLIP_VERTICAL, policies.OPERATION, policies.STRENGTH, policies.SIGN]
     assert len(used) == len(set(used))
 
 

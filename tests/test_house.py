@@ -33,7 +33,7 @@ LAYERS = [
      "wandb_file", "wandb_log", "track", "ranks", "watch", "runtime", "plots", "bars", "page", "ranking", "confusion",
      "table_plots", "picture_plots", "mistakes", "contact_sheet"],
     ["recycled", "wanted", "decoded_file", "cache", "loader", "data", "checkpoint"],
-    ["evaluate"],
+    ["evaluate", "predictions"],
     ["sizes", "decoder_choice", "parallel", "state", "run", "branch", "train", "predict", "export", "scores", "preview", "figures",
      "report", "bench_step", "bench"],
     ["journal", "search", "trial", "study_report", "study_wandb", "study", "compare"],

@@ -1,21 +1,29 @@
-"""A run on a table reads at prediction what conversion reads, and takes no other columns."""
+"""A run on a table reads at prediction what conversion reads, and takes no other columns; pictures are decoded ahead."""
 
+import contextlib
+import csv
 import json
 import math
 import shutil
+import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import finish_ranks, start_ranks, write_table
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dist_train import shard
+from dist_train import predict, shard
+from dist_train.decode import decode_into
 from dist_train.errors import UserError
 from dist_train.export import export
 from dist_train.export import main as export_main
 from dist_train.index import load_index
-from dist_train.predict import eval_main, main
+from dist_train.predict import eval_main, main, picture_batches
 from dist_train.report import main as report_main
+from dist_train.scores import table_scores
 from dist_train.train import run_training
 from dist_train.watch import EXIT_LOST_RANK
 
@@ -180,6 +188,138 @@ def test_help_says_where_the_other_options_are(command, capsys):
         command(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "Other options are those of dist-train train, such as --data.shards OTHER." in text and "default test" in text
+
+
+def rows_of(path) -> list[dict]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_eval_writes_what_the_network_says_of_each_sample(table_run, tmp_path, capsys):
+    run, folder = table_run
+    eval_main([str(run), "--split", "train"])
+    without = capsys.readouterr().out
+    path = tmp_path / "p.csv"
+    eval_main([str(run), "--split", "train", "--predictions", str(path), "--probabilities"])
+    assert capsys.readouterr().out == without
+    index = load_index(str(folder / "set"))
+    labels, probabilities = table_scores(run, index.split("train"))
+    rows = rows_of(path)
+    assert [int(row["sample"]) for row in rows] == list(range(len(labels)))
+    assert [row["name"] for row in rows] == index.split("train").names() and rows[0]["name"].startswith("line ")
+    assert [row["label"] for row in rows] == [index.classes[label] for label in labels]
+    found = np.array([[float(row[f"probability of {name}"]) for name in index.classes] for row in rows])
+    np.testing.assert_allclose(found, probabilities, atol=1e-6)
+    assert [row["predicted"] for row in rows] == [index.classes[k] for k in found.argmax(1)]
+    assert [float(row["probability"]) for row in rows] == found.max(1).tolist()
+    np.testing.assert_allclose([float(row["loss"]) for row in rows], -np.log(found[np.arange(len(rows)), labels]), atol=1e-5)
+    figures = json.loads(without.splitlines()[-1])
+    assert sum(row["label"] == row["predicted"] for row in rows) / len(rows) == figures["top1"]
+
+
+def test_samples_of_a_fold_go_by_their_numbers_and_names_in_the_stored_split(table_run, tmp_path):
+    run, folder = table_run
+    path, stored = tmp_path / "p.csv", load_index(str(folder / "set")).split("train")
+    eval_main([str(run), "--split", "val", "--data.folds", "3", "--data.fold", "1", "--predictions", str(path)])
+    rows = rows_of(path)
+    numbers = [int(row["sample"]) for row in rows]
+    assert numbers == sorted(set(numbers)) != list(range(len(numbers)))
+    assert len(numbers) == pytest.approx(stored.num_samples / 3, abs=1)
+    assert [row["name"] for row in rows] == [stored.names()[number] for number in numbers]
+    assert [row["label"] for row in rows] == ["ab"[label] for label in stored.table()["label"][numbers]]
+
+
+def test_the_file_agrees_with_the_figures_where_the_probabilities_tie(table_run, tmp_path, capsys):
+    run, path = tmp_path / "run", tmp_path / "p.csv"
+    shutil.copytree(table_run[0], run)
+    weights = load_file(run / "weights.safetensors")
+    weights["head.weight"] = weights["head.weight"] * 0
+    weights["head.bias"] = weights["head.bias"].new_tensor([0.0, 1e-8])  # the second logit is larger, both are 0.5 then
+    save_file(weights, run / "weights.safetensors")
+    capsys.readouterr()
+    eval_main([str(run), "--split", "train", "--json", "--predictions", str(path)])
+    rows, figures = rows_of(path), json.loads(capsys.readouterr().out)
+    assert {row["predicted"] for row in rows} == {"b"}
+    assert sum(row["label"] == row["predicted"] for row in rows) / len(rows) == figures["top1"]
+
+
+def test_probabilities_without_a_file_are_refused(table_run):
+    with pytest.raises(UserError, match="add --predictions FILE.csv"):
+        eval_main([str(table_run[0]), "--probabilities"])
+
+
+@pytest.mark.two_process
+def test_two_ranks_write_the_predictions_of_one(table_run, tmp_path):
+    argv = ["eval", str(table_run[0]), "--split", "train", "--probabilities", "--predictions"]
+    eval_main([*argv[1:], str(tmp_path / "one.csv")])
+    codes = finish_ranks(start_ranks(2, [*argv, str(tmp_path / "two.csv")], tmp_path, "dist_train.cli"), tmp_path, 90)
+    assert codes == [0, 0], [(tmp_path / f"rank{rank}.log").read_text() for rank in range(2)]
+    one, two = (rows_of(tmp_path / name) for name in ("one.csv", "two.csv"))
+    for key in one[0]:
+        expected, found = ([row[key] for row in rows] for rows in (one, two))
+        if key in ("sample", "name", "label", "predicted"):
+            assert found == expected
+        else:
+            np.testing.assert_allclose([float(cell) for cell in found], [float(cell) for cell in expected], atol=1e-6)
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_predict_on_several_ranks_is_refused(table_run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="started 2 processes; expected one"):
+        main([str(table_run[0]), str(table_run[1] / "set.csv")])
+
+
+def picture_files(folder, num_files: int) -> list[str]:
+    random, paths = np.random.default_rng(0), []
+    for k in range(num_files):
+        paths.append(str(folder / f"{k:02d}.png"))
+        Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8)).save(paths[-1])
+    return paths
+
+
+WHOLE = SimpleNamespace(image_size=(8, 8), eval_crop=0.0, one_size=True)
+
+
+def test_pictures_come_in_the_order_of_their_files_whichever_is_decoded_first(tmp_path, monkeypatch):
+    paths = picture_files(tmp_path, 11)
+    pixels = [np.asarray(Image.open(path)) for path in paths]
+    Path(paths[5]).write_bytes(b"no picture")
+    Path(paths[6]).unlink()
+    monkeypatch.setattr(predict, "BATCH_SIZE", 4)
+    late, first = threading.Event(), pixels[0]
+
+    def decode_first_file_last(payload, out, box=None):
+        decode_into(payload, out, box)
+        if np.array_equal(out, first):
+            assert late.wait(20), "no other file was decoded meanwhile"
+        late.set()
+
+    monkeypatch.setattr(predict, "decode_into", decode_first_file_last)
+    batches = list(picture_batches(WHOLE, paths, 2))
+    good = [k for k in range(11) if k not in (5, 6)]
+    assert [name for names, _, _ in batches for name in names] == [paths[k] for k in good]
+    values = np.concatenate([batch.permute(0, 2, 3, 1).numpy() for _, batch, _ in batches])
+    assert np.array_equal(values, np.stack([pixels[k] for k in good]))
+    assert [[path for path, _ in complaints] for _, _, complaints in batches] == [[], paths[5:7], []]
+    assert batches[1][2][1][1] == "No such file or directory"
+
+
+def test_the_next_batch_is_decoded_while_one_is_used(tmp_path, monkeypatch):
+    paths = picture_files(tmp_path, 6)
+    monkeypatch.setattr(predict, "BATCH_SIZE", 2)
+    decoded, ahead = [], threading.Event()
+
+    def count(payload, out, box=None):
+        decode_into(payload, out, box)
+        decoded.append(payload)
+        if len(decoded) == 4:
+            ahead.set()
+
+    monkeypatch.setattr(predict, "decode_into", count)
+    with contextlib.closing(picture_batches(WHOLE, paths, 1)) as batches:
+        assert next(batches)[0] == paths[:2] and ahead.wait(20)
+        assert len(decoded) == 4  # and no further: pictures would fill the memory
 
 
 @pytest.mark.two_process

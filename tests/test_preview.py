@@ -64,6 +64,7 @@ AUGMENTATIONS = {
     "boxes cut by the decoder, mixed": {"crop": "random_resized", "flip": 0.5, "mixup": 0.4, "cutmix": 1.0},
     "turned and erased": {"rotate_degrees": 20, "erase": 0.5, "hue": 0.1},
     "mirrored every other epoch": {"flip": 0.5, "flip_alternates": True},
+    "one operation each": {"crop": "random_resized", "flip_vertical": 0.5, "trivial": True},
     "a fold": {"crop": "random_resized", "cutmix": 1.0, "folds": 3},
 }
 
@@ -110,6 +111,14 @@ def test_the_gallery_begins_with_the_stored_picture_and_names_what_is_mixed(mixe
     assert any(" + " in note for note in notes) and "mixup 1" in gallery.note
     seen = {shown.uri for _, _, cells in gallery.rows for shown in cells}
     assert len(seen) == 24  # every epoch draws anew
+
+
+def test_the_gallery_says_what_is_done(mixed):
+    config = settings(mixed, trivial=True, flip_vertical=0.25)
+    index = open_index(config)
+    note = preview.preview_gallery(config, index, num_epochs=1).note
+    assert note.endswith("one operation of TrivialAugment, mirrored top to bottom (flip_vertical 0.25).")
+    assert preview.is_augmented(config, index)
 
 
 def test_unchanged_pictures_come_back_unchanged(digits):

@@ -290,12 +290,14 @@ def test_a_run_without_room_for_its_samples_goes_on_with_fewer_at_once(digits, t
     assert written_settings(run).train.micro_batch_size == 48
 
 
-@pytest.mark.parametrize("at_once, mixup, advice", [
-    (96, "0", "micro_batch_size 48"), (3, "0", "micro_batch_size 1"), (1, "0", "Fewer do not"), (2, "0.2", "Fewer do not"),
+@pytest.mark.parametrize("at_once, mixup, graphs, advice", [
+    (96, "0", False, "micro_batch_size 48"), (3, "0", False, "micro_batch_size 1"), (1, "0", False, "Fewer do not"),
+    (2, "0.2", False, "Fewer do not"), (96, "0", True, "Fewer do not"),  # CUDA graphs take no parts
 ])  # fmt: skip
-def test_the_next_smaller_part_is_named_while_there_is_one(at_once, mixup, advice):
+def test_the_next_smaller_part_is_named_while_there_is_one(at_once, mixup, graphs, advice):
     config = read_config(RunConfig, ["--data.global_batch_size", "96", "--augment.mixup", mixup], "")
-    run = SimpleNamespace(config=config, micro_batch_size=at_once, world=runtime.World(0, 1, 0, 1, torch.device("cpu")))
+    run = SimpleNamespace(config=config, micro_batch_size=at_once, world=runtime.World(0, 1, 0, 1, torch.device("cpu")),
+                          parallel=SimpleNamespace(replays_graphs=graphs))  # fmt: skip
     assert advice in str(Run.lacks_memory(run, torch.OutOfMemoryError(TOO_LARGE)))
 
 

@@ -1,0 +1,210 @@
+"""Each operation of TrivialAugment is torchvision's at the same strength, and which one is done follows from the key alone."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as TF
+from torchvision.transforms import InterpolationMode, autoaugment
+
+from dist_train import augment as A
+from dist_train import mixing, order, policies
+from dist_train.augment import Augment
+from dist_train.config import AugmentConfig
+
+HEIGHT, WIDTH = SIZE = (20, 24)
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+FILL = torch.tensor(MEAN).view(1, 3, 1, 1)
+MOVES = policies.OPERATIONS[policies.SHEAR_X : policies.ROTATE + 1]
+TABLE = policies.amount_table("cpu")
+
+
+def some_keys(n: int) -> torch.Tensor:
+    return torch.from_numpy(order.sample_keys(0, np.zeros(n, np.int64), np.arange(n)))
+
+
+def pictures_of_every_kind(n: int, channels: int = 3) -> torch.Tensor:
+    """uint8 (n, channels, HEIGHT, WIDTH): noise, dark noise, few levels, one colour, by turns."""
+    pixels = torch.randint(0, 256, (n, channels, *SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    pixels[1::4] //= 3
+    pixels[2::4] = pixels[2::4] // 80 * 70 + 20
+    pixels[3::4] = pixels[3::4, :, :1, :1]
+    return pixels
+
+
+def strengths_of(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(operations, amounts): all strengths of one operation, with both signs, (62,) each."""
+    amounts = TABLE[policies.OPERATIONS.index(name)].flatten()
+    return torch.full((len(amounts),), policies.OPERATIONS.index(name)), amounts
+
+
+def moved(picture: torch.Tensor, name: str, amount: float) -> torch.Tensor:
+    """torchvision's geometry as its TrivialAugmentWide calls it, on a float picture; black comes in from outside."""
+    bilinear, degrees = InterpolationMode.BILINEAR, math.degrees(math.atan(amount))
+    if name == "Rotate":
+        return TF.rotate(picture, amount, bilinear)
+    if name.startswith("Shear"):
+        shear = [degrees, 0.0] if name == "ShearX" else [0.0, degrees]
+        return TF.affine(picture, 0.0, [0, 0], 1.0, shear, bilinear, center=[0, 0])
+    return TF.affine(picture, 0.0, [int(amount), 0] if name == "TranslateX" else [0, int(amount)], 1.0, [0.0, 0.0], bilinear)
+
+
+# uint8 where torchvision's results are whole levels; else float, as it cuts off what is behind the point
+REFERENCES = {
+    "Identity": lambda pixels, amount: pixels / 255,
+    "Color": lambda pixels, amount: TF.adjust_saturation(pixels / 255, 1 + amount),
+    "Sharpness": lambda pixels, amount: TF.adjust_sharpness(pixels / 255, 1 + amount),
+    "Brightness": lambda pixels, amount: TF.adjust_brightness(pixels / 255, 1 + amount),
+    "Contrast": lambda pixels, amount: TF.adjust_contrast(pixels / 255, 1 + amount),
+    "Posterize": lambda pixels, amount: TF.posterize(pixels, int(amount)) / 255,
+    "Solarize": lambda pixels, amount: TF.solarize(pixels, amount) / 255,
+    "AutoContrast": lambda pixels, amount: TF.autocontrast(pixels / 255),
+    "Equalize": lambda pixels, amount: TF.equalize(pixels) / 255,
+}
+
+
+def test_operations_and_strengths_are_torchvisions():
+    theirs = autoaugment.TrivialAugmentWide()._augmentation_space(policies.STRENGTHS)
+    assert set(theirs) == set(policies.OPERATIONS) == set(REFERENCES) | set(MOVES) and len(policies.OPERATIONS) == 14
+    for operation, name in enumerate(policies.OPERATIONS):
+        amounts, signed = theirs[name]
+        plus, minus = TABLE[operation].unbind(1)
+        if name.startswith("Translate"):
+            amounts = (amounts + 1e-5).trunc()  # as it does where it uses them; its 16 is 15.999999
+        assert torch.allclose(plus, amounts.float().expand(policies.STRENGTHS), rtol=1e-6)
+        assert torch.equal(minus, -plus if signed else plus)
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_moves_are_torchvisions(name):
+    operations, amounts = strengths_of(name)
+    pictures = pictures_of_every_kind(len(operations)) / 255
+    transform = Augment(AugmentConfig(trivial=True), SIZE, MEAN, STD)
+    found = transform.move(pictures, policies.motions(operations, amounts, SIZE))
+    for i, amount in enumerate(amounts.tolist()):
+        expected = moved(pictures[i] - FILL[0], name, amount) + FILL[0]
+        assert (found[i] - expected).abs().max() < (1e-5 if name.startswith("Translate") else 2e-4)
+    assert policies.is_moved(operations).all()
+    assert torch.equal(policies.change_pixels(pictures.clone(), operations, amounts), pictures)
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+@pytest.mark.parametrize("name", REFERENCES)
+def test_changes_of_pixels_are_torchvisions(name, channels):
+    operations, amounts = strengths_of(name)
+    pictures = pictures_of_every_kind(len(operations), channels)
+    found = policies.change_pixels(pictures / 255, operations, amounts)
+    for i, amount in enumerate(amounts.tolist()):
+        assert (found[i] - REFERENCES[name](pictures[i], amount)).abs().max() < 1e-5
+    still = torch.eye(2, 3).expand(len(operations), -1, -1)
+    assert torch.equal(policies.motions(operations, amounts, SIZE), still) and not policies.is_moved(operations).any()
+
+
+def test_operations_strengths_and_signs_are_drawn_evenly_and_independently():
+    num_cells = len(policies.OPERATIONS) * policies.STRENGTHS * 2
+    draws = torch.arange(num_cells).float().view(TABLE.shape)  # every cell of the table has a value of its own
+    operations, cells = policies.draw_operations(some_keys(num_cells * 30), draws)
+    assert torch.equal(operations, (cells / (policies.STRENGTHS * 2)).floor().long())
+    counts = torch.bincount(cells.long(), minlength=num_cells).view(TABLE.shape).double()
+    for axes in ((1, 2), (0, 2), (0, 1), ()):  # operations, strengths, signs, and all three together
+        found = counts.sum(axes) if axes else counts.flatten()
+        expected, freedom = counts.sum() / len(found), len(found) - 1
+        chi2 = float(((found - expected) ** 2 / expected).sum())
+        assert chi2 < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_draws_are_no_others_and_stay_where_they_are():
+    # a number that moves changes the pixels of a run that goes on
+    own = [policies.OPERATION, policies.STRENGTH, policies.SIGN]
+    assert own == [68, 69, 70] and A.FLIP_VERTICAL == 62
+    assert [A.CROP, A.FLIP, A.ROTATE, A.BRIGHTNESS, A.CONTRAST, A.SATURATION, A.HUE, A.GRAYSCALE, A.ERASE, A.ERASE_BOX,
+            mixing.CHOICE, mixing.SHARE, mixing.CENTRE_Y, mixing.CENTRE_X] == [0, *range(32, 41), *range(64, 68)]  # fmt: skip
+
+
+def test_a_picture_is_changed_alike_alone_and_among_others():
+    operations = torch.arange(14).repeat(4)
+    amounts = TABLE[operations, torch.arange(56) % 31, torch.arange(56) % 2]
+    pictures = pictures_of_every_kind(56) / 255
+    transform = Augment(AugmentConfig(trivial=True), SIZE, MEAN, STD)
+
+    def change(rows):
+        motion = policies.motions(operations[rows], amounts[rows], SIZE)
+        images = policies.change_marked(pictures[rows], policies.is_moved(operations[rows]), transform.move, motion)
+        return policies.change_pixels(images, operations[rows], amounts[rows])
+
+    together = change(torch.arange(56))
+    assert sum(not torch.equal(together[i], pictures[i]) for i in range(56)) > 40
+    for i in range(56):
+        assert torch.equal(change(torch.tensor([i]))[0], together[i])
+
+
+def test_pictures_picked_on_a_cpu_are_changed_as_all_are_on_a_gpu(monkeypatch):
+    pictures, keys = pictures_of_every_kind(64), some_keys(64)
+    for config in (AugmentConfig(trivial=True, crop="padded", flip=0.5), AugmentConfig(trivial=True, crop="random_resized")):
+        transform = Augment(config, SIZE, MEAN, STD)
+        picked = transform(pictures, keys)
+        with monkeypatch.context() as patch:
+            patch.setattr(policies, "picks_pictures", lambda device: False)
+            assert torch.equal(transform(pictures, keys), picked)
+
+
+@pytest.mark.parametrize("crop", ["none", "padded", "random_resized"])
+def test_pictures_that_are_not_changed_are_as_without(crop):
+    pictures, keys = pictures_of_every_kind(256), some_keys(256)
+    settings = {"crop": crop, "flip": 0.5, "flip_vertical": 0.5}
+    plain = Augment(AugmentConfig(**settings), SIZE, MEAN, STD)(pictures, keys)
+    found = Augment(AugmentConfig(**settings, trivial=True), SIZE, MEAN, STD)(pictures, keys)
+    operations, _ = policies.draw_operations(keys, TABLE)
+    same = operations == policies.IDENTITY
+    assert 8 < same.sum() < 30
+    if crop == "random_resized":  # all pass through one sampling, whose edges are handled in another way
+        assert (found[same] - plain[same]).abs().max() < 2e-5
+    else:
+        assert torch.equal(found[same], plain[same])
+    assert sum(not torch.allclose(a, b, atol=1e-3) for a, b in zip(found, plain, strict=True)) > 150
+
+
+def smooth(n: int, height: int, width: int) -> torch.Tensor:
+    """Pictures in 0..1 of slow waves, which two resamplings in a row hardly blur: float32 (n, 3, height, width)."""
+    y, x = torch.linspace(0, 3, height)[:, None], torch.linspace(0, 3, width)
+    waves = [torch.sin(y * (1 + i % 3) * 0.7 + c) * torch.cos(x * (1 + i % 2) * 0.6 + i) for i in range(n) for c in range(3)]
+    return torch.stack(waves).view(n, 3, height, width) * 0.4 + 0.5
+
+
+@pytest.mark.parametrize("degrees", [0, 15])
+def test_moves_follow_crop_flips_and_rotation_in_one_sampling(degrees):
+    config = AugmentConfig(crop="random_resized", flip=0.5, flip_vertical=0.5, rotate_degrees=degrees, trivial=True)
+    stored, size = (48, 60), (40, 40)
+    pictures, keys = (smooth(100, *stored) * 255).to(torch.uint8), some_keys(100)
+    transform = Augment(config, size, MEAN, STD)
+    found, boxes = transform.transform_geometry(pictures, keys), transform.draw_boxes(keys, stored)
+    operations, amounts = policies.draw_operations(keys, TABLE)
+    flipped, upended = A.uniform(keys, A.FLIP) < 0.5, A.uniform(keys, A.FLIP_VERTICAL) < 0.5
+    compared = set()
+    for i in range(100):
+        chain = TF.resized_crop(pictures[i] / 255, *boxes[i].int().tolist(), list(size), antialias=True)
+        chain = TF.horizontal_flip(chain) if flipped[i] else chain
+        chain = TF.vertical_flip(chain) if upended[i] else chain
+        # two pixels from the crop's edge on: there the chain has lost what lies beyond, one sampling still sees it
+        chain = torch.cat([chain, torch.nn.functional.pad(torch.ones(1, size[0] - 4, size[1] - 4), [2] * 4)])
+        if degrees:
+            angle = float(A.uniform(keys, A.ROTATE)[i]) * 2 * degrees - degrees
+            chain = TF.rotate(chain, angle, InterpolationMode.BILINEAR)
+        name = policies.OPERATIONS[operations[i]]
+        chain = moved(chain, name, float(amounts[i])) if name in MOVES else chain
+        inside = (chain[3] > 0.999).expand(3, -1, -1)
+        if inside.float().mean() > 0.1:
+            compared.add((name in MOVES and name, bool(flipped[i]), bool(upended[i])))
+            difference = (found[i] - chain[:3])[inside].abs()
+            assert difference.mean() < 0.004 and difference.max() < 0.02
+    assert len(compared) > 18 and {name for name, _, _ in compared} == {False, *MOVES}
+
+
+def test_the_settings_from_brightness_on_come_after_it():
+    pictures, keys = pictures_of_every_kind(42), some_keys(42)
+    config = AugmentConfig(trivial=True, brightness=0.4, grayscale=0.3)
+    transform = Augment(config, SIZE, MEAN, STD)
+    images = policies.change_pixels(transform.transform_geometry(pictures, keys), *policies.draw_operations(keys, TABLE))
+    images = transform.jitter(images, keys).sub(FILL).div(torch.tensor(STD).view(1, 3, 1, 1))
+    assert torch.equal(transform(pictures, keys), images)
