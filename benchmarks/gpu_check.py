@@ -4,10 +4,10 @@
     python benchmarks/gpu_check.py --cpu-dry-run                          the same code at toy sizes on the CPU, for the tests
 
 Does a step wait for the device; are gradients the CPU's; how much of the card's measured peak do AlexNet and VGG13 use,
-in which precision, compiled or not, with CUDA graphs; how far is training from shards, and from pictures kept on the card,
-behind the same batch in memory; what the card decodes; plain loops, torchvision's and timm's networks in them, beside it;
-how soon CIFAR-10 reaches 94%. Writes benchmarks/results/<card>-<date>.json, goals and what was found among it. What the time
-did not allow, what is not installed, or what failed, stands there by name.
+in which precision, compiled or not, with CUDA graphs; does a resume change bits; how far is training from shards, and from
+pictures kept on the card, behind the same batch in memory; what the card decodes; plain loops, torchvision's and timm's
+networks in them, beside it; how soon CIFAR-10 reaches 94%. Writes benchmarks/results/<card>-<date>.json, goals and what was
+found among it. What the time did not allow, what is not installed, or what failed, stands there by name.
 """
 
 import argparse
@@ -35,6 +35,7 @@ import torch.nn.functional as F  # noqa: E402
 from benchmarks.training import make_shards, open_training, settings  # noqa: E402
 from dist_train import decoder_choice, runtime  # noqa: E402
 from dist_train.bench_step import TimedRun  # noqa: E402
+from dist_train.checkpoint import Checkpoints  # noqa: E402
 from dist_train.errors import UserError  # noqa: E402
 from dist_train.gpu_decode import GpuDecoder  # noqa: E402
 from dist_train.layers import set_dropout_keys  # noqa: E402
@@ -65,6 +66,7 @@ class Sizes:
     pictures: int
     matrix: int
     cifar10: tuple[str, ...]  # settings of the training to an accuracy
+    resumed: tuple[str, ...] = ("alexnet_bn", "vgg13_bn", "resnet18")  # networks whose bits are compared
 
 
 CARD = Sizes(
@@ -73,7 +75,7 @@ CARD = Sizes(
 )
 TOY = Sizes((("alexnet", 64, 8), ("vgg11", 32, 8)), ("fp32",), ("--model.width", "0.0625"), 1, 1, 40, 128,
             (*CIFAR10, "--model.name", "vgg11_bn", "--model.width", "0.0625", "--data.image_size", "16",
-             "--augment.start_size", "8", "--train.epochs", "0.5"))  # fmt: skip
+             "--augment.start_size", "8", "--train.epochs", "0.5"), ("alexnet_bn",))  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,13 +131,16 @@ def checks(sizes: Sizes, device, scratch: Path, report: dict, cifar10: str) -> d
     """
     shards: dict[int, str] = {}
 
-    def training(name, pixels, batch, precision, is_synthetic, *more) -> TimedRun:
+    def shards_of(pixels) -> str:
         if pixels not in shards:
             shards[pixels] = make_shards(scratch / str(pixels), pixels, sizes.pictures)
+        return shards[pixels]
+
+    def training(name, pixels, batch, precision, is_synthetic, *more) -> TimedRun:
         forget_precision()
         accelerator, world = runtime.start(precision, 0, 300)
         argv = ("--train.log_every_steps", str(sizes.steps), *sizes.more, *more)
-        config = settings(shards[pixels], name, pixels, batch, precision, *argv)
+        config = settings(shards_of(pixels), name, pixels, batch, precision, *argv)
         return open_training(config, scratch, accelerator, world, is_synthetic)
 
     def speed(name, pixels, batch, precision, *more) -> dict:
@@ -170,6 +175,10 @@ def checks(sizes: Sizes, device, scratch: Path, report: dict, cifar10: str) -> d
     table[f"{sizes.networks[0][0]}@{sizes.networks[0][1]} from the card"] = lambda: fed(
         lambda kind: training(*sizes.networks[0], best, kind, *kept), sizes
     )
+    table["same bits after a resume"] = lambda: {
+        kind: same_bits(shards_of(32), sizes, best, scratch / kind, is_asked)
+        for kind, is_asked in (("usual", False), ("deterministic", True))
+    }
     table["jpeg decoding"] = lambda: decoding(training(*sizes.networks[0], best, True).run, device)
     table["cifar10 to 94%"] = (lambda: to_accuracy(cifar10, sizes, scratch)) if cifar10 else None
     for network in sizes.networks:
@@ -275,6 +284,28 @@ def to_accuracy(shards: str, sizes: Sizes, scratch: Path, top1: float = 0.94) ->
     evaluations = [line for line in lines if line["kind"] == "eval"]
     reached = next((line["time_s"] for line in evaluations if line["top1"] >= top1), None)
     return {"reached_s": reached, "best": max(line["top1"] for line in evaluations), "took_s_in_all": evaluations[-1]["time_s"]}
+
+
+def same_bits(shards: str, sizes: Sizes, precision: str, scratch: Path, deterministic: bool) -> dict[str, bool]:
+    """Network -> whether six steps, and three that are gone on with for three more, end in the same weights, bit for bit."""
+    found = {}
+    for name in sizes.resumed:
+        ends = {}
+        for run, halts in (("whole", (6,)), ("resumed", (3, 6))):
+            for steps in halts:
+                forget_precision()
+                run_training([
+                    "--data.shards", shards, "--data.global_batch_size", str(min(256, sizes.pictures)), "--model.name", name,
+                    "--model.stem", "small", "--train.precision", precision, "--train.max_steps", str(steps),
+                    "--train.epochs", "9", "--train.profile_steps", "0", "--augment.crop", "random_resized",
+                    "--optim.clip_norm", "1", "--track.wandb", "off", "--runtime.deterministic", str(deterministic).lower(),
+                    "--run", str(scratch / name / run), "--resume", *(sizes.more if name != "resnet18" else ()),
+                ])  # fmt: skip
+            ends[run] = Checkpoints(scratch / name / run, 1).newest()[0].tensors
+        torch.use_deterministic_algorithms(False)
+        pairs = [(t, ends["resumed"][stem][key]) for stem, named in ends["whole"].items() for key, t in named.items()]
+        found[name] = all(torch.equal(a, b) for a, b in pairs)
+    return found
 
 
 def peak_tflops(device, precision: str, size: int) -> float:

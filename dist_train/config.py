@@ -117,13 +117,14 @@ class ModelConfig:
 
     name: str = "alexnet"
     """alexnet (2014, torchvision's), alexnet_bn (the wider one of 2012, with BatchNorm), vgg11 to vgg19 (and _bn), mlp, any
-    torchvision classifier"""
+    torchvision classifier, or timm/NAME, any of timm's that has one last layer (pip install 'dist_train[timm]')"""
     pretrained: str = ""
-    """torchvision's weights by name ("DEFAULT", "IMAGENET1K_V1"), with the mean and deviation of pixels they were trained with,
-    or a .pth or .safetensors file (torchvision's own files and a run's weights.safetensors bring theirs, too); empty starts
-    fresh"""
+    """torchvision's or timm's weights by name ("DEFAULT", "IMAGENET1K_V1", timm's "a1_in1k"), with the mean and deviation of
+    pixels they were trained with, or a .pth or .safetensors file (torchvision's own files, timm's beside their config.json and a
+    run's weights.safetensors bring theirs, too); empty starts fresh"""
     dropout: float = 0.5
-    """dropout in the classifier of alexnet and vgg, after each hidden layer of the mlp; torchvision's others keep theirs"""
+    """dropout in the classifier of alexnet and vgg, after each hidden layer of the mlp; torchvision's others keep
+    theirs, as do timm's"""
     stem: Literal["auto", "imagenet", "small"] = "auto"
     """small keeps resolution: 3x3 kernels, stride 1, a head sized to what is left; auto takes it under 64 px (alexnet_bn:
     128 px, where 5x5 kernels with stride 2 serve from 64 px on)"""
@@ -264,6 +265,9 @@ class RuntimeConfig:
 
     threads: int = 0
     """CPU threads of the arithmetic per process; 0 is this rank's share of the cores, as for data.threads"""
+    deterministic: bool = False
+    """on GPUs: no kernels that add in an order of chance, where torch knows others, and none chosen by their speed on the day;
+    slower. What has no other kernel is named once. A CPU needs none of it"""
     timeout_s: int = 300
     """a rank that does not answer for this long ends the job"""
 

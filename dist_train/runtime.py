@@ -52,11 +52,12 @@ def is_slow(precision: str, device) -> bool:
     return precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def start(precision: str, threads: int, timeout_s: int):
+def start(precision: str, threads: int, timeout_s: int, deterministic: bool = False):
     """Start Accelerate and the process group; return (accelerator, world).
 
-    precision: fp32, bf16 or fp16. Raises UserError where the launcher's idea of the job differs from what was started:
-    several processes that are each alone, more processes than GPUs, a precision that contradicts the recipe's.
+    precision: fp32, bf16 or fp16. deterministic: as runtime.deterministic. Raises UserError where the launcher's idea of the job
+    differs from what was started: several processes that are each alone, more processes than GPUs, a precision that contradicts
+    the recipe's.
     """
     from datetime import timedelta
 
@@ -101,6 +102,10 @@ def start(precision: str, threads: int, timeout_s: int):
     env["ACCELERATE_USE_CPU"] = "true" if use_cpu else "false"  # without it, ranks on the CPU would each be alone
     # set, or Accelerate would choose a number, and warn
     env["OMP_NUM_THREADS"] = str(threads or max(1, num_cores() // local_world_size))
+    if deterministic and not use_cpu:
+        env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it is first used
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it; without effect on the CPU
     try:
         accelerator = Accelerator(
@@ -128,7 +133,7 @@ def start(precision: str, threads: int, timeout_s: int):
             f"can be reached from every host. Slow starts of many ranks: raise runtime.timeout_s."
         ) from error
     # shapes are few, and stay: the fastest kernel is found by trial
-    torch.backends.cudnn.benchmark = accelerator.device.type == "cuda"
+    torch.backends.cudnn.benchmark = accelerator.device.type == "cuda" and not deterministic
     env["OMP_NUM_THREADS"] = str(threads or world.num_cores)
     torch.set_num_threads(threads or world.num_cores)
     return accelerator, world

@@ -287,7 +287,8 @@ def run_training(argv: list[str]) -> int:
     config, folder, resume = parse(argv)
     data = config.data
     load_index(data.shards, data.cache_dir, data.cache_gb)  # a missing set is told before ranks meet
-    accelerator, world = runtime.start(config.train.precision, config.runtime.threads, config.runtime.timeout_s)
+    asked = config.runtime
+    accelerator, world = runtime.start(config.train.precision, asked.threads, asked.timeout_s, asked.deterministic)
     started = time.time()
     with contextlib.ExitStack() as leaving:
         stop_requests = leaving.enter_context(contextlib.closing(runtime.StopRequests(folder)))  # until the process ends

@@ -81,7 +81,8 @@ def train_fold(
     """
     gc.collect()  # the training before refers to itself, and holds the GPU's memory until somebody looks
     folder.mkdir(parents=True, exist_ok=True)
-    accelerator, world = runtime.start(config.train.precision, config.runtime.threads, config.runtime.timeout_s)
+    asked = config.runtime
+    accelerator, world = runtime.start(config.train.precision, asked.threads, asked.timeout_s, asked.deterministic)
     with contextlib.ExitStack() as leaving:
         leaving.callback(runtime.end)
         num_threads = config.data.threads or world.num_cores

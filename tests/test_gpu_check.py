@@ -32,6 +32,8 @@ def test_every_check_runs_at_toy_sizes(digits, tmp_path, capsys):
             "vgg11@32 plain loop", "alexnet@64 fp32 graphs", "vgg11@32 torchvision loop"} <= report["checks"].keys()  # fmt: skip
     assert report["checks"]["alexnet@64 fp32"]["mfu"] > 0 and report["checks"]["alexnet@64 from the card"]["share"] > 0
     assert report["checks"]["jpeg decoding"]["gpu"] > 0
+    for kind in ("usual", "deterministic"):
+        assert report["checks"]["same bits after a resume"][kind] == {"alexnet_bn": True}
     assert 0 < report["checks"]["cifar10 to 94%"]["best"] < 0.94 and not report["goals"]  # toys reach nothing
 
 

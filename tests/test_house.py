@@ -28,7 +28,7 @@ LAYERS = [
      "stop"],  # no torch either
     ["convert", "repair", "shard", "foreign", "verify", "launch_traps", "doctor",
      "draws", "colour", "policies", "mixing", "augment", "layers", "networks", "pretrained",
-     "gpu_decode", "models", "finetune", "muon", "optim", "metrics", "loss", "progressive",
+     "gpu_decode", "timm_models", "models", "finetune", "muon", "optim", "metrics", "loss", "progressive",
      "messages", "step_parts", "guard", "hybrid",
      "wandb_file", "wandb_log", "track", "ranks", "watch", "runtime", "plots", "bars", "page", "ranking", "confusion",
      "table_plots", "picture_plots", "mistakes", "contact_sheet"],
