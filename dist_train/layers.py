@@ -196,8 +196,7 @@ class _Normalise(torch.autograd.Function):
         mean, var, count = _local_moments(x)
         # One message a layer, in float64: there E[x^2] - E[x]^2 loses nothing that float32 could show.
         sums = torch.cat([mean * count, (var + mean * mean) * count, count])
-        with messages.clock.waiting():
-            dist.all_reduce(sums, group=group)
+        sums = messages.sum_over_ranks(sums, group)
         count = sums[-1]
         mean, square = (sums[:-1] / count).chunk(2)
         var = (square - mean * mean).clamp_(min=0).to(weight.dtype)
@@ -216,9 +215,7 @@ class _Normalise(torch.autograd.Function):
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             dy, x, weight, mean, var, *unsaved, False, ctx.eps, [True, True, True]
         )
-        sums = torch.cat([dweight, dbias])
-        with messages.clock.waiting():
-            dist.all_reduce(sums, group=ctx.group)
+        sums = messages.sum_over_ranks(torch.cat([dweight, dbias]), ctx.group)
         by_scale, by_shift = (sums / count).chunk(2)
         invstd = torch.rsqrt(var + ctx.eps)
         slope = weight * invstd * invstd * by_scale

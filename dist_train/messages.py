@@ -1,6 +1,7 @@
 """How long this process waits for messages of the other ranks; counted only while a window of steps is timed."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterable
 
@@ -16,6 +17,31 @@ def average_over_ranks(tensors: list[Tensor]) -> None:
     message /= dist.get_world_size()
     for tensor, mean in zip(tensors, message.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
+
+
+def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The sum of all ranks' tensors, in this one's memory; in a new one inside a compiled network. group None: of all ranks."""
+    if group is None and torch.compiler.is_compiling():
+        return torch.ops.dist_train.sum_over_ranks(tensor)
+    with clock.waiting():
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+@functools.cache
+def let_compile() -> None:
+    """Make `sum_over_ranks` one closed operation of a compiled network; call it before compiling.
+
+    What Dynamo makes of dist.all_reduce itself is reordered by Inductor into wrong sums (torch 2.15, gloo; tests/test_parallel.py).
+    """
+
+    @torch.library.custom_op("dist_train::sum_over_ranks", mutates_args=())
+    def of_ranks(tensor: Tensor) -> Tensor:
+        summed = tensor.clone()
+        dist.all_reduce(summed)
+        return summed
+
+    of_ranks.register_fake(torch.empty_like)
 
 
 class MessageClock:

@@ -55,6 +55,7 @@ class Replicated:
         self.replays_graphs = config.train.compile and config.train.compile_mode != "default"
         if config.train.compile:
             mode = config.train.compile_mode if self.replays_graphs else None
+            messages.let_compile()
             self.model = torch.compile(self._wrapped, dynamic=False, mode=mode)
 
     def _wrap(self) -> nn.Module:

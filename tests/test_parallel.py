@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, free_port, tiny_run
+from conftest import ROOT, free_port, start_ranks, tiny_run
 from torch import nn
 
 from dist_train import messages, runtime
@@ -231,3 +231,16 @@ def test_one_run_goes_through_all_layouts(digits, tmp_path):
     evaluations = [curve(run, "eval") for run in runs]
     assert [step for step, _ in evaluations[0]] == [step for step, _ in evaluations[1]] == [6, 12]
     assert max(abs(a - b) for (_, a), (_, b) in zip(*evaluations, strict=True)) < 1e-3
+
+
+@pytest.mark.two_process
+def test_a_compiled_network_has_the_losses_of_one_that_is_not(digits, tmp_path):
+    curves = {}
+    for is_compiled in ("false", "true"):
+        run = tmp_path / is_compiled
+        argv = tiny_run(digits, run, "--train.parallel", "hybrid", "--train.compile", is_compiled, "--train.max_steps", "3",
+                        "--augment.rotate_degrees", "0", "--augment.crop", "none")  # fmt: skip
+        assert [rank.wait(timeout=300) for rank in start_ranks(2, argv, tmp_path)] == [0, 0], (tmp_path / "rank0.log").read_text()
+        curves[is_compiled] = curve(run, "train")
+    for (_, compiled), (_, plain) in zip(curves["true"], curves["false"], strict=True):
+        assert compiled == pytest.approx(plain, abs=1e-4)
