@@ -246,7 +246,8 @@ def _disk_kind(path: Path, mounts: str) -> str:
 def optional_packages(is_installed) -> Iterator[Finding]:
     """What else could be installed, and what for. is_installed: name -> bool."""
     uses = {"remote": (("obstore",), "shards on s3://, gs:// and az://"),
-            "export": (("onnx", "onnxscript", "onnxruntime"), "exported networks as ONNX")}  # fmt: skip
+            "export": (("onnx", "onnxscript", "onnxruntime"), "exported networks as ONNX"),
+            "timm": (("timm",), "model.name timm/NAME")}  # fmt: skip
     for extra, (names, use) in uses.items():
         missing = [name for name in names if not is_installed(name)]
         if missing:

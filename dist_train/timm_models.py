@@ -31,11 +31,7 @@ def build(config: ModelConfig, num_classes: int, image_size: tuple[int, int] | N
     options = _options(published, image_size)
     _try(config, lambda: timm.create_model(name, num_classes=num_classes, **options), num_classes,
          image_size or published.input_size[1:])  # fmt: skip
-    network = timm.create_model(name, num_classes=num_classes, **options)
-    for module in network.modules():
-        if "attention_bias_cache" in vars(module):  # filled in evaluation, and stale when other weights come in
-            module.attention_bias_cache = _NeverHolds()
-    return network
+    return timm.create_model(name, num_classes=num_classes, **options)
 
 
 def published_weights(
@@ -79,16 +75,6 @@ def statistics_beside(weights: str) -> tuple[list[float], list[float]] | None:
         return None
 
 
-class _NeverHolds(dict):
-    """A cache that is asked in vain, so that what it would hold is computed anew."""
-
-    def __contains__(self, key: object) -> bool:
-        return False
-
-    def __bool__(self) -> bool:  # timm puts another in its place when it holds something
-        return False
-
-
 def _open(config: ModelConfig):
     """(timm, what it calls the network, with the tag of its weights if model.name has one)."""
     name = config.name.removeprefix(PREFIX)
@@ -101,10 +87,10 @@ def _open(config: ModelConfig):
     known = timm.list_models()
     if architecture not in known:
         otherwise = f"It has {len(known):,}: python -c 'import timm; print(*timm.list_models())'"
-        hint = did_you_mean(config.name, [PREFIX + other for other in known], otherwise)
-        raise UserError(f"model.name is {config.name!r}, which timm {timm.__version__} does not have. {hint}")
+        hint = did_you_mean(architecture, known, otherwise)
+        raise UserError(f"model.name is {config.name}, and timm {timm.__version__} has no {architecture!r}. {hint}")
     if tag and name not in (tagged := timm.list_models(architecture, include_tags=True)):
-        raise UserError(f"model.name is {config.name!r}; of {architecture} timm {timm.__version__} has {', '.join(tagged)}.")
+        raise UserError(f"model.name is {config.name}; of {architecture} timm {timm.__version__} has {', '.join(tagged)}.")
     return timm, name
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dist_train import order
+from dist_train.errors import UserError
 from dist_train.layers import (
     GlobalBatchNorm,
     KeyedDropout,
@@ -208,3 +209,33 @@ def test_sync_batchnorm_alone_is_batchnorm():
         assert torch.equal(alone(x), plain(x))
     assert torch.equal(alone.eval()(x), plain.eval()(x))
     assert all(torch.equal(t, plain.state_dict()[name]) for name, t in alone.state_dict().items())
+
+
+class OwnStatistics(nn.BatchNorm2d):
+    """A BatchNorm that does more, so that it cannot be swapped."""
+
+
+class OwnVariance(nn.Module):
+    """A norm with running statistics that is no BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_var", torch.ones(4))
+
+
+@pytest.mark.parametrize("norm", [OwnStatistics(4), OwnVariance(), nn.InstanceNorm2d(4, track_running_stats=True)])
+def test_statistics_that_ranks_would_not_share_are_refused_by_name(norm):
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(norm))
+    with pytest.raises(UserError, match=rf"the network's {type(norm).__name__} .*\n.*sync_batchnorm: false"):
+        use_sync_batchnorm(net)
+
+
+def test_norms_without_statistics_of_a_batch_stay():
+    from torchvision.ops import FrozenBatchNorm2d
+
+    net = nn.Sequential(nn.GroupNorm(2, 4), nn.InstanceNorm2d(4), FrozenBatchNorm2d(4), nn.LayerNorm(4))
+    before = list(net)
+    assert list(use_sync_batchnorm(net)) == before
+    once = use_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(4)))
+    norm = once[0]
+    assert use_sync_batchnorm(once)[0] is norm

@@ -1,6 +1,7 @@
 """Networks against torchvision's on the same weights; heads, stems, sizes, weights from files."""
 
 import re
+import sys
 import urllib.error
 from dataclasses import replace
 
@@ -192,10 +193,17 @@ def test_torchvisions_nets_get_a_head_for_the_classes(name, size, head):
     ("vit_b_32", 50, {}, "does not take pictures of 50 x 50 px"),
     ("densenet121", 32, {"stem": "small"}, "not defined for densenet121"),
     ("mlp", 32, {}, "mlp is for tables"),
+    ("qwertyuiop", 32, {}, "There are alexnet(.|\n)*timm's are called timm/NAME"),
 ])  # fmt: skip
 def test_what_cannot_be_built_is_said(name, size, settings, message):
     with pytest.raises(UserError, match=message):
         build(name, 10, (size, size), **settings)
+
+
+def test_a_network_of_timm_without_timm_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"timm/resnet18, and timm cannot be imported.*\n.*pip install 'dist_train\[timm\]'"):
+        build("timm/resnet18")
 
 
 def test_a_table_needs_the_mlp_and_a_small_stem_needs_a_size():
