@@ -131,12 +131,13 @@ def test_a_native_core_built_without_the_header_of_xxhash_is_noted(monkeypatch, 
 
 
 def test_packages_tracking_and_slurm(tmp_path):
-    notes = list(doctor.optional_packages(lambda name: name not in ("obstore", "onnxscript")))
+    notes = list(doctor.optional_packages(lambda name: name not in ("obstore", "onnxscript", "timm")))
     assert notes == [
         ("note", "obstore is not installed: shards on s3://, gs:// and az://", "pip install 'dist_train[remote]'"),
         ("note", "onnxscript is not installed: exported networks as ONNX", "pip install 'dist_train[export]'"),
+        ("note", "timm is not installed: model.name timm/NAME", "pip install 'dist_train[timm]'"),
     ]
-    assert [note.state for note in doctor.optional_packages(lambda name: True)] == ["good", "good"]
+    assert [note.state for note in doctor.optional_packages(lambda name: True)] == ["good"] * 3
     nobody = {"HOME": str(tmp_path)}
     assert "run folder" in doctor.tracking(nobody).found
     assert "online" in doctor.tracking(nobody | {"WANDB_API_KEY": "x" * 40}).found

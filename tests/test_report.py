@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
-from dist_train import mistakes, plots, report
+from dist_train import mistakes, plots, report, tries
 from dist_train.config import DataConfig, ModelConfig, RunConfig
 from dist_train.confusion import class_table, confused_pairs, most_confused
 from dist_train.errors import UserError
@@ -257,7 +257,8 @@ def test_a_finished_run_on_a_table_has_its_pictures_and_the_right_areas(tmp_path
     assert "No ROC and precision-recall curves" in page and "Correlation" in page
 
 
-def test_shards_behind_a_url_show_their_pictures(made_up, tmp_path):
+def test_shards_behind_a_url_show_their_pictures(made_up, tmp_path, monkeypatch):
+    monkeypatch.setattr(tries, "PATIENCE_S", 0.0)  # once the server is gone
     folder = made_up[0].parent.parent / "shards/demo"
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
