@@ -85,6 +85,7 @@ def _begin(config: RunConfig, folder: Path, source: Path, world: World) -> list[
                         + "\n  ".join(problems) + f"\n  Take those of {run}, or begin without --from.")  # fmt: skip
     index = view_of(config)
     sizes.check_sizes(config, index, world)
+    sizes.check_evaluated(config)
     refuse_other_shards(saved, index, config.data, run)
     num_samples, batch = index.split(config.data.train_split).num_samples, config.data.global_batch_size
     old_steps, num_steps = (sizes.whole_steps(c.train.epochs, num_samples, batch) for c in (old, config))

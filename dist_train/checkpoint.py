@@ -10,6 +10,7 @@ A checkpoint is written into a folder named *.partial, synced and renamed. Nothi
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import platform
@@ -21,9 +22,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import xxhash
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from dist_train.durable import put_in_place, replace_text, sync
 from dist_train.errors import UserError
@@ -32,6 +34,10 @@ from dist_train.ranks import on_main
 from dist_train.runtime import World
 
 _NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 _SHOWN_LATE_S = 60.0  # network file systems may show a new folder to another machine so much later: NFS by default
 
 
@@ -42,6 +48,10 @@ class Saved:
     step: int
     tensors: dict[str, dict[str, torch.Tensor]]
     state: dict
+
+
+class AllDamaged(UserError):
+    """A run has checkpoints, and none of them is whole."""
 
 
 class Checkpoints:
@@ -116,7 +126,7 @@ class Checkpoints:
                 raise _unreadable(path, error) from None
         self.chosen = None
         if complaints:
-            raise UserError("\n".join(complaints) + "\n  No whole checkpoint is left. Begin anew in another folder (--run).")
+            raise AllDamaged("\n".join(complaints) + "\n  No whole checkpoint is left. Begin anew in another folder (--run).")
         return None, complaints
 
     def agree_on_newest(self, world: World) -> tuple[Saved | None, list[str]]:
@@ -244,18 +254,30 @@ def write_checkpoint(path: Path, saved: Saved) -> None:
 def write_tensors(path: Path, named: dict[str, torch.Tensor], about: dict[str, str] | None = None) -> str:
     """Write a .safetensors file; once it is on the disk and reads back, return its xxh3_128, hex. Raises OSError.
 
-    about: text kept in its head. safetensors' own save_file closes its descriptor, the only one that is told of writes that
-    failed, without a look, and lets nobody but the owner read the file (0.8).
+    about: text kept in its head. The format is safetensors' (github.com/huggingface/safetensors); its own save_file closes its
+    descriptor, the only one that is told of writes that failed, without a look, and lets nobody but the owner read the file (0.8).
     """
-    blob = save(named, about)
+    order = sorted(named, key=lambda name: (-named[name].element_size(), name))  # so that each begins at a multiple of its own
+    head, end = {"__metadata__": about} if about else {}, 0
+    for name in order:
+        first, end = end, end + named[name].nbytes
+        head[name] = {"dtype": _DTYPES[named[name].dtype], "shape": list(named[name].shape), "data_offsets": [first, end]}
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)
+    digest = xxhash.xxh3_128()
     with open(path, "wb") as file:
-        file.write(blob)
+        for part in itertools.chain((len(text).to_bytes(8, "little"), text), (_bytes_of(named[name]) for name in order)):
+            file.write(part)
+            digest.update(part)
         file.flush()
         os.fsync(file.fileno())
-    checksum = xxhash.xxh3_128_hexdigest(blob)
-    if file_checksum(path) != checksum:
+    if file_checksum(path) != digest.hexdigest():
         raise OSError(errno.EIO, "what was written does not read back", str(path))
-    return checksum
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def load_checkpoint(path: Path) -> Saved:

@@ -221,4 +221,6 @@ def _layout(t: Tensor) -> list[int]:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Parameters and buffers by name, but for buffers that are no part of a state (tables of positions, say)."""
+    kept = model.state_dict().keys()
+    return {name: t for name, t in [*model.named_parameters(), *model.named_buffers()] if name in kept}

@@ -121,7 +121,8 @@ class _Parted(Replicated):
 
     def __init__(self, network: nn.Module, config: RunConfig, accelerator, world: World):
         # its form without its weights: what `whole` fills
-        hollow = {id(t): _like(t, t.to("meta")) for t in [*network.parameters(), *network.buffers()]}
+        kept, named = network.state_dict().keys(), [*network.named_parameters(), *network.named_buffers()]
+        hollow = {id(t): _like(t, t.to("meta")) for name, t in named if name in kept}
         self._form = copy.deepcopy(network, hollow)
         super().__init__(network, config, accelerator, world)
 

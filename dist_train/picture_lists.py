@@ -172,8 +172,9 @@ def _wrong_splits(
         return [f"column {config.split_column} is {found}{', ...' if len(words) > _TOLD else ''}; expected train, val or test.\n"
                 f"  Write those, or leave --split-column out, and splits are drawn."]  # fmt: skip
     problems, first, torn = [], {}, {}
-    trained = {label for label, split in zip(labels.tolist(), splits, strict=True) if split == 0}
-    untrained = [repr(name) for label, name in enumerate(classes) if label not in trained]
+    joined = {part: group for group in config.merge for part in (*group.split("+"), group)} or {name: name for name in classes}
+    trained = {joined.get(classes[label]) for label, split in zip(labels.tolist(), splits, strict=True) if split == 0}
+    untrained = [repr(name) for name in dict.fromkeys(joined[name] for name in classes if name in joined) if name not in trained]
     if untrained:
         problems.append(f"{_told('classes have no row in the training split', untrained)}\n  Each needs some to be learnt from.")
     for row, split in zip(listed, splits, strict=True) if config.group else ():

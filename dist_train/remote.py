@@ -45,7 +45,15 @@ def join(url: str, name: str) -> str:
     if is_remote(name):
         return name
     parts = split_url(url)
-    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+    if parts.scheme == "file":  # an index may name tars elsewhere by their whole paths
+        name = quote(name)
+    path = name if parts.scheme == "file" and name.startswith("/") else f"{parts.path.rstrip('/')}/{name}"
+    return urlunsplit(parts._replace(path=path))
+
+
+def on_disk(url: str) -> str:
+    """The folder that a file:// URL names; other URLs, and paths, as they are."""
+    return unquote(split_url(url).path) if url.startswith("file:///") else url
 
 
 def split_url(url: str) -> SplitResult:
@@ -71,16 +79,16 @@ def without_secrets(tree: dict) -> dict:
 
 def download(
     url: str, file: BinaryIO, num_bytes: int | None = None, checksum: str | None = None, advice: str = "",
-    is_wanted: Callable[[], bool] = lambda: True, waited_s: float = 0.0,
+    is_wanted: Callable[[], bool] = lambda: True, waited_s: float = 0.0, is_patient: bool = False,
 ) -> str:  # fmt: skip
     """Write what lies at the URL into an open file, from its start; return the xxh3_128, hex.
 
-    Tried again where the fault may pass, with patience (`tries.tried`): a busy or failing server, a broken connection; twice
+    Tried again where the fault may pass (`tries.tried`; is_patient as there): a busy or failing server, a broken connection; twice
     where the size or the checksum is not the one given. waited_s: how long the caller has waited for others to fetch it. Raises
     UserError, naming the URL and the last reason, after that, and at once where trying again is useless: no such file, no
     permission; InterruptedError once is_wanted() is false.
     """
-    how = {"is_wanted": is_wanted, "is_patient": True, "waited_s": waited_s}
+    how = {"is_wanted": is_wanted, "is_patient": is_patient, "waited_s": waited_s}
     return _tried(url, lambda: _fetch(url, file, num_bytes, checksum, is_wanted), advice=advice, **how)
 
 
@@ -113,7 +121,7 @@ def file_size(url: str) -> int | None:
     scheme = split_url(url).scheme
     is_object = scheme in _OBJECT_SCHEMES and _has_obstore()
     look = _object_size if is_object else {"file": _disk_size, "http": _http_size, "https": _http_size}.get(scheme)
-    return _tried(url, lambda: look(url), is_patient=True) if look else None
+    return _tried(url, lambda: look(url)) if look else None
 
 
 def _tried(url: str, attempt: Callable, **how):

@@ -82,7 +82,8 @@ ALSO_CALLED = {
 # What does it instead, and words of a training that no setting answers to.
 NO_SETTINGS = {
     "`dist-train train --resume` goes on with a run, `--from RUN` begins another from it, `--run` names its folder.":
-        "resume resume_from resume_from_checkpoint checkpoint ckpt run run_name exp_name output_dir out_dir save_dir log_dir",
+        "resume resume_from resume_from_checkpoint checkpoint ckpt run run_name exp_name experiment experiment_name job_name "
+        "output_dir out_dir save_dir log_dir",
     "The launcher sets processes and devices: accelerate launch, or launch/local.sh --gpus N|all, --cpu N.":
         "gpus num_gpus gpu_ids device devices cuda cpu nodes num_nodes num_processes nproc_per_node world_size rank local_rank",
     "The index of the shards says it.": "num_classes classes nb_classes in_channels",
@@ -185,6 +186,8 @@ def which_setting(name: str, known: Collection[str], otherwise: str = "`--help` 
     section, _, word = whole.rpartition(".")
     if (joined := whole.replace(".", "_")) in meanings:
         section, word = "", joined
+    elif not section and (near := difflib.get_close_matches(whole, {name.rpartition(".")[2] for name in known}, 1, 0.8)):
+        word = near[0]
     elif not section:  # data_threads
         section = next((other for other in sections if other and whole.startswith(f"{other}_")), "")
         word = whole.removeprefix(f"{section}_")

@@ -85,6 +85,7 @@ class ShardCache:
 
     def __init__(self, folder: Path, limit_bytes: int):
         self.folder, self.limit_bytes = folder, limit_bytes
+        self.is_patient = False  # whether minutes without the server are outlived
         self._full_bytes = sys.maxsize  # of shards, with which the disk was full: quotas show in no other way
 
     def open(
@@ -190,7 +191,8 @@ class ShardCache:
             self._reserve(fd, partial, url, room, is_wanted, let_go, is_patient)
             try:
                 with open(partial, "r+b", buffering=0) as file:
-                    checksum = download(url, file, num_bytes, is_wanted=is_wanted, **how)
+                    lasts = self.is_patient or is_patient
+                    checksum = download(url, file, num_bytes, is_wanted=is_wanted, is_patient=lasts, **how)
                     with writing(partial):
                         os.fsync(file.fileno())  # it has its size already, by which it is taken for whole later on
                 return checksum
@@ -306,6 +308,7 @@ def read_ahead(
             f"{num_on_machine} shards of {mean_bytes / 1e6:,.1f} MB are in use at once on each machine, "
             f"{in_play_bytes / 1e9:,.3g} GB, but {what}.\n  {advice}, or lower data.window_shards."
         )
+    cache.is_patient = True  # nobody sits before it, and much would be lost
     store.max_open, store.is_read_ahead = min(store.max_open, num_in_play), True
     ahead_bytes = min(max(int(num_in_play * mean_bytes), int(4 * mean_bytes)), (limit - in_play_bytes) // 2 // machine_ranks)
 

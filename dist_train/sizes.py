@@ -106,12 +106,17 @@ def check_new(config: RunConfig) -> None:
     changed = [f"model.{name} {getattr(model, name)}" for name in idle if getattr(model, name) != getattr(usual, name)]
     problems = [f"{', '.join(changed)}: {model.name} has no such setting; width is of alexnet and vgg, the others of mlp.\n"
                 f"  Set it as it is by default, or leave it out."] if changed else []  # fmt: skip
-    needs = _evaluations_needed(config)
-    if needs and not config.train.eval_every_epochs:
-        problems.append(f"{needs} go by evaluations, and train.eval_every_epochs 0 leaves one, at the end.\n"
-                        f"  Set train.eval_every_epochs.")  # fmt: skip
     if problems:
         raise UserError("\n".join(problems))
+    check_evaluated(config)
+
+
+def check_evaluated(config: RunConfig) -> None:
+    """Raise UserError where something goes by evaluations that there are not."""
+    needs = _evaluations_needed(config)
+    if needs and not config.train.eval_every_epochs:
+        raise UserError(f"{needs} go by evaluations, and train.eval_every_epochs 0 leaves one, at the end.\n"
+                        f"  Set train.eval_every_epochs.")  # fmt: skip
 
 
 def _evaluations_needed(config: RunConfig) -> str:

@@ -194,7 +194,8 @@ def open_study(plan: Plan):
             study.set_user_attr("identity", now)
         else:
             old, new = ({k: v for k, v in flatten(tree).items() if _counts(k.removeprefix("recipe."))} for tree in (before, now))
-            names = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+            usual = flatten(json.loads(json.dumps({"recipe": to_dict(RunConfig())})))  # of settings that were not there then
+            names = [k for k in sorted(old.keys() | new.keys()) if old.get(k, usual.get(k)) != new.get(k, usual.get(k))]
             if names:
                 raise UserError(f"{plan.folder}: the folder holds another study; these differ: {', '.join(names)}.\n"
                                 f"  Take another folder with --run, or put them back.")  # fmt: skip
@@ -304,10 +305,11 @@ def work_on(plan: Plan, study, trial, requests: runtime.StopRequests) -> str:
         trial.set_user_attr("why", str(error))
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         print(f"trial {trial.number:<4} diverged {described(trial.params)}: {str(error).splitlines()[0]}", flush=True)
-    except (UserError, torch.OutOfMemoryError) as error:  # these settings cannot be trained; others may
+    except (UserError, OSError, torch.OutOfMemoryError, torch.AcceleratorError) as error:  # others may be trained
         trial.set_user_attr("why", str(error))
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        print(f"trial {trial.number:<4} failed   {described(trial.params)}: {str(error).splitlines()[0]}", flush=True)
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"trial {trial.number:<4} failed   {described(trial.params)}: {why}", flush=True)
     else:
         trial.set_user_attr("folds", results)
         study.tell(trial, value)
@@ -335,7 +337,7 @@ def prove_machine(plan: Plan, study, failed: list[int], requests: runtime.StopRe
             try_out(config, plan.config.folds, Path(folder), requests)
     except (Stopped, Diverged):
         return
-    except (UserError, torch.OutOfMemoryError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
         with locked(plan.lock("claim")):
             queue_blameless(study, failed)
         raise UserError(

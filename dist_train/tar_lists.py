@@ -54,8 +54,8 @@ def named_tars(names: list[str]) -> list[NamedTar]:
 
 
 def _expanded(name: str) -> list[NamedTar]:
-    if name.startswith(("pipe:", "file:")):
-        raise UserError(f"{name}: expected a path or a URL (https, s3, gs, az); commands are not run.")
+    if name.startswith("pipe:") or (name.startswith("file:") and not is_remote(name)):
+        raise UserError(f"{name}: expected a path or a URL (https, s3, gs, az, file:///FOLDER); commands are not run.")
     if os.path.isdir(name):  # also where the name is too long for a path: a pattern
         return _below(Path(name))
     if name.partition("?")[0].endswith(".json"):

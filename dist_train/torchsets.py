@@ -125,8 +125,9 @@ def _dataset_class(name: str) -> type:
 
 def _refuse_half_unpacked(root: Path, config: ShardConfig) -> None:
     """torchvision unpacks ImageNet when it is opened, if train/ is not there, and takes what it finds for all of it."""
-    if any((root / "train").glob("*.tar")):
-        raise UserError(f"{root / 'train'}: was not unpacked to its end: it holds tars.\n  Remove it, and begin again.")
+    for folder, rest in ((root / "train", "*.tar"), (root / "val", "*.JPEG")):
+        if any(folder.glob(rest)):
+            raise UserError(f"{folder}: was not unpacked to its end: it holds {rest}.\n  Remove it, and begin again.")
     if config.part and not all((root / split).is_dir() for split in ("train", "val")):
         raise UserError(f"{root}: train and val are not unpacked, and parts that begin together would stand in each other's way.\n"
                         f"  Unpack them in one process first: datasets/imagenet.yaml says how.")  # fmt: skip

@@ -239,10 +239,14 @@ def keep_best_weights(run: Run, kind: str) -> int:
     if best is None:
         raise UserError(f"{folder}/checkpoints: best.json names no checkpoint that is there, so there are no weights to keep.\n"
                         f"  Put it right ({{\"checkpoint\": \"step-...\"}}), and finish with --resume.")  # fmt: skip
-    saved = load_checkpoint(best)
-    write_tensors(folder / "weights.safetensors.partial", saved.tensors[kind])
-    put_in_place(folder / "weights.safetensors.partial", folder / "weights.safetensors")
-    replace_json(folder / "inference.json", inference(run.config, run.index, run.input_size))
+    try:
+        saved = load_checkpoint(best)
+        write_tensors(folder / "weights.safetensors.partial", saved.tensors[kind])
+        put_in_place(folder / "weights.safetensors.partial", folder / "weights.safetensors")
+        replace_json(folder / "inference.json", inference(run.config, run.index, run.input_size))
+    except OSError as error:
+        raise UserError(f"{folder}: the best weights cannot be written: {error.strerror}.\n"
+                        f"  Make room or mend the disk, then finish with --resume.") from error  # fmt: skip
     return saved.step
 
 

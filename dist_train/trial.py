@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dist_train import runtime
-from dist_train.checkpoint import Checkpoints, Saved
+from dist_train.checkpoint import AllDamaged, Checkpoints, Saved
 from dist_train.config import RunConfig
 from dist_train.decoder_choice import choose_decoder
 from dist_train.durable import replace_json
@@ -199,6 +199,13 @@ class SparseCheckpoints(Checkpoints):
         if time.monotonic() - self._saved >= self._seconds_between:
             self._saved = time.monotonic()
             super().save(saved, is_best)
+
+    def newest(self) -> tuple[Saved | None, list[str]]:
+        try:
+            return super().newest()
+        except AllDamaged as error:  # the training begins anew: nothing depends on it
+            shutil.rmtree(self.folder)
+            return None, [str(error)]
 
     def has_best(self, saved: Saved) -> bool:
         return True  # no weights are kept as the best, so none can be missing: patience counts on from the best figures

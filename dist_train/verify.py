@@ -13,7 +13,7 @@ import xxhash
 
 from dist_train.errors import UserError
 from dist_train.index import SAMPLE, ShardIndex, SplitIndex, file_checksum, load_index
-from dist_train.remote import shown
+from dist_train.remote import on_disk, shown
 from dist_train.settings import flatten, to_dict
 from dist_train.shard_config import ShardConfig
 from dist_train.tars import BLOCK, is_header
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     """`dist-train verify shards/NAME`: check every byte, print a summary, or raise UserError with all that is wrong."""
     parser = argparse.ArgumentParser("dist-train verify", description="Check every byte of a set of shards.")
     parser.add_argument("folder", metavar="shards/NAME")
-    index = load_index(parser.parse_args(argv).folder)
+    index = load_index(on_disk(parser.parse_args(argv).folder))
     problems = find_damage(index)
     if problems:
         raise UserError("\n".join([*problems, _advice(index)]))
@@ -42,7 +42,7 @@ def inspect_main(argv: list[str]) -> None:
     parser.add_argument("folder", metavar="shards/NAME")
     parser.add_argument("--out", metavar="FILE", help="FILE.png or FILE.html; default shards/NAME/inspect.png, of a table both")
     options = parser.parse_args(argv)
-    index = load_index(options.folder)
+    index = load_index(on_disk(options.folder))
     from dist_train.contact_sheet import draw_samples, print_facts
 
     print_facts(index)
@@ -167,6 +167,7 @@ def _advice(index: ShardIndex) -> str:
     usual = flatten(to_dict(ShardConfig()))
     settings = {name: value for name, value in flatten(index.source).items() if value != usual.get(name)}
     words = [f"--{name} {shlex.quote(v if isinstance(v, str) else json.dumps(v))}" for name, v in settings.items()]
+    words += [f"--max_bad {len(index.left_out)}"] * bool(index.left_out)
     command = " ".join(["dist-train shard", *words, "--out", shlex.quote(index.folder)])
     return (
         f"  Write the damaged shards again, where the raw data still lie as they did, with:\n  {command} --repair\n"

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from dist_train import checkpoint
 from dist_train.checkpoint import (
@@ -20,6 +22,7 @@ from dist_train.checkpoint import (
     write_checkpoint,
 )
 from dist_train.errors import UserError
+from dist_train.index import file_checksum
 
 
 def saved(step, value=1.0):
@@ -108,6 +111,18 @@ def test_a_run_folder_that_a_machine_does_not_see_is_named_at_the_start(tmp_path
     monkeypatch.setattr(checkpoint, "_SHOWN_LATE_S", 0.0)
     with pytest.raises(UserError, match="does not see the run folder that rank zero has written.*\n.*all machines share"):
         checkpoint.wait_until_shown(tmp_path / "elsewhere")
+
+
+def test_safetensors_reads_what_is_written_of_every_type(tmp_path):
+    named = {f"{kind}": torch.ones(2, 3).to(kind) for kind in checkpoint._DTYPES} | {
+        "kernel": torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last), "none": torch.zeros(0, 5), "one": torch.tensor(7),
+    }  # fmt: skip
+    checksum = checkpoint.write_tensors(tmp_path / "x.safetensors", named, {"about": "ümlaut"})
+    back = load_file(tmp_path / "x.safetensors")
+    assert back.keys() == named.keys() and all(torch.equal(back[k], t) and back[k].dtype == t.dtype for k, t in named.items())
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata() == {"about": "ümlaut"}
+    assert checksum == file_checksum(tmp_path / "x.safetensors")
 
 
 def test_a_file_that_does_not_read_back_is_an_error(tmp_path, monkeypatch):

@@ -176,6 +176,7 @@ def test_a_folder_on_a_slow_disk_is_kept_on_a_fast_one(many, tmp_path):
     url = (tmp_path / "file").as_uri()
     (tmp_path / "file").write_bytes(b"0123456789")
     assert (read_range(url, 3, 4), file_size(url), read_small(url)) == (b"3456", 10, b"0123456789")
+    assert remote.join("file:///a b/set", "/other/tar 1.tar") == "file:///other/tar%201.tar"
     with pytest.raises(UserError, match="gone/index.json: there is no such file"):
         load_index((tmp_path / "gone").as_uri(), str(tmp_path / "cache"))
     with pytest.raises(UserError, match="names a host; expected a whole path with three slashes"):

@@ -179,7 +179,7 @@ def test_settings_that_cannot_be_trained_are_named_and_the_study_goes_on(write_s
 def test_a_machine_that_trains_nothing_ends_its_process_and_costs_no_trial_a_try(write_study, monkeypatch):
     class OnAFullDisk(one_trial.Run):
         def __init__(self, *given):
-            raise UserError("/scratch/cache: No space left on device")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/scratch/cache")
 
     rates = [0.01, 0.02, 0.03, 0.04]
     path = write_study({"sampler": "grid"}, search={"optim.lr": rates})

@@ -233,3 +233,12 @@ def test_a_run_is_exported_as_it_classifies(digits, tmp_path, name, kind):
     assert run_training(tiny_run(digits, tmp_path / "run", *more)) == 0
     check = export(tmp_path / "run", kind, tmp_path / "out")["check"]
     assert check["top1_file"] == check["top1_run"]
+
+
+@pytest.mark.two_process
+def test_tables_that_are_no_weights_stay_out_of_averages_and_files(digits, tmp_path):
+    more = ["--model.name", "timm/test_maxvit", "--model.width", "1", "--data.image_size", "32", "--train.epochs", "0.14",
+            "--train.parallel", "fsdp"]  # fmt: skip
+    ranks = start_ranks(2, tiny_run(digits, tmp_path / "run", *more), tmp_path)
+    assert finish_ranks(ranks, tmp_path) == [0, 0], (tmp_path / "rank0.log").read_text()
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["test"]["samples"] > 0
