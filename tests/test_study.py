@@ -185,7 +185,7 @@ def test_a_machine_that_trains_nothing_ends_its_process_and_costs_no_trial_a_try
     path = write_study({"sampler": "grid"}, search={"optim.lr": rates})
     with monkeypatch.context() as patched:
         patched.setattr(one_trial, "Run", OnAFullDisk)
-        for _ in range(4):  # a cluster may send task after task to the node that is free so soon
+        for _ in range(2):  # a cluster may send task after task to the node that is free so soon
             with pytest.raises(UserError, match="3 trials in a row have failed on (.|\n)*base.yaml as it (.|\n)*No space left"):
                 main([path])
     waiting = trials_of(path, "WAITING")

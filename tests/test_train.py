@@ -3,6 +3,8 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import finish_ranks, start_ranks, tiny_run
+from conftest import ROOT, finish_ranks, start_ranks, tiny_run
 from safetensors.torch import load_file
 
 from dist_train import runtime, shard
@@ -133,12 +135,12 @@ def worst_mistakes(run: Path) -> list[int]:
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_ranks_with_statistics_of_their_own_judge_and_resume_as_if_never_stopped(digits, tmp_path, parallel):
     straight, halted = tmp_path / "straight", tmp_path / "halted"
-    more = ["--train.sync_batchnorm", "false", "--train.parallel", parallel, "--train.log_every_steps", "4",
-            "--train.eval_every_epochs", "0.53", "--optim.lr", "0.004"]  # evaluated in step 8
-    for run, last in ((straight, 8), (halted, 6), (halted, 8)):
-        resume = ["--resume"] if run.exists() else []
-        ranks = start_ranks(2, tiny_run(digits, run, *more, "--train.max_steps", str(last), *resume), tmp_path)
-        assert finish_ranks(ranks, tmp_path) == [0, 0], (tmp_path / "rank0.log").read_text()
+    more = ["--train.sync_batchnorm", "false", "--train.log_every_steps", "4",
+            "--train.eval_every_epochs", "0.53", "--optim.lr", "0.004", "--resume"]  # evaluated in step 8
+    for run, plan in ((straight, f"2:8:{parallel}"), (halted, f"2:6:{parallel} 2:8:{parallel}")):
+        command = [sys.executable, "tests/elastic_ranks.py", str(tmp_path), plan, "--", *tiny_run(digits, run, *more)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
     ours, theirs = figures(halted), figures(straight)
     assert [line["kind"] for line in theirs] == ["train", "train", "eval"]
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], abs=2e-6)
