@@ -10,6 +10,7 @@ import functools
 import http.client
 import importlib.util
 import os
+import posixpath
 import re
 import string
 import sys
@@ -46,9 +47,8 @@ def join(url: str, name: str) -> str:
         return name
     parts = split_url(url)
     if parts.scheme == "file":  # an index may name tars elsewhere by their whole paths
-        name = quote(name)
-    path = name if parts.scheme == "file" and name.startswith("/") else f"{parts.path.rstrip('/')}/{name}"
-    return urlunsplit(parts._replace(path=path))
+        return urlunsplit(parts._replace(path=posixpath.join(parts.path, quote(name))))
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
 
 
 def on_disk(url: str) -> str:

@@ -101,7 +101,10 @@ def forward_backward(run: Run, batch: Batch) -> torch.Tensor:
     is_frozen = batch.step < run.freeze_steps
     if run.freeze_steps:
         freeze_below_head(run.network, run.head, is_frozen)
-    optim, counts = run.config.optim, run.index.split(run.config.data.train_split).class_counts
+    optim, weights = run.config.optim, None
+    if optim.class_weights:
+        counts = run.index.split(run.config.data.train_split).class_counts
+        weights = class_weights(counts, optim.class_weights, run.world.device)
     num_micro = len(batch) // run.micro_batch_size
     loss_sum = torch.zeros((), device=run.world.device)
     for i in range(num_micro):
@@ -118,8 +121,7 @@ def forward_backward(run: Run, batch: Batch) -> torch.Tensor:
         with contextlib.nullcontext() if is_synced else run.parallel.accumulating():
             with run.accelerator.autocast():
                 logits = run.model(inputs)
-            if optim.class_weights:
-                weights = class_weights(counts, optim.class_weights, run.world.device)
+            if weights is not None:
                 loss = weighted_cross_entropy(logits.float(), targets, weights, optim.label_smoothing)
             else:
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=optim.label_smoothing)

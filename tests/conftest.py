@@ -79,6 +79,30 @@ def tiny_run(shards: str, run: Path, *argv: str) -> list[str]:
     ]  # fmt: skip
 
 
+@contextlib.contextmanager
+def killed_at(operation: int, monkeypatch):
+    """End the block at this operation on files (1, 2, ...) of it, as a kill does; yields [how many are left]."""
+
+    class Kill(BaseException):
+        pass
+
+    left = [operation]
+
+    def counted(real):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                raise Kill
+            return real(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch, contextlib.suppress(Kill):
+        for name in ("rename", "replace", "fsync"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        yield left
+
+
 def start_ranks(
     world_size: int, argv: list[str], log_folder: Path, module: str = "dist_train.train", **env: str
 ) -> list:

@@ -1,7 +1,6 @@
 """A run begun from another's checkpoint goes on with its whole state under new settings, or is refused and leaves nothing."""
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import finish_ranks, start_ranks, tiny_run
+from conftest import finish_ranks, killed_at, start_ranks, tiny_run
 from safetensors.torch import load_file
 
 from dist_train import runtime
@@ -191,36 +190,19 @@ def test_a_run_whose_every_checkpoint_is_lost_does_not_begin_from_nothing(first,
 
 
 def test_a_crash_at_any_file_operation_leaves_the_run_begun_or_to_be_begun_again(first, digits, tmp_path, monkeypatch):
-    class Crash(BaseException):
-        pass
-
-    def crashing(real, countdown):
-        def call(*args, **kwargs):
-            countdown[0] -= 1
-            if countdown[0] == 0:
-                raise Crash
-            return real(*args, **kwargs)
-
-        return call
-
     config, _, _ = parse(tiny_run(digits, tmp_path, *LONGER))
-    for crash_at in range(1, 60):
-        folder, countdown = tmp_path / str(crash_at), [crash_at]
+    for operation in range(1, 60):
+        folder = tmp_path / str(operation)
         folder.mkdir()
-        with monkeypatch.context() as patch:
-            for name in ("rename", "replace", "fsync"):
-                patch.setattr(os, name, crashing(getattr(os, name), countdown))
-            try:
-                open_branch(config, folder, first, True, WORLD)
-            except Crash:
-                pass
+        with killed_at(operation, monkeypatch) as left:
+            open_branch(config, folder, first, True, WORLD)
         if origin(folder) and not Checkpoints(folder, 1).finished():
             with pytest.raises(UserError, match=f"was to begin from {first}, and has no checkpoint of it yet"):
                 open_branch(config, folder, None, True, WORLD)
         open_branch(config, folder, first, True, WORLD)
         (path,) = Checkpoints(folder, 1).finished()
         assert load_checkpoint(path).step == 6 and origin(folder)["step"] == 6 and written_settings(folder) == config
-        if countdown[0] > 0:
+        if left[0] > 0:
             return  # nothing left to interrupt
     raise AssertionError("beginning never finished")
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import killed_at
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -204,32 +205,14 @@ def test_a_failed_write_leaves_the_previous_one_and_says_so(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("step", [2, 1], ids=["the next step", "the same step again"])
 def test_a_crash_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, monkeypatch, step):
-    class Crash(BaseException):
-        pass
-
-    def crashing(real, countdown):
-        def call(*args, **kwargs):
-            countdown[0] -= 1
-            if countdown[0] == 0:
-                raise Crash
-            return real(*args, **kwargs)
-
-        return call
-
-    for crash_at in range(1, 30):
-        folder = tmp_path / str(crash_at)
+    for operation in range(1, 30):
+        folder = tmp_path / str(operation)
         write_checkpoint(folder / "checkpoints" / "step-00000001", saved(1))
-        with monkeypatch.context() as patch:
-            countdown = [crash_at]
-            for name in ("rename", "replace", "fsync"):
-                patch.setattr(os, name, crashing(getattr(os, name), countdown))
-            try:
-                Checkpoints(folder, keep=1)._write(saved(step, 2.0), True)
-            except Crash:
-                pass
+        with killed_at(operation, monkeypatch) as left:
+            Checkpoints(folder, keep=1)._write(saved(step, 2.0), True)
         found, _ = Checkpoints(folder, keep=1).newest()
         assert (found.step, found.tensors["model"]["weight"][0, 0].item()) in ((1, 1.0), (step, 2.0))
-        if countdown[0] > 0:
+        if left[0] > 0:
             return  # nothing left to interrupt
     raise AssertionError("the write never finished")
 

@@ -340,16 +340,20 @@ def test_a_store_lets_go_of_shards_where_two_batches_wait_for_room(many, server,
     assert found == [split.table()["offset"][first[[t % 24, (t + 7) % 24, (t + 14) % 24]]].tolist() for t in range(12)]
 
 
-def test_a_fetch_ends_soon_once_its_stream_is_closed(many, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "SILENCE_S", 1)
-    server.faults |= {path.name: ["stuck"] * 3 for path in Path(many).glob("train-*.tar")}
-    store = Store(load_index(server.url, str(tmp_path)).split("train"))
+def stop_while_it_fetches(store: Store, server) -> None:
     with ThreadPoolExecutor(1) as pool:
         fetching = pool.submit(store.locate, np.array([0]))
         until(lambda: server.count(".tar"), "a request")
         store.stopped.set()
         with pytest.raises(InterruptedError):
             fetching.result(timeout=10)
+
+
+def test_a_fetch_ends_soon_once_its_stream_is_closed(many, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "SILENCE_S", 1)
+    server.faults |= {path.name: ["stuck"] * 3 for path in Path(many).glob("train-*.tar")}
+    store = Store(load_index(server.url, str(tmp_path)).split("train"))
+    stop_while_it_fetches(store, server)
     assert server.count(".tar") == 1, "it was tried again"
     stream = open_stream(load_index(server.url, str(tmp_path)), batch_size=8, threads=1)
     with pytest.raises(UserError, match="cannot be fetched"):
@@ -815,12 +819,7 @@ def test_a_stop_ends_the_wait_for_a_server(many, server, tmp_path, monkeypatch):
     monkeypatch.setattr(tries, "LONGEST_WAIT_S", 100)
     store = Store(load_index(server.url, str(tmp_path)).split("test"))
     server.faults["test-000000.tar"] = [503] * 9
-    with ThreadPoolExecutor(1) as pool:
-        fetching = pool.submit(store.locate, np.array([0]))
-        until(lambda: server.count(".tar"), "a request")
-        store.stopped.set()
-        with pytest.raises(InterruptedError):
-            fetching.result(timeout=10)
+    stop_while_it_fetches(store, server)
     assert server.count(".tar") == 1
 
 
