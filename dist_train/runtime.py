@@ -207,11 +207,11 @@ def keep_freed_pages() -> None:
 
 
 class StopRequests:
-    """SIGTERM, SIGUSR1, SIGINT, a file named `stop` in the run folder, or a launcher that is gone.
+    """SIGTERM, SIGUSR1, SIGINT, SIGHUP, a file named `stop` in the run folder, or a launcher that is gone.
 
     Rank zero alone looks for the file: launch/train.sbatch, which asks who stopped the job, runs on its host, and hosts that share
     a network disk see a new file at different times. The handler only notes; the loop asks. A second SIGINT (Ctrl-C pressed
-    again) ends the process at once.
+    again) ends the process at once. SIGHUP, of a terminal that is closed, stays ignored where nohup had it so.
     """
 
     def __init__(self, run_folder: Path):
@@ -219,7 +219,9 @@ class StopRequests:
         self._looked, self.reason = 0.0, ""
         # what a shell started may outlive it; nobody watches or ends what a launcher left behind
         self._parent = os.getppid() if _is_launched() else None
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        heard = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+        heard += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+        self._before = {number: signal.signal(number, self._note) for number in heard}
 
     def _note(self, number, frame):
         if number == signal.SIGINT and self.reason:

@@ -13,6 +13,7 @@ the time between a stop and the restart is left out.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -208,6 +209,47 @@ def read_metrics(path: Path) -> list[dict]:
 def series(line: dict) -> str:
     """The series a line belongs to: its kind, or that of the evaluated split, which may be called train as well."""
     return f"eval {line['split']}" if line["kind"] == "eval" else line["kind"]
+
+
+@contextlib.contextmanager
+def outlive_readers() -> Iterator[None]:
+    """While this is open, a closed terminal, a pipe without a reader or a full disk under a log file ends no training."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (LastingStream(stream) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+class LastingStream:
+    """A text stream that loses what it cannot write, instead of raising OSError."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            return self._lose(error) or len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        if error.errno in (errno.EPIPE, errno.EIO):  # for good; a full disk may have room again
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # Python itself flushes once more as it ends
+            os.close(nowhere)
 
 
 class PlainLines:

@@ -33,7 +33,7 @@ from dist_train.run import Run, State, inference, open_run_folder
 from dist_train.settings import read_config
 from dist_train.sizes import config_warnings
 from dist_train.step_parts import StepParts
-from dist_train.track import open_tracker
+from dist_train.track import open_tracker, outlive_readers
 from dist_train.watch import Watch
 
 
@@ -286,6 +286,7 @@ def taken_out(argv: list[str], option: str) -> str | None:
     return None
 
 
+@outlive_readers()
 def run_training(argv: list[str]) -> int:
     """`dist-train train`: returns 0 when the run is finished, runtime.EXIT_STOPPED when it was asked to stop."""
     argv = list(argv)

@@ -66,8 +66,8 @@ def start(script, words, env, **more):
     command = [str(PROJECT / "launch" / script), *words]
     return subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=PROJECT,
-        # a test run in the background inherits SIGINT as ignored, and a shell cannot trap what it inherits so
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **more,
+        # tests run in the background or by nohup inherit them as ignored, and a shell cannot trap what it inherits so
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)], **more,
     )  # fmt: skip
 
 

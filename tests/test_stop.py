@@ -1,14 +1,19 @@
 """A training asked to stop does so anywhere, evaluations included; dist-train stop asks it, and refuses anything else."""
 
+import fcntl
 import json
 import os
+import pty
 import signal
+import subprocess
+import sys
+import termios
 import threading
 import time
 
 import pytest
 import torch
-from conftest import finish_ranks, start_ranks, tiny_run
+from conftest import ROOT, finish_ranks, start_ranks, tiny_run
 from safetensors.torch import load_file
 
 from dist_train import evaluate, runtime, shard
@@ -101,6 +106,49 @@ def test_no_rank_leaves_while_the_last_checkpoint_is_written(digits, tmp_path):
     codes, logs = finish_ranks(ranks, tmp_path), [(tmp_path / f"rank{rank}.log").read_text() for rank in range(2)]
     assert codes == [0, 0], logs
     assert all("left after the checkpoint: True" in log for log in logs), logs
+
+
+def train_into(output, argv, **more):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-m", "dist_train.train", *argv], env=env, stdout=output, stderr=output, **more)
+
+
+def await_figures(run, process):
+    while not (run / "metrics.jsonl").exists() or not figures(run):
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("by_nohup", [False, True])
+def test_a_terminal_that_is_closed_stops_a_training_in_order(digits, tmp_path, by_nohup):
+    keyboard, screen = pty.openpty()
+
+    def on_a_terminal():
+        os.setsid()
+        fcntl.ioctl(screen, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if by_nohup else signal.SIG_DFL)
+
+    run = tmp_path / "run"
+    epochs = "8" if by_nohup else "1000"
+    process = train_into(screen, tiny_run(digits, run, "--train.epochs", epochs), preexec_fn=on_a_terminal)
+    os.close(screen)
+    await_figures(run, process)
+    os.close(keyboard)
+    assert process.wait(60) == (0 if by_nohup else runtime.EXIT_STOPPED)
+    assert (run / "result.json").exists() == by_nohup
+    last = json.loads(sorted((run / "checkpoints").glob("*/state.json"))[-1].read_text())
+    assert last["step"] == figures(run)[-1 if not by_nohup else -3][2]
+
+
+def test_a_training_outlives_the_reader_of_its_lines(digits, tmp_path):
+    run = tmp_path / "run"
+    reader, writer = os.pipe()
+    process = train_into(writer, tiny_run(digits, run))
+    os.close(writer)
+    await_figures(run, process)
+    os.close(reader)
+    assert process.wait(60) == 0
+    assert (run / "result.json").exists()
 
 
 def test_a_lock_that_another_host_left_is_not_trusted(run):
