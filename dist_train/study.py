@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     end = f", stopped by {stopped}" if stopped else ""
     print(f"{plan.folder}: {num_done} trials done here{end}; {report.summary}", flush=True)
     if report.best_recipe:
-        print(f"report: {report.page}\nbest:   dist-train train --config {report.best_recipe}", flush=True)
+        print(f"report: {report.page}\nbest:   dist-train train --config {report.best_recipe} --run {plan.folder}-best", flush=True)
     if stopped:
         return runtime.EXIT_STOPPED  # at once: whoever asked may not wait until a server has answered
     log.send(report.page)
