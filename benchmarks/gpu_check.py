@@ -39,8 +39,7 @@ from dist_train.checkpoint import Checkpoints  # noqa: E402
 from dist_train.errors import UserError  # noqa: E402
 from dist_train.gpu_decode import GpuDecoder  # noqa: E402
 from dist_train.layers import set_dropout_keys  # noqa: E402
-from dist_train.metrics import flops_per_sample  # noqa: E402
-from dist_train.train import forward_backward, run_training  # noqa: E402
+from dist_train.train import run_training  # noqa: E402
 
 # An accuracy that many know; chosen from what others found for such nets, not yet measured. Evaluated once, at the end: no
 # checkpoint and no evaluation comes between, and nothing is compiled, which would take longer than it wins.
@@ -146,7 +145,7 @@ def checks(sizes: Sizes, device, scratch: Path, report: dict, cifar10: str) -> d
     def speed(name, pixels, batch, precision, *more) -> dict:
         trainer = training(name, pixels, batch, precision, True, *more)
         rate = median_rate(trainer, sizes.repeats)
-        flops = 3 * flops_per_sample(trainer.run.network, (3, pixels, pixels)) * rate
+        flops = trainer.run.sample_flops[pixels, pixels] * rate
         peak = report["checks"].get("peak", {}).get("tflops", {}).get(precision)
         return {
             "images_per_s": round(rate, 1),
@@ -156,12 +155,15 @@ def checks(sizes: Sizes, device, scratch: Path, report: dict, cifar10: str) -> d
 
     name, pixels, batch = sizes.networks[0]
     best = sizes.precisions[min(1, len(sizes.precisions) - 1)]
+    compiled = ("--train.compile", str(device.type == "cuda").lower())
+    kept = ("--data.cache", "device", "--data.crop", "resize")
     table = {
         "peak": lambda: {"tflops": {p: round(peak_tflops(device, p, sizes.matrix), 3) for p in sizes.precisions}},
-        "no step waits": lambda: waits(training(name, pixels, batch, best, True, "--optim.clip_norm", "1"), device),
+        "no step waits": lambda: waits(
+            training(name, pixels, batch, best, False, *kept, "--optim.clip_norm", "1", "--optim.ema_decay", "0.99"), device
+        ),
         "gradients of the CPU": lambda: like_the_cpu(training(name, pixels, 8, "fp32", True).run),
     }
-    compiled = ("--train.compile", str(device.type == "cuda").lower())
     for network in sizes.networks:
         label = f"{network[0]}@{network[1]}"
         table[f"{label} {best} compiled"] = lambda network=network: speed(*network, best, *compiled)
@@ -171,9 +173,8 @@ def checks(sizes: Sizes, device, scratch: Path, report: dict, cifar10: str) -> d
             is_there = importlib.util.find_spec("timm")
             timm_loop = lambda network=network: loop(_timm, *network, best, device, sizes)  # noqa: E731
             table[f"{label} timm loop"] = timm_loop if is_there else None
-    kept = ("--data.cache", "device", "--data.crop", "resize")
     table[f"{sizes.networks[0][0]}@{sizes.networks[0][1]} from the card"] = lambda: fed(
-        lambda kind: training(*sizes.networks[0], best, kind, *kept), sizes
+        lambda kind: training(*sizes.networks[0], best, kind, *compiled, *kept), sizes  # compiled: the step that is hardest to feed
     )
     table["same bits after a resume"] = lambda: {
         kind: same_bits(shards_of(32), sizes, best, scratch / kind, is_asked)
@@ -202,29 +203,31 @@ def write(report: dict, out: Path) -> None:
 
 
 def give_back(device) -> None:
-    """The memory of the check before: its run holds itself, and what was compiled holds its graphs' memory."""
+    """The memory of the check before, which its run and what was compiled hold on to, and the flags that it left as it failed."""
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.allow_tf32 = True
     if device.type == "cuda":
-        import torch._dynamo
+        from torch import _dynamo
 
-        torch._dynamo.reset()
+        _dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def goals(report: dict) -> dict[str, dict]:
-    """What was aimed at on an H200, and what was found; a check that did not run is not there."""
-    found = report["checks"]
-
-    def best(label: str, key: str) -> float | None:
-        figures = [found[name].get(key) for name in found if name.startswith(label)]
-        return max((f for f in figures if f), default=None)
-
+    """What was aimed at on an H200, and what was found: None where a check failed or never got there; without one that ran not at
+    all."""
     table = {
-        "vgg13@224: share of the measured bf16 peak": (0.5, best("vgg13@224 bf16", "mfu")),
-        "alexnet@224 from the card: share of the rate from memory": (0.95, best("alexnet@224 from the card", "share")),
-        "cifar10 to 94%: seconds": (30, best("cifar10 to 94%", "reached_s")),
+        "vgg13@224: share of the measured bf16 peak": (0.5, "vgg13@224 bf16", "mfu"),
+        "alexnet@224 from the card: share of the rate from memory": (0.95, "alexnet@224 from the card", "share"),
+        "cifar10 to 94%: seconds": (30, "cifar10 to 94%", "reached_s"),
     }
-    return {name: {"goal": goal, "found": value} for name, (goal, value) in table.items() if value is not None}
+    goals = {}
+    for name, (goal, label, key) in table.items():
+        figures = [found.get(key) for check, found in report["checks"].items() if check.startswith(label)]
+        if figures:
+            goals[name] = {"goal": goal, "found": max((figure for figure in figures if figure), default=None)}
+    return goals
 
 
 def loop(build, name: str, pixels: int, batch: int, precision: str, device, sizes: Sizes) -> dict:
@@ -283,7 +286,8 @@ def to_accuracy(shards: str, sizes: Sizes, scratch: Path, top1: float = 0.94) ->
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluations = [line for line in lines if line["kind"] == "eval"]
     reached = next((line["time_s"] for line in evaluations if line["top1"] >= top1), None)
-    return {"reached_s": reached, "best": max(line["top1"] for line in evaluations), "took_s_in_all": evaluations[-1]["time_s"]}
+    return {"reached_s": reached, "best": max(line["top1"] for line in evaluations), "took_s_in_all": evaluations[-1]["time_s"],
+            "steps": [[line[key] for key in ("step", "time_s", "images_per_s")] for line in lines if line["kind"] == "train"]}
 
 
 def same_bits(shards: str, sizes: Sizes, precision: str, scratch: Path, deterministic: bool) -> dict[str, bool]:
@@ -325,32 +329,12 @@ def peak_tflops(device, precision: str, size: int) -> float:
 
 
 def waits(trainer: TimedRun, device) -> dict:
-    """Five steps in which any wait for the device is an error."""
+    """Five steps of the training loop, from pictures on the device, in which any wait for it is an error."""
     trainer.window()
-    step = Steps(trainer)
     with _no_waiting(device):
-        for _ in range(5):
-            step()
+        trainer.silent_steps(5)
     trainer.run.check_loss()
     return {"steps": 5, "watched": device.type == "cuda"}
-
-
-class Steps:
-    """Single steps of a trainer, one after the other: what `train` does between two log lines."""
-
-    def __init__(self, trainer: TimedRun):
-        self.trainer, self.batches = trainer, trainer.run.stream(trainer.state.step)
-
-    def __call__(self) -> torch.Tensor:
-        run, state = self.trainer.run, self.trainer.state
-        loss = forward_backward(run, next(self.batches))
-        run.agree_to_stop(state, loss)
-        if run.config.optim.clip_norm:
-            run.parallel.clip_gradients(run.config.optim.clip_norm)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.step += 1
-        return loss
 
 
 def like_the_cpu(run) -> dict:

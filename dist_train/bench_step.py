@@ -184,6 +184,13 @@ class TimedRun(SilentTracker):
             self.run.parts.mark("data")
         return self.run.parts
 
+    def silent_steps(self, num_steps: int) -> None:
+        """Steps without a log line, which would wait for the device. No `window` comes after."""
+        self.run.config = dataclasses.replace(
+            self.run.config, train=dataclasses.replace(self.run.config.train, log_every_steps=int(FOR_EVER))
+        )
+        self._train(num_steps)
+
     def read_an_epoch(self) -> None:
         """Bring every sample once, so that all are there that are kept decoded."""
         with contextlib.closing(self._stream(0)) as stream:

@@ -20,6 +20,7 @@ from dist_train.picture_header import DecodeError, read_header
 JpegDecoder = Callable[[list[Tensor]], list[Tensor]]  # encoded (n,) uint8 each -> (3, H, W) uint8 each
 NUM_STREAMS = 2  # each keeps what it once took of the memory, and the library decodes one call at a time
 PART_BYTES = 64 * 2**20  # of whole pictures, decoded at once
+MAX_REDUCTION = 94  # of a side; CUDA's interpolate has no room for the weights of more (48 KB, antialiased, float32)
 
 
 class GpuDecoder:
@@ -77,8 +78,10 @@ class GpuDecoder:
         for part in _parts({i: num_bytes for i, payload in enumerate(payloads) if (num_bytes := _decoded_bytes(payload))}):
             with self._lent_stream():
                 for i, picture in zip(part, self._decoded([torch.from_numpy(payloads[i]) for i in part]), strict=True):
-                    if picture is not None:
-                        box = (0, 0, *picture.shape[1:]) if boxes is None else boxes[i]
+                    if picture is None:
+                        continue
+                    box = (0, 0, *picture.shape[1:]) if boxes is None else boxes[i]
+                    if max(box[2] / out.shape[1], box[3] / out.shape[2]) <= MAX_REDUCTION:
                         out[i] = resize_box(picture, box, tuple(out.shape[1:3])).permute(1, 2, 0)
                         here.add(i)
         self.has_decoded |= bool(here)

@@ -19,7 +19,8 @@ class Guard:
         # two of each: while one is read, the device writes the other
         self._host = [torch.zeros(2, pin_memory=device.type == "cuda") for _ in range(2)]
         self._figures = [flags.numpy() for flags in self._host]  # the same memory: a look costs no call of torch
-        self._written = [torch.cuda.Event() for _ in range(2)] if device.type == "cuda" else None
+        # blocking: the host sleeps while it waits, and leaves its core to the decoders
+        self._written = [torch.cuda.Event(blocking=True) for _ in range(2)] if device.type == "cuda" else None
         self._losses: list[Tensor | None] = [None, None]
         self._unread: list[int] = []
         self._is_asked = False

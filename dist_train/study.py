@@ -7,7 +7,6 @@ comes next.
 
 import argparse
 import contextlib
-import gc
 import json
 import platform
 import tempfile
@@ -328,12 +327,12 @@ def prove_machine(plan: Plan, study, failed: list[int], requests: runtime.StopRe
     """
     import torch
 
-    from dist_train.trial import Diverged, Stopped, try_out
+    from dist_train.trial import Diverged, Stopped, let_go_of_trainings, try_out
 
     done = study.get_trials(deepcopy=False, states=(_optuna().trial.TrialState.COMPLETE,))
     known = f"trial {done[-1].number}, which was trained before," if done else f"{plan.config.recipe} as it stands"
     config = plan.trial_config(done[-1].params) if done else plan.base
-    gc.collect()  # a failed training may still hold the GPU's memory, where its objects refer to each other
+    let_go_of_trainings()
     try:
         with tempfile.TemporaryDirectory(prefix="control-", dir=plan.folder, ignore_cleanup_errors=True) as folder:
             try_out(config, plan.config.folds, Path(folder), requests)

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -71,6 +72,16 @@ def try_out(config: RunConfig, folds: int, folder: Path, stop_requests: runtime.
     train_fold(config, folder / "fold-0", lambda done, figures: None, stop_requests, 0)
 
 
+def let_go_of_trainings() -> None:
+    """Of those that this process has ended: their objects refer to each other, and hold the GPU's memory until somebody looks.
+
+    What torch compiled of them goes too: after eight networks through the same code it would compile no more.
+    """
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+    gc.collect()
+
+
 def train_fold(
     config: RunConfig, folder: Path, watch: Callable[[float, dict], None], stop_requests: runtime.StopRequests,
     seconds_between_checkpoints: float = SECONDS_BETWEEN_CHECKPOINTS,
@@ -79,7 +90,7 @@ def train_fold(
 
     The folder becomes that of a run, as `report` and `compare` read it. Raises Stopped, Diverged.
     """
-    gc.collect()  # the training before refers to itself, and holds the GPU's memory until somebody looks
+    let_go_of_trainings()
     folder.mkdir(parents=True, exist_ok=True)
     asked = config.runtime
     accelerator, world = runtime.start(config.train.precision, asked.threads, asked.timeout_s, asked.deterministic)

@@ -67,6 +67,16 @@ def test_boxes_are_resized_as_the_cpu_does(box, size):
     assert np.abs(found.astype(int) - expected).max() <= 1
 
 
+def test_what_is_reduced_further_than_the_device_can_is_left_to_the_cpu(monkeypatch):
+    narrow, wide = encoded(picture(94 * 3, 9), quality=95), encoded(picture(9, 95 * 3), quality=95)
+    reduced, resize = [], gpu_decode.resize_box
+    monkeypatch.setattr(gpu_decode, "resize_box", lambda pixels, *more: reduced.append(pixels.shape) or resize(pixels, *more))
+    found, expected = torch.empty((2, 3, 3, 3), dtype=torch.uint8), np.empty((2, 3, 3, 3), np.uint8)
+    assert GpuDecoder(CPU, pillow).decode([narrow, wide], None, found) == []
+    assert decode_batch([narrow.tobytes(), wide.tobytes()], expected, None) == []
+    assert reduced == [(3, 94 * 3, 9)] and np.array_equal(found[1], expected[1])
+
+
 def test_what_the_gpu_does_not_take_is_decoded_by_the_cpu_and_refusals_are_its_own():
     turned = Image.Exif()
     turned[0x0112] = 6

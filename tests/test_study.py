@@ -240,6 +240,20 @@ def test_the_decoders_are_measured_once_for_all_trials_that_cut_alike(tmp_path, 
     assert settled(first, "begun") == "cpu", "a training keeps what it began with"
 
 
+def test_every_training_of_a_study_is_compiled_however_many_there_were():
+    compiled = []
+
+    def compiler(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    for width in range(1, 11):  # torch takes eight networks through the same code
+        one_trial.let_go_of_trainings()
+        network = torch.nn.Sequential(torch.nn.Linear(width, 2))
+        torch.compile(network, backend=compiler, dynamic=False)(torch.ones(3, width))
+    assert len(compiled) == 10
+
+
 def test_a_killed_study_goes_on_and_two_processes_share_it(write_study):
     rates = [round(0.004 + 0.001 * i, 3) for i in range(6)]
     path = write_study({"sampler": "grid", "folds": 3, "prune": False}, search={"optim.lr": rates})
