@@ -1,10 +1,10 @@
 """What is done to a batch of training pictures on the device, each picture with its own keyed draws.
 
-The order is fixed: geometry (crop, flips, rotation, resize as ONE resampling), TrivialAugment's operation (policies.py;
-its moves ride in that resampling), brightness, contrast, saturation, hue, greyscale, normalising, erasing; then mixup or
-cutmix (`mix`, in mixing.py). What is done to a sample follows from its key alone, never from its neighbours. Whatever
-comes from outside a picture has the mean colour: 0 once normalised. No value is read back from a GPU and every shape
-is static there, so all of it can be compiled or captured in a CUDA graph.
+The order is fixed: geometry (crop, flips, rotation, resize as ONE resampling), the operations of TrivialAugment or
+RandAugment (policies.py; the first one's moves ride in that resampling), brightness, contrast, saturation, hue,
+greyscale, normalising, erasing; then mixup or cutmix (`mix`, in mixing.py). What is done to a sample follows from its
+key alone, never from its neighbours. Whatever comes from outside a picture has the mean colour: 0 once normalised. No
+value is read back from a GPU and every shape is static there, so all of it can be compiled or captured in a CUDA graph.
 """
 
 import functools
@@ -32,6 +32,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE = 34, 35, 36, 37, 38
 ERASE, ERASE_BOX = 39, 40
 FLIP_VERTICAL = 62
 Channels = Sequence[float]  # one number a channel
+Operations = tuple[Tensor, Tensor]  # one for each picture, and its amount: see policies.draw_operations
 ERASE_SCALE, ERASE_RATIO = (0.02, 1 / 3), (0.3, 3.3)  # Zhong et al. 2017, as in torchvision
 MAX_SHRINK = 1.5  # reduced by more than this, bilinear sampling skips pixels and shows false patterns
 
@@ -51,7 +52,8 @@ class Augment:
             torch.from_numpy(np.stack(side_tables(scale, ratio))).to(device)
             for scale, ratio in ((config.scale, config.ratio), (ERASE_SCALE, ERASE_RATIO))
         )
-        self.amounts = policies.amount_table(device)
+        is_rand, magnitude = config.rand_ops > 0, config.rand_magnitude
+        self.amounts = policies.rand_table(magnitude, self.size, device) if is_rand else policies.amount_table(device)
         self.whole = torch.tensor([[0.0, 0.0, *size]], device=device)
 
     def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
@@ -59,39 +61,46 @@ class Augment:
 
         Returns float32 (N, C, height, width) in channels-last memory, normalised.
         """
-        images = self.transform_geometry(images, keys)
-        if self.config.trivial:
-            images = policies.change_pixels(images, *policies.draw_operations(keys, self.amounts))
+        rounds = self.draw_rounds(keys)
+        images = self.transform_geometry(images, keys, rounds[:1])
+        for i, operations in enumerate(rounds):
+            if i:
+                images = self.move(images, *operations)
+            images = policies.change_pixels(images, *operations)
         images = self.jitter(images, keys)
         images = images.sub_(self.mean).div_(self.std)  # in place: on a CPU, fresh memory costs more than arithmetic
         if self.config.erase:
             images = erase(images, *self.draw_erasing(keys))
         return images.contiguous(memory_format=torch.channels_last)
 
-    def transform_geometry(self, images: Tensor, keys: Tensor) -> Tensor:
-        """Crop, flip, rotate, do TrivialAugment's moves, resize: uint8 (N, C, H, W) -> float32 (N, C, height, width) in 0..1.
+    def draw_rounds(self, keys: Tensor) -> list[Operations]:
+        """What TrivialAugment, one round, or RandAugment does to each picture, a round after the other; neither: no rounds."""
+        rand = [policies.RAND + 3 * i for i in range(self.config.rand_ops)]
+        return [policies.draw_operations(keys, self.amounts, draw) for draw in rand or [policies.OPERATION] * self.config.trivial]
 
-        Rotation is about the centre of the output. Flips and whole-pixel shifts copy pixels exactly; resizing the
-        whole picture is antialiased; all else is one bilinear sampling, after an antialiased reduction where the
-        pictures are more than MAX_SHRINK times larger than the output. A crop that is rotated, sheared or moved shows
-        what lies around it in the picture.
+    def transform_geometry(self, images: Tensor, keys: Tensor, first: list[Operations]) -> Tensor:
+        """Crop, flip, rotate, move, resize: uint8 (N, C, H, W) -> float32 (N, C, height, width) in 0..1.
+
+        first: the first of `draw_rounds`, whose moves are done, or none. Rotation is about the centre of the output.
+        Flips and whole-pixel shifts copy pixels exactly; resizing the whole picture is antialiased; all else is one
+        bilinear sampling, after an antialiased reduction where the pictures are more than MAX_SHRINK times larger than
+        the output. A crop that is rotated, sheared or moved shows what lies around it in the picture.
         """
         config, pictures = self.config, to_float(images)
         stored = tuple(images.shape[2:])
         flipped = self.draw_flips(keys) if config.flip else None
         upended = chance(keys, FLIP_VERTICAL, config.flip_vertical) if config.flip_vertical else None
-        motion = is_moved = None
-        if config.trivial:
-            operations, amounts = policies.draw_operations(keys, self.amounts)
-            motion, is_moved = policies.motions(operations, amounts, self.size), policies.is_moved(operations)
         if config.crop != "random_resized" and not config.rotate_degrees:
-            if config.crop == "padded":
-                pictures = shift_crop(pictures, *self.draw_shift(keys), config.padding, self.mean)
             if stored != self.size:
                 pictures = resize(pictures, self.size)
+            if config.crop == "padded":
+                pictures = shift_crop(pictures, *self.draw_shift(keys), config.padding, self.mean)
             pictures = pictures if flipped is None else flip(pictures, flipped)
             pictures = pictures if upended is None else flip(pictures, upended, axis=2)
-            return pictures if motion is None else policies.change_marked(pictures, is_moved, self.move, motion)
+            return self.move(pictures, *first[0]) if first else pictures
+        motion = is_moved = None
+        if first:
+            motion, is_moved = policies.motions(*first[0], self.size), policies.is_moved(first[0][0])
         if config.rotate_degrees:
             turned = rotation(between(keys, ROTATE, -config.rotate_degrees, config.rotate_degrees))
             motion, is_moved = turned if motion is None else after(turned, motion), None
@@ -108,9 +117,14 @@ class Augment:
             boxes = torch.stack([top * zoom_y, left * zoom_x, height * zoom_y, width * zoom_x], 1)
         return sample_boxes(pictures, boxes, self.size, flipped, motion, self.mean, upended, is_moved)
 
-    def move(self, pictures: Tensor, motion: Tensor) -> Tensor:
-        """Sample pictures of the output's size along `motion` (see `sample_boxes`); what comes from outside is filled."""
-        return sample_boxes(pictures, self.whole, self.size, None, motion, self.mean)
+    def move(self, pictures: Tensor, operations: Tensor, amounts: Tensor) -> Tensor:
+        """Do the moves among a round's operations on float32 pictures of the output's size, which may be written over."""
+
+        def sample(pictures: Tensor, motion: Tensor) -> Tensor:
+            return sample_boxes(pictures, self.whole, self.size, None, motion, self.mean)
+
+        motion = policies.motions(operations, amounts, self.size)
+        return policies.change_marked(pictures, policies.is_moved(operations), sample, motion)
 
     def jitter(self, images: Tensor, keys: Tensor) -> Tensor:
         """Brightness, contrast, saturation, hue, then greyscale: float32 (N, C, H, W) in 0..1, and so returned."""
@@ -141,7 +155,9 @@ class Augment:
             zero = torch.zeros_like(keys, dtype=torch.float32)
             sides = [zero, zero, zero + stored[0], zero + stored[1]]
             if self.config.crop == "padded":
-                sides[:2] = (place - float(self.config.padding) for place in self.draw_shift(keys))
+                padding = float(self.config.padding)  # in pixels of what comes out
+                sides[:2] = ((place - padding) * (here / out)
+                             for place, here, out in zip(self.draw_shift(keys), stored, self.size, strict=True))  # fmt: skip
         return torch.stack(sides, 1)
 
     def draw_flips(self, keys: Tensor) -> Tensor:
@@ -285,6 +301,9 @@ def check(config: AugmentConfig) -> None:
     expect("hue", 0 <= config.hue <= 0.5, "0 to 0.5 turns")
     expect("rotate_degrees", 0 <= config.rotate_degrees <= 180, "0 to 180 degrees")
     expect("flip", config.flip == 0.5 or not config.flip_alternates, "0.5 beside augment.flip_alternates")
+    expect("rand_ops", 0 <= config.rand_ops <= policies.MAX_ROUNDS, f"0 (off) to {policies.MAX_ROUNDS} operations")
+    expect("rand_ops", not (config.trivial and config.rand_ops), "0 beside augment.trivial: RandAugment or TrivialAugment")
+    expect("rand_magnitude", 0 <= config.rand_magnitude < policies.STRENGTHS, f"0 to {policies.STRENGTHS - 1}")
     expect("padding", config.padding >= 0, "0 pixels or more")
     expect("scale", 0 < config.scale[0] <= config.scale[1] <= 1, "two shares of the area, rising, above 0 and up to 1")
     expect("ratio", 0 < config.ratio[0] <= config.ratio[1] < math.inf, "two aspect ratios, rising, above 0")

@@ -19,7 +19,8 @@ from dist_train.track import read_metrics
 ORIGIN = "branched-from.json"
 
 # What lies ahead of a checkpoint is the new run's. By all else the checkpoint came about: its place in the stream, its tensors.
-_AHEAD = (*FREE_SETTINGS, "augment.", "optim.", "train.", "data.crop", "data.eval_crop", "data.decode", "data.test_split")
+_AHEAD = (*FREE_SETTINGS, "augment.", "optim.", "train.", "data.crop", "data.eval_crop", "data.eval_size", "data.decode",
+          "data.test_split")  # fmt: skip
 _BEHIND = ("optim.name", "optim.muon_moves")  # they say what the optimizer's tensors mean
 
 

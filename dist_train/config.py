@@ -27,12 +27,21 @@ class DataConfig:
     """samples per step over all ranks together; the same on any number of ranks"""
     image_size: int = 0
     """height and width that enter the network, pixels; 0 keeps the stored size"""
+    eval_size: int = 0
+    """the same in evaluation, predict and exported files, for networks that take any size: 224 after a training at 176 is usual
+    (FixRes); 0 is image_size"""
     crop: Literal["auto", "random_resized", "resize"] = "auto"
     """what the decoder cuts out for training: a random box (keyed by the sample) or the whole picture; auto takes the
     random box where augment.crop asks for one and pictures differ in size, and leaves one-size sets to the device"""
     eval_crop: float = 0.875
-    """share of the shorter side kept by the central crop in evaluation, where random crops are cut while decoding (pictures of
-    different sizes); elsewhere, and with 0, the whole picture is taken, whatever its shape"""
+    """share of the shorter side kept by the central crop in evaluation, where training crops at random (random_resized), and
+    pictures differ in size or are stored larger than they enter; elsewhere, and with 0, the whole picture is taken, whatever its
+    shape"""
+    mean: tuple[float, ...] = ()
+    """mean by which pixels / 255 are normalised, a number for each of the three channels (of a table, for each column); empty takes
+    that of model.pretrained, where it brings one, else that of the training split"""
+    std: tuple[float, ...] = ()
+    """standard deviation, with mean"""
     window_shards: int = 16
     """samples are shuffled inside windows of this many shards; at least the number of shards is a full shuffle"""
     lanes: int = 0
@@ -70,11 +79,12 @@ class AugmentConfig:
     crop: Literal["none", "random_resized", "padded"] = "none"
     """random resized crop (Inception style), or a random crop after padding"""
     scale: tuple[float, float] = (0.35, 1.0)
-    """area of the random resized crop as a share of the picture"""
+    """area of the random resized crop as a share of the picture, least and most. 0.35 keeps most of the picture in view; 0.08 is
+    usual for ImageNet, and what data.open_stream takes where it is called without a scale"""
     ratio: tuple[float, float] = (0.75, 1.3333333)
     """aspect ratio, width / height, of the random resized crop"""
     padding: int = 4
-    """pixels of padding for crop: padded"""
+    """pixels of padding for crop: padded; of what enters the network, whatever size pictures are stored in"""
     flip: float = 0.0
     """probability of a left-right flip"""
     flip_alternates: bool = False
@@ -87,6 +97,11 @@ class AugmentConfig:
     """one operation a picture, drawn with its strength (TrivialAugment, wide ranges): shear, shift (up to 32 pixels), rotation,
     brightness, colour, contrast, sharpness, posterize, solarize, autocontrast, equalize or none. It comes after crop, flips and
     rotate_degrees and before brightness to erase, which are done besides it where they are set"""
+    rand_ops: int = 0
+    """operations a picture, one after the other, each drawn anew (RandAugment): those of augment.trivial and in its place, all of
+    one strength, in torchvision's ranges for it; 2 is usual, 0 is off. AutoAugment's own policies are not here"""
+    rand_magnitude: int = 9
+    """strength of RandAugment's operations, 0 to 30; signed ones get their sign by chance"""
     brightness: float = 0.0
     """factor drawn from 1 plus or minus this"""
     contrast: float = 0.0
@@ -120,11 +135,16 @@ class ModelConfig:
     torchvision classifier, or timm/NAME, any of timm's that has one last layer (pip install 'dist_train[timm]')"""
     pretrained: str = ""
     """torchvision's or timm's weights by name ("DEFAULT", "IMAGENET1K_V1", timm's "a1_in1k"), with the mean and deviation of
-    pixels they were trained with, or a .pth or .safetensors file (torchvision's own files, timm's beside their config.json and a
-    run's weights.safetensors bring theirs, too); empty starts fresh"""
+    pixels they were trained with, or a .pth, .pth.tar or .safetensors file (torchvision's own files, timm's beside their
+    config.json and a run's weights.safetensors bring theirs, too); a checkpoint of torchvision's or timm's references gives the
+    average of its weights, where it has one; empty starts fresh"""
     dropout: float = 0.5
-    """dropout in the classifier of alexnet and vgg, after each hidden layer of the mlp; torchvision's others keep
-    theirs, as do timm's"""
+    """dropout in the classifier of alexnet and vgg, after each hidden layer of the mlp; elsewhere 0.5 leaves the network's own, and
+    any other is taken by what has dropout as a layer: torchvision's efficientnet, googlenet, inception, mnasnet, mobilenet and
+    squeezenet (before the last layer) and vit (in every block), timm's as drop_rate"""
+    drop_path: float = -1.0
+    """stochastic depth: share of the samples that pass the last block by; from the first block it rises to it evenly; -1 leaves the
+    network's own. torchvision's convnext, efficientnet, maxvit and swin have it, timm's as drop_path_rate"""
     stem: Literal["auto", "imagenet", "small"] = "auto"
     """small keeps resolution: 3x3 kernels, stride 1, a head sized to what is left; auto takes it under 64 px (alexnet_bn:
     128 px, where 5x5 kernels with stride 2 serve from 64 px on)"""
@@ -145,8 +165,9 @@ class ModelConfig:
 class OptimConfig:
     """How the weights are changed."""
 
-    name: Literal["sgd", "adam", "adamw", "adamax", "muon"] = "sgd"
-    """optimizer; muon moves hidden matrices and kernels along orthogonal directions, all else as sgd does"""
+    name: Literal["sgd", "adam", "adamw", "adamax", "rmsprop", "muon"] = "sgd"
+    """optimizer; rmsprop has alpha 0.9 and eps 0.0316, torchvision's for MobileNetV3 and EfficientNet; muon moves hidden matrices
+    and kernels along orthogonal directions, all else as sgd does"""
     lr: float = 0.01
     """peak learning rate; plain AlexNet and VGG without BatchNorm learn near 0.01, not at ResNet's 0.1"""
     muon_moves: Literal["matrices", "kernels"] = "matrices"
@@ -156,7 +177,7 @@ class OptimConfig:
     rest_weight_decay: float = 5e-4
     """muon: decay of the matrices that it does not move"""
     momentum: float = 0.9
-    """momentum of sgd and muon, first beta of the Adam family"""
+    """momentum of sgd, rmsprop and muon, first beta of the Adam family"""
     beta2: float = 0.999
     """second beta of the Adam family"""
     nesterov: bool = True
@@ -196,7 +217,7 @@ class TrainConfig:
     """How long, how precisely, and what is kept."""
 
     epochs: float = 10.0
-    """length of the run, passes over the training split"""
+    """length of the run, passes over the training split; 0 trains nothing and evaluates the weights of model.pretrained"""
     max_steps: int = 0
     """stop after this many steps whatever the epochs say; 0 is no limit. The schedule is that of the whole run"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

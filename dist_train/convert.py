@@ -20,7 +20,7 @@ import numpy as np
 from dist_train.durable import sync
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex, SplitIndex, holds_foreign_index, load_index, save_index, save_table
-from dist_train.partition import TRAIN, assign_splits, cut_into_shards, name_draws
+from dist_train.partition import TRAIN, assign_splits, cut_into_shards, name_draws, test_share, told_splits
 from dist_train.settings import to_dict
 from dist_train.shard import check_settings
 from dist_train.shard_config import FREE_SHARD_SETTINGS, ShardConfig
@@ -113,8 +113,10 @@ def described(
 
 def _plan(config: ShardConfig, source: Source) -> dict[int, list[np.ndarray]]:
     """{split: the samples of each of its shards}; splits without samples are left out."""
-    draws = name_draws(source.names, config.seed)
-    splits = assign_splits(source.labels, source.preset, draws, config.split.val, config.split.test, source.groups)
+    draws, test = name_draws(source.names, config.seed), test_share(config.split, source.preset)
+    splits = assign_splits(source.labels, source.preset, draws, config.split.val, test, source.groups)
+    if told := told_splits(config.split, source.preset, splits):
+        print(f"{config.path or config.dataset}: {told}.")
     sizes = source.sizes
     if config.resize:  # a JPEG of quality 90 takes about 0.4 bytes a pixel
         sizes = np.minimum(sizes, int(0.6 * config.resize**2) + 512)

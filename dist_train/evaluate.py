@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dist_train.augment import constants, evaluation_pixels
+from dist_train.boxes import central_boxes
 from dist_train.cache import DecodedCache
 from dist_train.config import RunConfig
 from dist_train.data import Batch, open_evaluation, picture_size, to_device
@@ -47,9 +48,9 @@ def evaluate(
     """Evaluate a network on a split; every rank returns the same figures.
 
     network: without the wrapper of data parallelism, so that ranks with different numbers of batches never wait for
-    each other. crop, cache: see `open_evaluation`. is_asked_to_stop: asked about once a second; where it is true on any rank, all
-    raise Interrupted. confusion: keep the (K, K) table too. record(batch, predicted (N,), probabilities (N, K), losses (N,)) takes
-    this rank's batches, in sample order. Raises UserError if a sample cannot be read.
+    each other. crop: see `centred`; cache: see `open_evaluation`. is_asked_to_stop: asked about once a second; where it is true on
+    any rank, all raise Interrupted. confusion: keep the (K, K) table too. record(batch, predicted (N,), probabilities (N, K),
+    losses (N,)) takes this rank's batches, in sample order. Raises UserError if a sample cannot be read.
     """
     was_training = network.training
     network.eval()
@@ -59,14 +60,14 @@ def evaluate(
     batch_size = max(1, data.global_batch_size // world.world_size)
     batch_size = min(batch_size, config.train.micro_batch_size or batch_size)
     batches = open_evaluation(
-        index, split, batch_size, data.image_size, crop, threads=data.threads or world.num_cores, world=world.place,
-        prefetch_mb=data.prefetch_mb, verify=data.verify, pin_memory=world.device.type == "cuda", cache=cache,
+        index, split, batch_size, data.eval_size or data.image_size, crop, threads=data.threads or world.num_cores,
+        world=world.place, prefetch_mb=data.prefetch_mb, verify=data.verify, pin_memory=world.device.type == "cuda", cache=cache,
     )  # fmt: skip
     meet(world)  # a rank may have had to decode the split to its disk
     largest_share = -(-num_samples // world.world_size)
     num_rounds = -(-largest_share // batch_size)
     for batch in until_asked(to_device(batches, world.device), num_rounds, is_asked_to_stop, world):
-        logits = predict_logits(config, index, network, batch.images, accelerator)
+        logits = predict_logits(config, index, network, batch.images, accelerator, crop)
         losses = F.cross_entropy(logits, batch.labels, reduction="none")
         sums.update(logits, batch.labels, losses)
         probabilities, predicted = logits.softmax(1), logits.argmax(1)  # as the figures count: softmax can make two logits equal
@@ -98,7 +99,8 @@ def until_asked(
             asked, seconds = answer.tolist()
             if asked:
                 raise Interrupted
-            every = max(1, min(8 * every, int(every * LOOK_EVERY_S / max(seconds, 1e-6))))
+            if done:  # before the first batch there is no pace to go by
+                every = max(1, min(8 * every, int(every * LOOK_EVERY_S / max(seconds, 1e-6))))
             looked, next_look = time.monotonic(), done + every
         batch = next(batches, None)
         if batch is not None:
@@ -106,20 +108,43 @@ def until_asked(
 
 
 def predict_logits(
-    config: RunConfig, index, network: torch.nn.Module, values: torch.Tensor, accelerator
+    config: RunConfig, index, network: torch.nn.Module, values: torch.Tensor, accelerator, crop: float = 0.0
 ) -> torch.Tensor:
     """Stored values -> float32 logits (N, K). values: uint8 (N, 3, H, W), or float32 (N, F) of a table.
 
-    index needs mean, std, features and image_size only. With train.flip_test or train.shift_test, the mean over `views`.
+    index needs mean, std, features and image_size only. crop: see `centred`. With train.flip_test or train.shift_test, the mean
+    over `views`.
     """
     if index.features is not None:
         inputs = [(1.0, standardised(values, index))]
     else:
-        size = picture_size(index, config.data.image_size)
-        pictures = evaluation_pixels(values, size, index.mean, index.std)
+        size = picture_size(index, config.data.eval_size or config.data.image_size)
+        pictures = central_pixels(values, size, index.mean, index.std, crop)
         inputs = views(pictures, config.train.flip_test, config.train.shift_test)
     with accelerator.autocast():
         return sum(weight * network(view).float() for weight, view in inputs)
+
+
+def central_pixels(
+    values: torch.Tensor, size: tuple[int, int], mean: list[float], std: list[float], crop: float
+) -> torch.Tensor:
+    """`augment.evaluation_pixels` of what `centred` leaves of each picture. values: uint8 (N, 3, H, W); crop: share, 0 for all."""
+    whole, (top, left) = centred(tuple(values.shape[2:]), size, crop)
+    pictures = evaluation_pixels(values, whole, mean, std)[:, :, top : top + size[0], left : left + size[1]]
+    return pictures.contiguous(memory_format=torch.channels_last)
+
+
+def centred(stored: tuple[int, int], size: tuple[int, int], crop: float) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) that a whole picture is brought to, and (top, left) of the part of that size that enters the network.
+
+    The same part as `boxes.central_boxes` finds, which keeps crop of the shorter side. Where crop is 0 the picture enters whole,
+    whatever its shape; and pictures that are stored no larger than they enter, as those that the decoder has cut are, do so, too.
+    """
+    if not crop or min(stored) <= max(size):
+        return size, (0, 0)
+    top, left, height, width = central_boxes([stored[0]], [stored[1]], size, crop)[0].tolist()
+    zoom = (size[0] / height, size[1] / width)
+    return (round(stored[0] * zoom[0]), round(stored[1] * zoom[1])), (round(top * zoom[0]), round(left * zoom[1]))
 
 
 def views(pictures: torch.Tensor, flipped: bool, shift: int) -> Iterator[tuple[float, torch.Tensor]]:

@@ -13,17 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_train import __version__
-from dist_train.augment import evaluation_pixels
 from dist_train.checkpoint import write_tensors
 from dist_train.config import ModelConfig, RunConfig, conflicts
 from dist_train.data import open_evaluation
 from dist_train.durable import put_in_place, replace_json
 from dist_train.errors import UserError
-from dist_train.evaluate import standardised, views
+from dist_train.evaluate import central_pixels, centred, standardised, views
 from dist_train.folds import fold_view
 from dist_train.index import ShardIndex, load_index
 from dist_train.models import build_model
-from dist_train.predict import Trained, check_fits, load_run
+from dist_train.predict import Trained, check_fits, load_run, usual_split
 from dist_train.pretrained import put_weights
 from dist_train.settings import from_dict, read_config, to_dict
 
@@ -46,7 +45,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--to", required=True, choices=FILES, help="format of the file")
     parser.add_argument("--out", help="folder of the file and its description; default RUN/export")
     parser.add_argument(
-        "--split", default="test", help="split that the file must classify as the run does; default test"
+        "--split", help="split that the file must classify as the run does; default test, or where there is none data.val_split"
     )
     parser.add_argument(
         "--views", choices=("all", "one"), default="all",
@@ -61,14 +60,14 @@ def main(argv: list[str]) -> None:
 
 
 def export(
-    run: str | Path, kind: str, out: Path, split: str = "test", overrides: list[str] = (), which_views: str = "all"
+    run: str | Path, kind: str, out: Path, split: str | None = None, overrides: list[str] = (), which_views: str = "all"
 ) -> dict:
     """Write a run's best weights to out, with a description beside them, and return the description.
 
-    kind: a key of FILES. overrides: settings that change no result, such as ["--data.shards", "elsewhere"]. which_views:
-    "all" that the run was evaluated on, or "one", the picture alone. The file is loaded again and classifies the split;
-    files that differ from the network are not kept. Raises UserError then, and where the run, the split or a package is
-    missing. A top1 other than that in result.json is told on stderr.
+    kind: a key of FILES. split: default `usual_split`. overrides: settings that change no result, such as ["--data.shards",
+    "elsewhere"]. which_views: "all" that the run was evaluated on, or "one", the picture alone. The file is loaded again and
+    classifies the split; files that differ from the network are not kept. Raises UserError then, and where the run, the split or a
+    package is missing. A top1 other than that in result.json is told on stderr.
     """
     _need_packages(kind)
     trained = load_run(run)
@@ -77,6 +76,7 @@ def export(
         raise UserError(f"{run}: the network is exported as it was trained; these settings would change it:\n  "
                         + "\n  ".join(changed))  # fmt: skip
     index = fold_view(load_index(config.data.shards, config.data.cache_dir, config.data.cache_gb), config)
+    split = split or usual_split(index, config)
     index.split(split)
     check_fits(index, trained)
     if config.runtime.threads:
@@ -108,14 +108,15 @@ class Deployed(nn.Module):
     """A network with its preprocessing: what the shards hold in, logits out.
 
     mean, std: per channel of pixels in 0..1, or per column of a table. size: (height, width) that enters the network;
-    None for tables. seen: (False, 0) for the picture alone.
+    None for tables. seen: (False, 0) for the picture alone. crop: share of larger pictures that is seen, 0 for all of them.
     """
 
     def __init__(
-        self, network: nn.Module, mean: list[float], std: list[float], size: tuple[int, int] | None, seen: Seen = (False, 0)
+        self, network: nn.Module, mean: list[float], std: list[float], size: tuple[int, int] | None, seen: Seen = (False, 0),
+        crop: float = 0.0,
     ):  # fmt: skip
         super().__init__()
-        self.network, self.size, self.seen = network, size, seen
+        self.network, self.size, self.seen, self.crop = network, size, seen, crop
         shape = (1, -1, 1, 1) if size else (1, -1)
         self.register_buffer("mean", torch.tensor(mean).view(shape))
         self.register_buffer("std", torch.tensor(std).view(shape))
@@ -125,8 +126,11 @@ class Deployed(nn.Module):
         """values: uint8 (N, 3, H, W), or float32 (N, F) of a table, NaN where missing. Returns float32 logits (N, K)."""
         if self.size:
             values = values.to(torch.float32) / 255
-            if tuple(values.shape[2:]) != self.size:
-                values = F.interpolate(values, self.size, mode="bilinear", antialias=True, align_corners=False)
+            whole, (top, left) = centred(tuple(values.shape[2:]), self.size, self.crop)
+            if tuple(values.shape[2:]) != whole:
+                values = F.interpolate(values, whole, mode="bilinear", antialias=True, align_corners=False)
+            if whole != self.size:
+                values = values[:, :, top : top + self.size[0], left : left + self.size[1]]
         normalised = (values - self.mean) / self.std
         values = normalised if self.size else normalised.masked_fill(values.isnan(), 0)
         if _num_views(self.seen) == 1:
@@ -154,27 +158,33 @@ def describe(trained: Trained, kind: str, input_size: tuple[int, int] | None, se
             "preprocessing": {"standardise": {"rule": _STANDARDISE, "mean": trained.mean, "std": trained.std,
                                               "is_in_the_file": is_graph}},
         }  # fmt: skip
-    height, width = input_size if is_graph else trained.image_size
-    crops = trained.eval_crop and not trained.one_size
-    shorter = round(height / trained.eval_crop) if crops else None
+    size, crop = trained.image_size, trained.eval_crop
+    height, width = input_size if is_graph else size
+    whole, _ = centred((height, width), size, crop)  # what the graph cuts, if it takes more than enters the network
+    cuts = is_graph and whole != size
+    shorter = (min(height, width) if cuts else round(height / crop)) if crop else None
     flipped, shift = seen
     rule = (
         f"shorter side to {shorter} px, then the central {height} x {width} px"
-        if crops
+        if crop and (height == width or not cuts)
+        else f"the least size of the same aspect that covers {height} x {width} px (height x width), then its central part of that"
+        if crop
         else f"the whole picture to {height} x {width} px (height x width), whatever its aspect"
     )
+    inside = {"rule": f"to {whole[0]} x {whole[1]} px, then the central {size[0]} x {size[1]} px", "is_in_the_file": True}
     return about | {
         "input": {"name": "pictures", "dtype": "uint8" if is_graph else "float32", "shape": ["batch", 3, height, width],
                   "values": "RGB, 0 to 255" if is_graph else "RGB, normalised"},
         "preprocessing": {
             "resize": {"rule": rule, "shorter_side": shorter, "size": [height, width], "interpolation": "bilinear, antialiased",
                        "is_in_the_file": False},
+            **({"crop": inside} if cuts else {}),
             "normalise": {"rule": "(value / 255 - mean) / std", "mean": trained.mean, "std": trained.std,
                           "is_in_the_file": is_graph},
             "views": {"rule": _views_rule(seen), "flip": flipped, "shift": shift, "count": _num_views(seen),
                       "count_of_the_run": _num_views(_views_of(trained)), "is_in_the_file": is_graph},
         },
-        "network_size": list(trained.image_size),
+        "network_size": list(trained.network_size),
     }  # fmt: skip
 
 
@@ -215,7 +225,7 @@ def write_model(
     from torch.export import Dim
     from torch.export import export as trace
 
-    module = Deployed(trained.network, trained.mean, trained.std, trained.image_size, seen)
+    module = Deployed(trained.network, trained.mean, trained.std, trained.image_size, seen, trained.eval_crop)
     if trained.features is None:
         name, example = "pictures", torch.zeros(2, 3, *input_size, dtype=torch.uint8)
     else:
@@ -248,10 +258,12 @@ def load_exported(path: Path) -> Callable[[Tensor], Tensor]:
     columns = about["input"].get("columns")
     size = None if columns else tuple(about["input"]["shape"][2:])
     model = from_dict(ModelConfig, about["model"])
-    network = build_model(model, len(about["classes"]), size, columns and len(columns), 0)
+    built_for = None if columns else tuple(about.get("network_size", size))
+    network = build_model(model, len(about["classes"]), built_for, columns and len(columns), 0)
     put_weights(network, weights)
     seen = about["preprocessing"].get("views", {"flip": False, "shift": 0})  # tables have none, nor had files of before
-    return Deployed(network, rule["mean"], rule["std"], size, (seen["flip"], seen["shift"]))
+    shorter = about["preprocessing"].get("resize", {}).get("shorter_side")
+    return Deployed(network, rule["mean"], rule["std"], size, (seen["flip"], seen["shift"]), size[0] / shorter if shorter else 0.0)
 
 
 @torch.no_grad()
@@ -264,7 +276,7 @@ def compare(trained: Trained, config: RunConfig, index: ShardIndex, split: str, 
     data = config.data
     batch_size = max(1, data.global_batch_size // _num_views(seen))  # the file takes all views of a batch at once
     batches = open_evaluation(
-        index, split, batch_size, data.image_size, trained.eval_crop, data.threads, (0, 1), data.prefetch_mb,
+        index, split, batch_size, data.eval_size or data.image_size, trained.eval_crop, data.threads, (0, 1), data.prefetch_mb,
         data.verify,
     )  # fmt: skip
     labels, ours, theirs = [], [], []
@@ -292,7 +304,7 @@ def _logits(trained: Trained, values: Tensor, seen: Seen) -> Tensor:
     """What evaluation computes, by its own functions and a view at a time, not by those of the exported graph."""
     if trained.features is not None:
         return trained.network(standardised(values, trained))
-    pictures = evaluation_pixels(values, trained.image_size, trained.mean, trained.std)
+    pictures = central_pixels(values, trained.image_size, trained.mean, trained.std, trained.eval_crop)
     return sum(weight * trained.network(view) for weight, view in views(pictures, *seen))
 
 

@@ -54,7 +54,7 @@ class Part(SplitIndex):
 def open_index(config: RunConfig) -> ShardIndex:
     """The index that a run trains on: that of data.shards, or its fold, with the statistics of the fold's training part.
 
-    Where model.pretrained brings statistics (`pretrained.published_statistics`), they are those.
+    Where model.pretrained brings statistics (`pretrained.published_statistics`), they are those; where data.mean is set, that.
     """
     index = view_of(config)
     mean, std = statistics_of(index, config)
@@ -68,6 +68,8 @@ def view_of(config: RunConfig) -> ShardIndex:
 
 def statistics_of(index: ShardIndex, config: RunConfig) -> tuple[list[float], list[float]]:
     """(mean, std) with which a run on the index of `view_of` begins, as in `open_index`; of a fold, its pictures are read."""
+    if config.data.mean:
+        return list(config.data.mean), list(config.data.std)
     if config.model.pretrained and index.features is None:
         from dist_train.pretrained import published_statistics
 

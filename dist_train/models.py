@@ -1,5 +1,7 @@
 """A network by its name: AlexNet, VGG and the MLP from here, any other classifier from torchvision or timm."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -8,17 +10,21 @@ from dist_train.config import ModelConfig
 from dist_train.errors import UserError, did_you_mean
 
 OWN = ("alexnet", "alexnet_bn", *(name + bn for name in networks.VGG_CONVS for bn in ("", "_bn")), "mlp")
+# torchvision's, by how their names begin
+_WITH_DROPOUT = ("efficientnet", "googlenet", "inception", "mnasnet", "mobilenet", "squeezenet", "vit_")
+_WITH_DROP_PATH = ("convnext", "efficientnet", "maxvit", "swin")
 
 
 def build_model(
-    config: ModelConfig, num_classes: int, image_size: tuple[int, int] | None, num_features: int | None, seed: int
+    config: ModelConfig, num_classes: int, image_size: tuple[int, int] | None, num_features: int | None, seed: int,
+    say: Callable[[str], None] = lambda line: None,
 ) -> nn.Module:
     """Build the network, with weights drawn from seed or loaded.
 
     image_size: (height, width) of what enters, None where it varies; num_features: columns of a table, None for
-    pictures. The network takes (N, 3, H, W) or (N, num_features) float and returns logits (N, num_classes). torch's
-    generator is left as it was. Raises UserError for an unknown name, a picture that is too small, and weights that
-    do not fit.
+    pictures; say: takes lines about the weights that are loaded. The network takes (N, 3, H, W) or (N, num_features) float
+    and returns logits (N, num_classes). torch's generator is left as it was. Raises UserError for an unknown name, a picture
+    that is too small, and weights that do not fit.
     """
     if (config.name == "mlp") != (num_features is not None):
         kind = "pictures" if num_features is None else "a table"
@@ -40,8 +46,18 @@ def build_model(
     if config.pretrained:
         from dist_train.pretrained import load_pretrained
 
-        load_pretrained(model, config, head_name(model, num_classes), image_size)
+        load_pretrained(model, config, head_name(model, num_classes), image_size, say)
     return model
+
+
+def rates_taken(config: ModelConfig) -> set[str]:
+    """Which of dropout and drop_path, if set, change the network, with layers that are keyed by the sample."""
+    if config.name in OWN:
+        return {"dropout"}
+    if config.name.startswith(timm_models.PREFIX):
+        return {name for name, option in timm_models.RATES.items() if option in timm_models.rates(config)}
+    found = {"dropout": _WITH_DROPOUT, "drop_path": _WITH_DROP_PATH}
+    return {name for name, families in found.items() if config.name.startswith(families)}
 
 
 def uses_small_stem(config: ModelConfig, image_size: tuple[int, int] | None) -> bool:
@@ -119,6 +135,12 @@ def _torchvision(config: ModelConfig, num_classes: int, image_size) -> nn.Module
         options = {"image_size": image_size[0]}
     elif image_size and config.name.startswith("maxvit"):
         options = {"input_size": image_size}
+    takes = rates_taken(config)
+    if "dropout" in takes and config.dropout != ModelConfig.dropout:
+        options["dropout"] = config.dropout
+    has_drop_path = "drop_path" in takes and config.drop_path >= 0
+    if has_drop_path and config.name.startswith(("convnext", "efficientnet")):
+        options["stochastic_depth_prob"] = config.drop_path
     residual = config.name.startswith(("resnet", "resnext", "wide_resnet"))
     if config.stem == "small" and not residual:
         raise UserError(
@@ -126,6 +148,8 @@ def _torchvision(config: ModelConfig, num_classes: int, image_size) -> nn.Module
         )
     try:
         model = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **options)
+        if has_drop_path and "stochastic_depth_prob" not in options:
+            _set_drop_path(model, config.drop_path)
         if residual and uses_small_stem(config, image_size):
             channels = model.conv1.out_channels
             model.conv1, model.maxpool = nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.Identity()
@@ -139,6 +163,14 @@ def _torchvision(config: ModelConfig, num_classes: int, image_size) -> nn.Module
             "  Set another data.image_size, usually 224."
         ) from None
     return model
+
+
+def _set_drop_path(model: nn.Module, last: float) -> None:
+    """Scale stochastic depth so that the last block has this rate: swin's and maxvit's functions set it and take none."""
+    layers = [m for m in model.modules() if type(m).__name__ == "StochasticDepth"]
+    highest = max(layer.p for layer in layers)
+    for layer in layers:
+        layer.p *= last / highest
 
 
 def _pass_once(model: nn.Module, image_size: tuple[int, int]) -> None:

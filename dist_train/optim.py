@@ -10,6 +10,8 @@ from dist_train.config import OptimConfig
 from dist_train.finetune import layer_depths
 from dist_train.muon import Orthogonalize, is_moved
 
+RMSPROP_ALPHA, RMSPROP_EPS = 0.9, 0.0316  # as in torchvision's references, for MobileNetV3 and EfficientNet
+
 
 def build_optimizer(
     model: nn.Module, config: OptimConfig, head: str = "", precision: str = "fp32"
@@ -54,6 +56,8 @@ def build_optimizer(
         optimizer = torch.optim.SGD(groups, config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused)
     elif config.name == "adamax":  # torch has no fused one
         optimizer = torch.optim.Adamax(groups, config.lr, betas=betas)
+    elif config.name == "rmsprop":  # nor of this
+        optimizer = torch.optim.RMSprop(groups, config.lr, RMSPROP_ALPHA, RMSPROP_EPS, momentum=config.momentum)
     else:
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
         optimizer = kind(groups, config.lr, betas=betas, fused=fused)

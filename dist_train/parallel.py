@@ -241,14 +241,28 @@ class FullySharded(_Parted):
         policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if is_short else None)
         self.mesh = init_device_mesh(self.world.device.type, (self.world.world_size,))
         self.network.to(memory_format=torch.contiguous_format)  # fully_shard takes no other; pictures keep theirs
-        for module in list(self.network.modules()):
-            if (
-                module is not self.network
-                and sum(p.numel() for p in module.parameters(recurse=False)) >= OWN_FSDP_GROUP
-            ):
+        try:
+            for module in [*self._groups(), self.network]:
                 fully_shard(module, mesh=self.mesh, mp_policy=policy)
-        fully_shard(self.network, mesh=self.mesh, mp_policy=policy)
+        except ValueError as error:
+            raise UserError(
+                f"train.parallel is fsdp, which cannot split {self.config.model.name}: {error}\n  Use train.parallel ddp."
+            ) from error
         return self.network
+
+    def _groups(self) -> list[nn.Module]:
+        """What gathers its weights for itself: large members of sequences, which are certain to be called.
+
+        Other layers may have their weight read by the module around them (Swin's qkv), and it would be there in parts alone.
+        """
+        groups, inside = [], set()
+        for parent in self.network.modules():
+            for child in parent.children() if type(parent).forward is nn.Sequential.forward else ():
+                is_large = sum(p.numel() for p in child.parameters()) >= OWN_FSDP_GROUP
+                if is_large and child not in inside and not isinstance(child, nn.Sequential):
+                    groups.append(child)
+                    inside.update(child.modules())
+        return groups
 
     def optimizer(self, optimizer):
         if isinstance(optimizer, torch.optim.SGD):  # torch 2.15 has no fused one for tensors in parts

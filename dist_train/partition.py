@@ -7,6 +7,7 @@ import xxhash
 
 from dist_train.errors import UserError
 from dist_train.order import hash_words, mix
+from dist_train.shard_config import USUAL_TEST, SplitConfig
 from dist_train.sources import SPLITS
 
 TRAIN, VAL, TEST = range(len(SPLITS))
@@ -53,6 +54,28 @@ def assign_splits(
                 f"  Set it to a share that groups fill, or to 0 for no such split."
             )
     return splits
+
+
+def test_share(split: SplitConfig, preset: np.ndarray | None) -> float:
+    """The share of the test split; where none is asked for (-1), a set made of train and val is kept as its authors made it."""
+    brings_val = preset is not None and bool((preset == VAL).any())
+    return split.test if split.test >= 0 else 0.0 if brings_val else USUAL_TEST
+
+
+def told_splits(split: SplitConfig, preset: np.ndarray | None, splits: np.ndarray) -> str:
+    """What has become of the samples that the source leaves to training, in a line; "" where the source leaves nothing to draw.
+
+    preset: what the source gives, or None; splits: (N,) from `assign_splits`.
+    """
+    own = set() if preset is None else set(preset[preset > TRAIN].tolist())
+    counts = np.bincount(splits, minlength=len(SPLITS)).tolist()
+    drawn = {name: counts[number] for number, name in enumerate(SPLITS) if number not in own and number != TRAIN and counts[number]}
+    parts = [f"{count:,} are drawn as {name}" for name, count in drawn.items()]
+    if drawn:
+        parts = [f"of {sum(drawn.values()) + counts[TRAIN]:,} training samples {' and '.join(parts)}"]
+    if split.test < 0 and VAL in own and TEST not in own:
+        parts.append("the source brings val, so no test split is drawn from train (to draw one: --split.test 0.1)")
+    return "; ".join(parts)
 
 
 def keep_groups_whole(splits: np.ndarray, labels: np.ndarray, groups: np.ndarray, draws: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""TrivialAugment: one operation on each picture, drawn with its strength by the picture's key.
+"""TrivialAugment and RandAugment: one operation on each picture, or several, drawn by the picture's key.
 
-Müller and Hutter 2021 (arXiv:2103.10158), wide ranges: operations and strengths are those of torchvision's TrivialAugmentWide.
+TrivialAugment draws the strength as well (Müller and Hutter 2021, arXiv:2103.10158, wide ranges); RandAugment has one for all
+(Cubuk and others 2019, arXiv:1909.13719). Operations and strengths are those of torchvision's TrivialAugmentWide and RandAugment.
 Pixels are sampled bilinearly and what comes from outside is filled with the mean colour, as in augment.py, where torchvision
 by itself takes the nearest pixel and black.
 """
@@ -19,13 +20,18 @@ OPERATIONS = ("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotat
 (IDENTITY, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE, COLOR, SHARPNESS,
  BRIGHTNESS, CONTRAST, POSTERIZE, SOLARIZE, AUTOCONTRAST, EQUALIZE) = range(len(OPERATIONS))  # fmt: skip
 OPERATION, STRENGTH, SIGN = 68, 69, 70  # draws of the key, by use; augment.py has those below 64, mixing.py those up to 67
+RAND = 71  # first draw of RandAugment: three a round, as above, up to 94
+MAX_ROUNDS = 8
 STRENGTHS = 31  # of each operation, evenly spaced
 LEVELS = 256
 
 
-def draw_operations(keys: Tensor, amounts: Tensor) -> tuple[Tensor, Tensor]:
-    """The operation of each key, (N,) int64, a place in OPERATIONS, and its amount, (N,) float32, from `amount_table`."""
-    draws = uniforms(keys, OPERATION, 3)
+def draw_operations(keys: Tensor, amounts: Tensor, first_draw: int = OPERATION) -> tuple[Tensor, Tensor]:
+    """The operation of each key, (N,) int64, a place in OPERATIONS, and its amount, (N,) float32.
+
+    amounts: `amount_table` or `rand_table`. first_draw: of three: operation, strength, sign.
+    """
+    draws = uniforms(keys, first_draw, 3)
     operation, strength, sign = ((draws[:, i] * n).long() for i, n in enumerate(amounts.shape))
     return operation, amounts[operation, strength, sign]
 
@@ -36,14 +42,28 @@ def amount_table(device: torch.device | str) -> Tensor:
     Shear: tangent; translate: whole pixels; rotate: degrees, counter-clockwise; posterize: bits that stay; solarize: lowest level
     that is inverted; colour, sharpness, brightness, contrast: factor less 1.
     """
-    strength, table = np.arange(STRENGTHS), np.zeros((len(OPERATIONS), STRENGTHS, 2))
-    signed = {operation: 0.99 * strength / 30 for operation in (SHEAR_X, SHEAR_Y, COLOR, SHARPNESS, BRIGHTNESS, CONTRAST)}
-    signed |= {TRANSLATE_X: strength * 32 // 30, TRANSLATE_Y: strength * 32 // 30, ROTATE: strength * 4.5}
+    strength = np.arange(STRENGTHS)
+    most, shift = 0.99 * strength / 30, strength * 32 // 30
+    return _table(strength, most, most, (shift, shift), strength * 4.5, np.rint(strength / 5)).to(device)
+
+
+def rand_table(magnitude: int, size: tuple[int, int], device: torch.device | str) -> Tensor:
+    """As `amount_table`, for RandAugment at one strength, 0 to 30: (14, 1, 2) float32. size: (height, width) of the pictures."""
+    strength = np.array([magnitude])
+    # torch's steps: numpy's differ in the last bit, which a whole number of pixels may hang on
+    down, right = (torch.linspace(0.0, 150 / 331 * pixels, STRENGTHS)[strength].trunc().numpy() for pixels in size)
+    return _table(strength, 0.3 * strength / 30, 0.9 * strength / 30, (right, down), strength, np.rint(strength / 7.5)).to(device)
+
+
+def _table(strength: np.ndarray, shear, factor, shift: tuple, degrees, lost_bits) -> Tensor:
+    signed = dict.fromkeys((COLOR, SHARPNESS, BRIGHTNESS, CONTRAST), factor) | dict.fromkeys((SHEAR_X, SHEAR_Y), shear)
+    signed |= {TRANSLATE_X: shift[0], TRANSLATE_Y: shift[1], ROTATE: degrees}
+    table = np.zeros((len(OPERATIONS), len(strength), 2))
     for operation, values in signed.items():
         table[operation] = np.stack([values, -values], 1)
-    table[POSTERIZE] = 8 - np.rint(strength / 5)[:, None]
+    table[POSTERIZE] = 8 - lost_bits[:, None]
     table[SOLARIZE] = 255 - 8.5 * strength[:, None]
-    return torch.from_numpy(table.astype(np.float32)).to(device)
+    return torch.from_numpy(table.astype(np.float32))
 
 
 def is_moved(operations: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from dist_train.models import build_model
 from dist_train.predictions import predictions_file
 from dist_train.pretrained import put_weights
 from dist_train.settings import from_dict, read_config, to_dict
-from dist_train.sizes import range_problems, shift_problems
+from dist_train.sizes import check_eval_size, range_problems, shift_problems
 from dist_train.sources import PICTURES, files_below, printable
 from dist_train.tables import number_in, read_csv
 from dist_train.watch import Watch
@@ -48,9 +48,9 @@ class Trained:
     mean: list[float]
     std: list[float]
     features: list[str] | None
-    image_size: tuple[int, int] | None
+    network_size: tuple[int, int] | None  # that the network is built for
+    image_size: tuple[int, int] | None  # that enters it here
     eval_crop: float
-    one_size: bool
     fills_holes: bool  # missing values of a table count as their column's mean: its set was made with `missing: mean`
 
 
@@ -68,6 +68,7 @@ def load_run(folder: str | Path) -> Trained:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder}: the run cannot be read: {error}") from None
     size = tuple(about["image_size"]) if about["image_size"] else None
+    eval_size = tuple(about.get("eval_size") or about["image_size"]) if size else None
     num_features = len(about["features"]) if about["features"] else None
     fresh = replace(config.model, pretrained="")  # the run's own weights follow
     network = build_model(fresh, len(about["classes"]), size, num_features, config.seed)
@@ -78,8 +79,8 @@ def load_run(folder: str | Path) -> Trained:
         raise UserError(f"{folder}/weights.safetensors: the weights cannot be loaded: {error}") from None
     return Trained(
         folder=folder, config=config, network=network.eval(), classes=about["classes"], mean=about["mean"], std=about["std"],
-        features=about["features"], image_size=size, eval_crop=about["eval_crop"], one_size=about["one_size"],
-        fills_holes=about.get("missing") == "mean",
+        features=about["features"], network_size=size, image_size=eval_size, fills_holes=about.get("missing") == "mean",
+        eval_crop=about["eval_crop"] if not about["one_size"] or "stored_size" in about else 0.0,  # once for many sizes only
     )  # fmt: skip
 
 
@@ -137,7 +138,7 @@ def eval_main(argv: list[str]) -> None:
         epilog="Other options are those of dist-train train, such as --data.shards OTHER.",
     )  # fmt: skip
     parser.add_argument("run", help="run folder")
-    parser.add_argument("--split", default="test", help="split; default test")
+    parser.add_argument("--split", help="split; default test, or where there is none the run's data.val_split")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     parser.add_argument("--predictions", metavar="FILE", help="write a CSV file: a line for each sample, in their order")
     parser.add_argument("--probabilities", action="store_true", help="with a column for each class in that file")
@@ -148,10 +149,13 @@ def eval_main(argv: list[str]) -> None:
     config = read_config(RunConfig, overrides, "dist-train eval", [str(trained.folder / "config.yaml")])
     index = fold_view(load_index(config.data.shards, config.data.cache_dir, config.data.cache_gb), config)
     check_fits(index, trained)
+    split = options.split or usual_split(index, config)
     if changed := conflicts({"model": to_dict(trained.config.model)}, {"model": to_dict(config.model)}):
         raise UserError(f"dist-train eval: the network is the run's.\n  {'; '.join(changed)}\n  Leave it out.")
     if problems := range_problems(config) + shift_problems(config, index):
         raise UserError("\n".join(problems))
+    if config.data.eval_size:
+        check_eval_size(config, index, trained.network)
     accelerator, world = runtime.start(config.train.precision, config.runtime.threads, config.runtime.timeout_s)
     with contextlib.ExitStack() as leaving:
         leaving.push(runtime.leave)
@@ -160,16 +164,21 @@ def eval_main(argv: list[str]) -> None:
         as_trained = _with_statistics(index, trained)
         recording = contextlib.nullcontext(lambda *of_batch: None)
         if options.predictions:
-            recording = predictions_file(Path(options.predictions), index, options.split, world, options.probabilities)
+            recording = predictions_file(Path(options.predictions), index, split, world, options.probabilities)
         with recording as record:
-            evaluation = evaluate(config, as_trained, options.split, trained.network, accelerator, world,
+            evaluation = evaluate(config, as_trained, split, trained.network, accelerator, world,
                                   config.data.eval_crop if trained.eval_crop else 0.0, record=record)  # fmt: skip
         if world.is_main:
-            _keep(trained, config, evaluation, index.split(options.split).fingerprint())
+            _keep(trained, config, evaluation, index.split(split).fingerprint())
             if not options.json:
                 for row in class_table(evaluation.result.confusion.numpy(), trained.classes):
                     print(_class_line(row))
-            print(json.dumps({"split": options.split, **evaluation.result.figures()}))
+            print(json.dumps({"split": split, **evaluation.result.figures()}))
+
+
+def usual_split(index: ShardIndex, config: RunConfig) -> str:
+    """The split that figures are of where none is named."""
+    return config.data.val_split if "test" not in index.splits and config.data.val_split in index.splits else "test"
 
 
 def _class_line(row: dict) -> str:
@@ -231,7 +240,7 @@ def picture_batches(trained: Trained, paths: list[str], num_threads: int) -> Ite
         try:
             payload = Path(path).read_bytes()
             box = None
-            if trained.eval_crop and not trained.one_size:
+            if trained.eval_crop:
                 rows, columns = (np.array([side]) for side in picture_size(payload))
                 box = tuple(boxes.central_boxes(rows, columns, (height, width), trained.eval_crop)[0])
             decode_into(payload, out, box)

@@ -136,7 +136,7 @@ def steps_of(order: Order, samples: np.ndarray, epoch: int) -> np.ndarray:
 def is_augmented(config: RunConfig, index: ShardIndex) -> bool:
     """Whether training changes its pictures at all."""
     # which do nothing to a picture by themselves
-    idle = ("flip_alternates", "scale", "ratio", "padding", "start_size", "full_size_from")
+    idle = ("flip_alternates", "scale", "ratio", "padding", "start_size", "full_size_from", "rand_magnitude")
     off = AugmentConfig(**{name: getattr(config.augment, name) for name in idle})
     return config.augment != off or decoder_crop(config, index)[0] == "random_resized"
 
@@ -150,6 +150,7 @@ def _note(config: RunConfig, index: ShardIndex) -> str:
         done.append(f"shifted by up to {augment.padding} pixels")
     done += [f"turned by up to {augment.rotate_degrees:g}°"] if augment.rotate_degrees else []
     done += ["one operation of TrivialAugment"] if augment.trivial else []
+    done += [f"{augment.rand_ops} operations of RandAugment"] if augment.rand_ops else []
     mirrored = "mirrored every other epoch" if augment.flip_alternates else "mirrored"
     words = {"flip": mirrored, "flip_vertical": "mirrored top to bottom", "brightness": "brighter or darker",
              "contrast": "contrast", "saturation": "saturation", "hue": "hue", "grayscale": "grey", "erase": "a box erased",

@@ -57,10 +57,10 @@ class Run:
         self.tracker = self._peak_flops = None
 
         self.input_size = sizes.input_size(config, self.index)
-        self.missing_weights = None  # of model.pretrained: why they cannot be had
+        self.missing_weights, self.remarks = None, []  # of model.pretrained: why they cannot be had, and what is to be said of them
         is_begun = ranks.on_main(world, (folder / "checkpoints").is_dir)  # other machines may not see a new one yet
         try:
-            network = build_network(config, self.index)
+            network = build_network(config, self.index, self.remarks.append)
         except UserError as error:
             if not (is_begun and config.model.pretrained):
                 raise
@@ -68,6 +68,10 @@ class Run:
             network = build_network(dataclasses.replace(config, model=fresh), self.index)
         if not is_begun:
             sizes.check_new(config)
+            if not self.num_steps:
+                sizes.check_judged(config, self.index, network)
+        if config.data.eval_size:
+            sizes.check_eval_size(config, self.index, network)
         self.progressive = Progressive(config.augment, self.input_size, self.num_steps) if self.input_size else None
         # size of what enters -> operations of a sample in training, of the whole network, before it is spread over the ranks
         self.sample_flops = (
@@ -112,7 +116,8 @@ class Run:
         optim = self.config.optim
         average = WeightAverage(self.network, optim.ema_decay) if optim.ema_decay else None
         plateau = Plateau(optim.plateau_patience, optim.step_factor)
-        return State(self.network, self.optimizer, average, plateau, torch.zeros((), device=self.world.device))
+        judged = 0 if self.num_steps else -1  # train.epochs 0: the weights to be evaluated are those of the beginning
+        return State(self.network, self.optimizer, average, plateau, torch.zeros((), device=self.world.device), judged_step=judged)
 
     def stream(self, first_step: int):
         """This rank's batches from first_step to the end of the run."""
@@ -240,6 +245,7 @@ class Run:
         """Raise UserError, on every rank, if a weight is not finite: from a finite loss a gradient may still overflow."""
         here = [getattr(p, "to_local", lambda p=p: p)() for p in self.network.parameters()]
         norm = torch.nn.utils.get_total_norm([p.detach() for p in here if p.numel()], float("inf"))
+        norm = norm.to(self.world.device)  # a rank that holds no row of any weight gets its 0 on the CPU
         bad = (~torch.isfinite(norm)).float()
         if self.world.world_size > 1:
             torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
@@ -301,7 +307,8 @@ class Run:
             raise self.missing_weights
         if saved is not None:
             refuse_other_shards(saved, self.index, self.config.data, self.folder)
-            mean, std = saved.state.get("statistics", (self.index.mean, self.index.std))  # whatever brought them
+            now = self.index.mean, self.index.std
+            mean, std = now if self.config.data.mean else saved.state.get("statistics", now)  # whatever brought them
             self.index = dataclasses.replace(self.index, mean=mean, std=std)
             self.augment = self._new_augment()
             has_best = ranks.on_main(self.world, self.checkpoints.has_best, saved)
@@ -316,10 +323,10 @@ class Run:
         put_weights(self.network, self.parallel.parts({"model": weights})["model"])
 
 
-def build_network(config: RunConfig, index: ShardIndex) -> torch.nn.Module:
+def build_network(config: RunConfig, index: ShardIndex, say=lambda line: None) -> torch.nn.Module:
     """The network of a recipe on a set of shards, with keyed dropout; on the CPU, weights drawn from config.seed."""
     num_features = len(index.features) if index.features else None
-    network = build_model(config.model, index.num_classes, sizes.input_size(config, index), num_features, config.seed)
+    network = build_model(config.model, index.num_classes, sizes.input_size(config, index), num_features, config.seed, say)
     use_keyed_dropout(network)
     return network
 
@@ -380,7 +387,8 @@ def inference(config: RunConfig, index: ShardIndex, size: tuple[int, int] | None
     """All that predict needs besides the weights and config.yaml."""
     return {
         "classes": index.classes, "mean": index.mean, "std": index.std, "features": index.features,
-        "image_size": size and list(size), "one_size": index.image_size is not None,
+        "image_size": size and list(size), "eval_size": size and list(sizes.eval_size(config, index)),
+        "one_size": index.image_size is not None, "stored_size": index.image_size and list(index.image_size),
         "eval_crop": sizes.eval_crop(config, index), "missing": index.source.get("missing") if index.features else None,
     }  # fmt: skip
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dist_train.errors import UserError
 from dist_train.settings import read_config
-from dist_train.shard_config import ShardConfig
+from dist_train.shard_config import USUAL_TEST, ShardConfig
 
 _FLAGS = ("--join", "--repair", "--overwrite", "--download", "--extra")  # may stand alone, meaning true
 
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     if config.repair:
         from dist_train.repair import repair
 
-        names = repair(config)
+        names = repair(as_converted(config))
         print(f"{config.out}: whole; written again: {', '.join(names) or 'nothing, for nothing was damaged'}.")
         return
     from dist_train.convert import convert, convert_part  # after the settings, so that `--help` answers at once
@@ -53,13 +53,22 @@ def read_shard_config(argv: list[str]) -> ShardConfig:
     return dataclasses.replace(config, out=str(Path("shards", Path(files[-1]).stem)))
 
 
+def as_converted(config: ShardConfig) -> ShardConfig:
+    """The settings of a repair: a share of the test split that is not given is that of the set, which may be of another default."""
+    from dist_train.index import load_index
+
+    was = load_index(config.out).source.get("split", {}).get("test", config.split.test)
+    return config if config.split.test >= 0 else dataclasses.replace(config, split=dataclasses.replace(config.split, test=was))
+
+
 def check_settings(config: ShardConfig) -> None:
     """Raise UserError with every setting that makes no sense."""
+    val, test = config.split.val, config.split.test
+    both = val + (USUAL_TEST if test == -1 else test)
     limits = {
-        "split.val": (config.split.val, 0 <= config.split.val < 1, "a share from 0 to below 1"),
-        "split.test": (config.split.test, 0 <= config.split.test < 1, "a share from 0 to below 1"),
-        "split.val + split.test": (config.split.val + config.split.test, config.split.val + config.split.test < 1,
-                                   "less than 1, so that something is left to train on"),
+        "split.val": (val, 0 <= val < 1, "a share from 0 to below 1"),
+        "split.test": (test, 0 <= test < 1 or test == -1, "a share from 0 to below 1, or -1 to go by the source"),
+        "split.val + split.test": (both, both < 1, "less than 1, so that something is left to train on"),
         "resize": (config.resize, config.resize >= 0, "pixels, or 0 to keep the size"),
         "quality": (config.quality, 1 <= config.quality <= 100, "1 to 100"),
         "shard_mb": (config.shard_mb, config.shard_mb > 0, "more than 0 MB"),

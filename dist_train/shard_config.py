@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+USUAL_TEST = 0.1  # where split.test is left to the source
+
 
 @dataclass(frozen=True)
 class SplitConfig:
@@ -11,8 +13,8 @@ class SplitConfig:
     val: float = 0.1
     """share that becomes the validation split, of the samples the source leaves to training; not used where the source brings
     one; 0 is none"""
-    test: float = 0.1
-    """share that becomes the test split, likewise"""
+    test: float = -1.0
+    """share that becomes the test split, likewise; -1 is 0.1, and none where the source brings a validation split"""
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class ShardConfig:
     ending: str = ""
     """list: added to names that do not end as a picture's do, such as .jpg"""
     split_column: str = ""
-    """list: the column with each picture's split, train, val or test; one that no row names is drawn from the training rows, and
-    without the column all are"""
+    """list: the column with each picture's split, train, val or test; one that no row names is drawn from the training rows as
+    `split` says, and without the column all are"""
     group: str = ""
     """list: the column with what no two splits may share, such as a patient or a scene; splits are drawn of whole groups, with
     each class shared out as evenly as these allow"""

@@ -8,22 +8,25 @@ from dist_train.config import AugmentConfig, ModelConfig, RunConfig
 from dist_train.data import picture_size
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex
+from dist_train.metrics import flops_per_sample
+from dist_train.models import build_model, head_name, rates_taken
+from dist_train.pretrained import evaluated_otherwise, normalised_otherwise
 from dist_train.runtime import World
 from dist_train.settings import flatten, to_dict
 
 _RANGES = {  # (what is expected, whether a value is that): settings; others have ranges where they are used
     ("more than 0", lambda value: 0 < value < math.inf):
-        ("train.epochs", "runtime.timeout_s", "optim.lr", "optim.rest_lr", "optim.step_epochs", "optim.step_factor",
-         "model.width"),
+        ("runtime.timeout_s", "optim.lr", "optim.rest_lr", "optim.step_epochs", "optim.step_factor", "model.width"),
     ("0 or more", lambda value: 0 <= value < math.inf):
-        ("data.image_size", "data.threads", "data.prefetch_mb", "optim.weight_decay", "optim.rest_weight_decay",
+        ("data.image_size", "data.eval_size", "data.threads", "data.prefetch_mb", "optim.weight_decay", "optim.rest_weight_decay",
          "optim.freeze_epochs", "optim.warmup_epochs", "optim.final_lr", "optim.plateau_patience", "optim.clip_norm",
          "train.max_steps", "train.profile_steps", "train.micro_batch_size", "train.eval_every_epochs", "train.patience",
          "train.split_ranks", "runtime.threads", "augment.start_size"),
-    ("0 or more, less than 1", lambda value: 0 <= value < 1):
-        ("optim.momentum", "optim.beta2", "optim.label_smoothing", "optim.ema_decay", "model.dropout"),
+    ("0 or more, less than 1", lambda value: 0 <= value < 1):  # the full size must be met in training
+        ("augment.full_size_from", "optim.momentum", "optim.beta2", "optim.label_smoothing", "optim.ema_decay", "model.dropout"),
+    ("-1, or 0 or more, less than 1", lambda value: value == -1 or 0 <= value < 1): ("model.drop_path",),
     ("more than 0, at most 1", lambda value: 0 < value <= 1): ("optim.layer_decay",),
-    ("0 to 1", lambda value: 0 <= value <= 1): ("data.eval_crop", "augment.full_size_from", "optim.class_weights"),
+    ("0 to 1", lambda value: 0 <= value <= 1): ("data.eval_crop", "optim.class_weights"),
 }  # fmt: skip
 
 
@@ -35,6 +38,24 @@ def whole_steps(epochs: float, num_samples: int, global_batch_size: int) -> int:
 def input_size(config: RunConfig, index: ShardIndex) -> tuple[int, int] | None:
     """(height, width) that enters the network; None for tables."""
     return picture_size(index, config.data.image_size)
+
+
+def eval_size(config: RunConfig, index: ShardIndex) -> tuple[int, int] | None:
+    """(height, width) that enters the network in evaluation; None for tables."""
+    return picture_size(index, config.data.eval_size or config.data.image_size)
+
+
+def check_eval_size(config: RunConfig, index: ShardIndex, network) -> None:
+    """Raise UserError where the network does not take pictures of data.eval_size, which is set."""
+    side = config.data.eval_size
+    if index.features is not None:
+        raise UserError(f"data.eval_size is {side}, and {index.folder} is a table.\n  Leave it out.")
+    try:
+        flops_per_sample(network, (3, side, side))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        height, width = input_size(config, index)
+        raise UserError(f"data.eval_size is {side}, and {config.model.name}, built for {height} x {width} px, does not take that: "
+                        f"{str(error).splitlines()[0]}\n  Leave data.eval_size out.") from None  # fmt: skip
 
 
 def decoder_crop(config: RunConfig, index: ShardIndex) -> tuple[str, int]:
@@ -53,8 +74,13 @@ def on_device_augment(config: RunConfig, index: ShardIndex) -> AugmentConfig:
 
 
 def eval_crop(config: RunConfig, index: ShardIndex) -> float:
-    """Share of the picture's shorter side that is evaluated: the central crop only where training crops at random."""
-    return config.data.eval_crop if decoder_crop(config, index)[0] == "random_resized" else 0.0
+    """Share of the picture's shorter side that is evaluated, 0 for the whole picture: the central crop where training crops at
+    random, unless all pictures are stored in one size that is no larger than what enters the network."""
+    data = config.data
+    is_random = "random_resized" in ((config.augment.crop,) if data.crop == "auto" else (data.crop,))
+    side = data.eval_size or data.image_size
+    is_larger = index.features is None and (index.image_size is None or 0 < side < min(index.image_size))
+    return data.eval_crop if is_random and is_larger else 0.0
 
 
 def micro_batch_size(config: RunConfig, world_size: int) -> int:
@@ -70,6 +96,9 @@ def range_problems(config: RunConfig) -> list[str]:
     settings, problems = flatten(to_dict(config)), []
     for (expected, is_good), names in _RANGES.items():
         problems += [f"{name} is {settings[name]}; expected {expected}." for name in names if not is_good(settings[name])]
+    epochs, pretrained = config.train.epochs, config.model.pretrained
+    if not (0 < epochs < math.inf or epochs == 0 and pretrained):
+        problems.append(f"train.epochs is {epochs}; expected more than 0, or 0 with model.pretrained, to evaluate those weights.")
     if min(config.model.hidden, default=1) < 1:
         problems.append(f"model.hidden is {list(config.model.hidden)}; expected layers of 1 unit or more.")
     return problems
@@ -100,15 +129,31 @@ def check_new(config: RunConfig) -> None:
     What was begun with them goes on. Called when the network's name is known to be one.
     """
     model, usual = config.model, ModelConfig()
+
+    def changed(names: list[str]) -> list[str]:
+        return [f"model.{name} {getattr(model, name)}" for name in names if getattr(model, name) != getattr(usual, name)]
+
     own = model.name.startswith(("alexnet", "vgg"))
     idle = ["width"] if not own else []
     idle += ["hidden", "activation", "batchnorm"] if model.name != "mlp" else []
-    changed = [f"model.{name} {getattr(model, name)}" for name in idle if getattr(model, name) != getattr(usual, name)]
-    problems = [f"{', '.join(changed)}: {model.name} has no such setting; width is of alexnet and vgg, the others of mlp.\n"
-                f"  Set it as it is by default, or leave it out."] if changed else []  # fmt: skip
+    problems = [f"{', '.join(found)}: {model.name} has no such setting; width is of alexnet and vgg, the others of mlp.\n"
+                f"  Set it as it is by default, or leave it out."] if (found := changed(idle)) else []  # fmt: skip
+    if changed(rates := ["dropout", "drop_path"]) and (found := changed([r for r in rates if r not in rates_taken(model)])):
+        problems.append(f"{', '.join(found)}: {model.name} has no layers of its own for that, whose rate could be set and which "
+                        f"drop the same on any number of ranks.\n  Leave it out, or take another network.")  # fmt: skip
     if problems:
         raise UserError("\n".join(problems))
     check_evaluated(config)
+
+
+def check_judged(config: RunConfig, index: ShardIndex, network) -> None:
+    """Raise UserError where nothing is trained, and the network's last layer is as drawn: its weights had other classes."""
+    num_features, head = index.features and len(index.features), head_name(network, index.num_classes)
+    fresh = replace(config.model, pretrained="")
+    drawn = build_model(fresh, index.num_classes, input_size(config, index), num_features, config.seed)
+    if network.get_submodule(head).weight.equal(drawn.get_submodule(head).weight):
+        raise UserError(f"train.epochs is 0, and {config.model.pretrained} has no last layer for the {index.num_classes} "
+                        f"classes of {index.folder}.\n  Set train.epochs, or take shards with the weights' classes.")  # fmt: skip
 
 
 def check_evaluated(config: RunConfig) -> None:
@@ -126,12 +171,31 @@ def _evaluations_needed(config: RunConfig) -> str:
     return " and ".join(needs)
 
 
+def pretrained_remarks(config: RunConfig, index: ShardIndex) -> list[str]:
+    """Where pictures enter the network otherwise than those that the weights of model.pretrained are known from."""
+    if not config.model.pretrained or index.features is not None:
+        return []
+    found = evaluated_otherwise(config.model, eval_size(config, index), eval_crop(config, index))
+    return found + ([] if config.data.mean else normalised_otherwise(config.model, index.mean, index.std))
+
+
+def statistics_problems(config: RunConfig, index: ShardIndex) -> list[str]:
+    """What is wrong with data.mean and data.std for these shards, if anything."""
+    mean, std, number = config.data.mean, config.data.std, len(index.mean)
+    if not (mean or std) or (len(mean) == len(std) == number and min(std) > 0):
+        return []
+    return [f"data.mean is {list(mean)} and data.std {list(std)}; expected {number} numbers in each, those of data.std above 0."]
+
+
 def config_warnings(config: RunConfig, world_size: int, network) -> list[str]:
     """What is allowed, and rarely meant."""
     found, at_once = [], micro_batch_size(config, world_size)
-    if config.optim.warmup_epochs >= config.train.epochs:
+    if 0 < config.train.epochs <= config.optim.warmup_epochs:
         found.append(f"optim.warmup_epochs {config.optim.warmup_epochs:g} is no less than train.epochs {config.train.epochs:g}: "
                      f"the learning rate rises to the end.")  # fmt: skip
+    if config.optim.class_weights and config.train.monitor == "loss":
+        found.append("train.monitor is loss, which optim.class_weights does not weight in evaluation: it may keep weights on which they "
+                     "have told least. balanced goes with them.")  # fmt: skip
     share, limit = config.data.global_batch_size // world_size, config.train.micro_batch_size
     if share > limit > 2 * at_once:
         found.append(f"train.micro_batch_size {limit}: the largest equal part of a rank's {share} samples below it is {at_once}. "
@@ -153,7 +217,7 @@ def growth_problems(config: RunConfig, index: ShardIndex) -> list[str]:
 
 def shift_problems(config: RunConfig, index: ShardIndex) -> list[str]:
     """What is wrong with train.shift_test for these pictures, if anything; a table has none to move."""
-    side = _shorter_side(config, index)
+    side = config.data.eval_size or _shorter_side(config, index)
     if 0 <= config.train.shift_test <= side // 2:
         return []
     return [
@@ -180,11 +244,16 @@ def check_sizes(config: RunConfig, index: ShardIndex, world: World) -> None:
     if share and not problems and graphs and micro_batch_size(config, world.world_size) < share:
         problems.append(f"train.compile_mode is {config.train.compile_mode}, whose graphs write the gradients of each micro-batch "
                         f"over those of the one before.\n  Leave train.micro_batch_size out, or take mode default.")  # fmt: skip
+    is_short = config.train.parallel == "fsdp" and config.train.reduce_precision == "bf16" and world.world_size > 1
+    if share and not problems and is_short and micro_batch_size(config, world.world_size) < share:
+        problems.append("train.reduce_precision is bf16 and train.parallel fsdp, which would add up micro-batches in bf16, too.\n"
+                        "  Use train.parallel ddp or hybrid, leave train.micro_batch_size out, or reduce in fp32.")
     if config.data.max_bad and (config.data.cache == "disk" or config.data.folds):
         what = f"data.folds {config.data.folds}" if config.data.folds else "data.cache disk"
         problems.append(f"data.max_bad is {config.data.max_bad} and {what}, which needs every picture.\n"
                         f"  Convert the set again without the bad ones (--max-bad), or leave one of the two out.")  # fmt: skip
     problems += shift_problems(config, index) + growth_problems(config, index) + split_problems(config, index)
+    problems += statistics_problems(config, index)
     if index.features is not None and config.augment != AugmentConfig():
         usual = to_dict(AugmentConfig())
         names = [f"augment.{name}" for name, value in to_dict(config.augment).items() if value != usual[name]]

@@ -1,6 +1,7 @@
 """timm's classifiers, by `timm/NAME`: built for the classes and the size of the pictures, and their published weights."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from dist_train.errors import UserError, did_you_mean
 from dist_train.layers import KeyedDropout, set_dropout_keys, use_keyed_dropout
 
 PREFIX = "timm/"
+RATES = {"dropout": "drop_rate", "drop_path": "drop_path_rate"}  # setting of the network: timm's option
 _TRIED = 3  # samples of the trial pass: BatchNorm needs two, and few networks have three of anything else
 
 
@@ -28,19 +30,45 @@ def build(config: ModelConfig, num_classes: int, image_size: tuple[int, int] | N
     if isinstance(published.classifier, tuple | list):
         raise UserError(f"model.name is {config.name}, whose logits come from {len(published.classifier)} last layers "
                         f"({', '.join(published.classifier)}); expected one.\n  Take another network of timm.")  # fmt: skip
-    options = _options(published, image_size)
+    options = _options(published, image_size) | rates(config)
     _try(config, lambda: timm.create_model(name, num_classes=num_classes, **options), num_classes,
          image_size or published.input_size[1:])  # fmt: skip
     return timm.create_model(name, num_classes=num_classes, **options)
 
 
+def rates(config: ModelConfig) -> dict[str, float]:
+    """timm's options for dropout and drop_path, of those that are set and that change layers which are keyed by the sample.
+
+    ResNet's and EfficientNet's dropout, among others', is no layer but F.dropout, which draws from torch's own generator.
+    """
+    wanted = {"drop_rate": config.dropout} if config.dropout != ModelConfig.dropout else {}
+    wanted |= {"drop_path_rate": config.drop_path} if config.drop_path >= 0 else {}
+    if not wanted:
+        return {}
+    timm, name = _open(config)
+
+    def keyed(**options) -> list[tuple[str, float]]:
+        with torch.device("meta"):
+            network = use_keyed_dropout(timm.create_model(name, **options))
+        return [(m.units, m.p) for m in network.modules() if isinstance(m, KeyedDropout)]
+
+    usual, found = keyed(), {}
+    for option, rate in wanted.items():
+        try:
+            if keyed(**{option: 0.25}) != usual:  # which no network has: a rate that is set may be its own
+                found[option] = rate
+        except TypeError:  # the network has no such option
+            continue
+    return found
+
+
 def published_weights(
-    config: ModelConfig, network: nn.Module, head: str, image_size: tuple[int, int] | None
+    config: ModelConfig, network: nn.Module, head: str, image_size: tuple[int, int] | None, say: Callable[[str], None]
 ) -> dict[str, Tensor]:
     """timm's weights that model.pretrained names, for the network that `build` made, with the classes they were trained on.
 
-    head: name of the last layer, whose own weights are taken where the published ones have none. Raises UserError where the
-    weights cannot be had.
+    head: name of the last layer, whose own weights are taken where the published ones have none. say: takes a line about
+    positions that timm fits to image_size. Raises UserError where the weights cannot be had.
     """
     timm, name = _open(config)
     name = _version(timm, config)
@@ -55,6 +83,10 @@ def published_weights(
             f"model.pretrained: timm's weights {name} cannot be had: {(str(error) or type(error).__name__).splitlines()[0]}\n"
             "  Run once where there is a network, with HF_HOME on a disk that all see, or name a .safetensors or .pth file."
         ) from None
+    size = tuple(published.input_size[1:])
+    if published.fixed_input_size and image_size not in (None, size) and getattr(network, "pos_embed", None) is not None:
+        say(f"model.pretrained: {name}'s position embeddings, for {size[0]} x {size[1]} px, were resampled for "
+            f"{image_size[0]} x {image_size[1]}.")  # fmt: skip
     own = {} if has_head else {n: t for n, t in network.state_dict().items() if n.startswith(f"{head}.")}
     return trained.state_dict() | own
 
@@ -64,6 +96,21 @@ def published_statistics(config: ModelConfig) -> tuple[list[float], list[float]]
     timm, _ = _open(config)
     published = timm.get_pretrained_cfg(_version(timm, config))
     return list(published.mean), list(published.std)
+
+
+def published_evaluation(config: ModelConfig) -> tuple[int, float, str]:
+    """(pixels, share of the shorter side, interpolation) with which the weights named by model.pretrained were evaluated."""
+    timm, _ = _open(config)
+    published = timm.get_pretrained_cfg(_version(timm, config))
+    crop = 1.0 if published.crop_mode == "squash" else published.test_crop_pct or published.crop_pct  # squash takes all there is
+    return (published.test_input_size or published.input_size)[-1], crop, published.interpolation
+
+
+def fit_positions(positions: Tensor, grid: tuple[int, int], num_before: int) -> Tensor:
+    """Position embeddings (1, tokens, D) of a square grid resampled for another; num_before tokens, before the grid, stay."""
+    from timm.layers import resample_abs_pos_embed
+
+    return resample_abs_pos_embed(positions, list(grid), num_prefix_tokens=num_before)
 
 
 def statistics_beside(weights: str) -> tuple[list[float], list[float]] | None:

@@ -31,7 +31,7 @@ from dist_train.order import hash_words
 from dist_train.remote import shown
 from dist_train.run import Run, State, inference, open_run_folder
 from dist_train.settings import read_config
-from dist_train.sizes import config_warnings
+from dist_train.sizes import config_warnings, pretrained_remarks
 from dist_train.step_parts import StepParts
 from dist_train.track import open_tracker, outlive_readers
 from dist_train.watch import Watch
@@ -336,6 +336,7 @@ def run_training(argv: list[str]) -> int:
         leaving.callback(is_leaving.set)
         watch.is_busy = lambda: is_leaving.is_set() or run.checkpoints.is_writing()
         complaints += config_warnings(config, world.world_size, run.network)
+        complaints += [] if resume else [*run.remarks, *pretrained_remarks(config, run.index)]
         if runtime.is_slow(config.train.precision, world.device):
             complaints.append("train.precision is bf16, which this CPU has no instructions for: fp32 is far faster here.")
         for complaint in complaints:

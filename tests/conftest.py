@@ -2,20 +2,23 @@
 
 import contextlib
 import io
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forked_ranks import PRELOADED, ROOT, ForkedRank
 
-from benchmarks.ranks import free_port
+from benchmarks.ranks import free_port, logs
 
-ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("WANDB_MODE", "disabled")  # tests that mean Weights & Biases say so themselves
 # threads that spin while they wait make tiny nets 30 times slower where other processes want the cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+multiprocessing.set_forkserver_preload(PRELOADED)  # one server for all tests of this process; it starts with the first rank
+_started = []  # ranks of the test that runs
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +107,25 @@ def killed_at(operation: int, monkeypatch):
 
 
 def start_ranks(
-    world_size: int, argv: list[str], log_folder: Path, module: str = "dist_train.train", **env: str
+    world_size: int, argv: list[str], log_folder: Path, module: str = "dist_train.train", is_cold: bool = False, **env: str
 ) -> list:
-    """Start world_size CPU processes that form one job, as a launcher would."""
+    """Start world_size CPU processes that form one job, as a launcher would.
+
+    They are forked from a process that has torch; is_cold: each is a Python of its own, for what a start itself does.
+    """
     port, ranks = free_port(), []
     for rank in range(world_size):
         job = {"WORLD_SIZE": str(world_size), "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                "LOCAL_WORLD_SIZE": str(world_size), "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
                "PYTHONUNBUFFERED": "1"} | env  # fmt: skip
-        with open(log_folder / f"rank{rank}.log", "w") as log:
-            command = [sys.executable, "-m", module, *argv]
-            ranks.append(subprocess.Popen(command, env=os.environ | job, stdout=log, stderr=log, cwd=ROOT))
+        path = log_folder / f"rank{rank}.log"
+        with open(path, "w") as log:  # before the rank begins: nobody reads what another job left there
+            if is_cold:
+                command = [sys.executable, "-m", module, *argv]
+                ranks.append(subprocess.Popen(command, env=os.environ | job, stdout=log, stderr=log, cwd=ROOT))
+            else:
+                ranks.append(ForkedRank(module, argv, os.environ | job, path))
+        _started.append(ranks[-1])
     return ranks
 
 
@@ -123,8 +134,24 @@ def finish_ranks(ranks: list, log_folder: Path, timeout_s: float = 180) -> list[
     try:
         return [rank.wait(timeout_s) for rank in ranks]
     except subprocess.TimeoutExpired:
-        logs = "\n".join(path.read_text()[-2000:] for path in sorted(log_folder.glob("rank*.log")))
-        raise AssertionError(f"ranks still run after {timeout_s} s:\n{logs}") from None
+        raise AssertionError(f"ranks still run after {timeout_s} s:\n{logs(log_folder)}") from None
     finally:
         for rank in ranks:
             rank.kill()
+
+
+def train_in_turns(plan: str, settings: list[str], log_folder: Path) -> None:
+    """Train one run on changing numbers of ranks, "1:8 2:16 4:24:hybrid 1:32": ranks:steps[:train.parallel], one start each."""
+    for part in plan.split():
+        num_ranks, max_steps, *parallel = part.split(":")
+        argv = [*settings, "--train.max_steps", max_steps, "--train.parallel", *(parallel or ["ddp"])]
+        codes = finish_ranks(start_ranks(int(num_ranks), argv, log_folder), log_folder)
+        assert not any(codes), f"{part}: exit codes {codes}\n{logs(log_folder)}"
+
+
+def pytest_runtest_teardown():
+    """However the test ended, none of its ranks runs on."""
+    while _started:
+        rank = _started.pop()
+        rank.kill()
+        rank.wait()

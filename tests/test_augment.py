@@ -32,6 +32,8 @@ CONFIGS = {
     "colour": AugmentConfig(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2, grayscale=0.2, erase=0.3),
     "trivial": AugmentConfig(crop="padded", flip=0.5, trivial=True),
     "trivial_cropped": AugmentConfig(crop="random_resized", flip_vertical=0.5, trivial=True),
+    "rand": AugmentConfig(crop="padded", flip=0.5, rand_ops=2),
+    "rand_cropped": AugmentConfig(crop="random_resized", rotate_degrees=10, rand_ops=3, rand_magnitude=15),
     "everything": EVERYTHING,
 }
 
@@ -157,6 +159,18 @@ def test_padding_has_the_mean_colour_which_is_zero_once_normalised():
     assert ((found.abs() < 1e-6) | (found > 1)).all() and (found.abs() < 1e-6).any()
 
 
+@pytest.mark.parametrize("degrees", [0, 1e-6])  # two ways: whole pixels copied, one sampling of all
+def test_padding_counts_the_pixels_that_come_out_whatever_size_is_stored(degrees):
+    transform = Augment(AugmentConfig(crop="padded", padding=3, rotate_degrees=degrees), (20, 24), (0.5,) * 3, (0.2,) * 3)
+    keys = some_keys(8)
+    top, left = transform.draw_shift(keys)
+    bright = torch.full((8, 3, 40, 48), 255, dtype=torch.uint8)
+    for stored in (bright, bright[:, :, :20, :24], bright[:, :, :10, :12]):
+        shown = transform(stored, keys)[:, 0] / 2.5  # 1 in the picture, 0 in the padding; edges of enlarged pixels are soft
+        torch.testing.assert_close(shown[:, :, 12].sum(1), 20.0 - (top - 3).abs(), rtol=0, atol=0.51)
+        torch.testing.assert_close(shown[:, 10].sum(1), 24.0 - (left - 3).abs(), rtol=0, atol=0.51)
+
+
 @pytest.mark.parametrize("size", [(20, 24), (10, 12), (33, 30)])
 def test_whole_pictures_are_resized_with_antialias(size):
     pictures, keys = noise(6), some_keys(6)
@@ -171,7 +185,7 @@ def test_one_sampling_equals_torchvisions_chain(stored, size):
     config = AugmentConfig(crop="random_resized", flip=0.5, rotate_degrees=15)
     pictures, keys = smooth(16, *stored), some_keys(16)
     transform = Augment(config, size, MEAN, STD)
-    found = transform.transform_geometry(pictures, keys)
+    found = transform.transform_geometry(pictures, keys, [])
     cuts, flipped = transform.draw_boxes(keys, stored), A.uniform(keys, A.FLIP) < 0.5
     angles = A.uniform(keys, A.ROTATE) * 30 - 15
     assert 0 < flipped.sum() < 16
@@ -302,7 +316,7 @@ class _Operations(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", ["padded", "trivial", "everything"])
+@pytest.mark.parametrize("name", ["padded", "trivial", "rand", "everything"])
 def test_no_float64_and_no_host_read_on_the_device(name, monkeypatch):
     monkeypatch.setattr(policies, "picks_pictures", lambda device: False)  # as on a GPU
     transform, pictures, keys = Augment(CONFIGS[name], (16, 16), MEAN, STD), noise(4), some_keys(4)
@@ -317,7 +331,7 @@ def test_no_float64_and_no_host_read_on_the_device(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name, backend", [
-    ("padded", "eager"), ("trivial", "eager"),
+    ("padded", "eager"), ("trivial", "eager"), ("rand", "eager"),
     # the real one generates C++ here, from the same graph as a GPU's kernels
     pytest.param("everything", "inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")),
 ])  # fmt: skip

@@ -3,15 +3,13 @@
 import io
 import itertools
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_run
+from conftest import finish_ranks, start_ranks, tiny_run
 from PIL import Image
 
 from dist_train import train
@@ -120,18 +118,17 @@ def test_those_of_all_ranks_are_named_and_counted_together(shards, tmp_path):
     rank_of = {int(sample): place // 4 for step in range(5) for place, sample in enumerate(order.global_batch(step)[0])}
     assert rank_of[5] != rank_of[39]  # neither rank meets all three; who meets 5 tries 6 in its place
 
-    def train_on_two(max_bad: int) -> subprocess.CompletedProcess:
+    def train_on_two(max_bad: int) -> tuple[list[int], list[str]]:
         settings = tiny_run(shards, tmp_path / f"run-{max_bad}", *BARE, "--data.max_bad", str(max_bad), "--train.epochs", "1")
-        command = [sys.executable, "tests/elastic_ranks.py", str(tmp_path), "2:0", "--", *settings]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        codes = finish_ranks(start_ranks(2, settings, tmp_path), tmp_path)
+        return codes, [(tmp_path / f"rank{rank}.log").read_text() for rank in range(2)]
 
-    done = train_on_two(max_bad=3)
-    assert done.returncode == 0, done.stdout + done.stderr
+    codes, logs = train_on_two(max_bad=3)
+    assert codes == [0, 0], logs
     assert named(tmp_path / "run-3") == list(BAD)
-    done = train_on_two(max_bad=2)
-    assert "exit codes [2, 2]" in done.stderr, done.stdout + done.stderr
-    for rank in range(2):
-        words = (tmp_path / f"rank{rank}.log").read_text()
+    codes, logs = train_on_two(max_bad=2)
+    assert codes == [2, 2], logs
+    for words in logs:
         assert "3 pictures cannot be decoded; data.max_bad allows 2:" in words
         assert all(f"train/{sample:08d}" in words for sample in BAD)
 

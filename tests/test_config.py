@@ -76,6 +76,7 @@ def test_a_word_that_follows_no_option_is_refused():
     ("optim", "optim.name"), ("treads", "data.threads or runtime.threads"), ("data_treads", "data.threads"),
     ("optim.betas", "optim.momentum or optim.beta2"), ("crop", "data.crop or augment.crop"), ("dta.crop", "data.crop"),
     ("augment.size", "augment.start_size"), ("num_epochs", "train.epochs"), ("model.type", "model.name"),
+    ("randaugment", "augment.rand_ops"), ("augment.ra_magnitude", "augment.rand_magnitude"),
 ])  # fmt: skip
 def test_the_words_of_other_trainers_and_of_other_sections_lead_to_the_setting(name, meant):
     assert which_setting(name, TRAINING) == f"Did you mean {meant}?"
@@ -83,6 +84,7 @@ def test_the_words_of_other_trainers_and_of_other_sections_lead_to_the_setting(n
 
 @pytest.mark.parametrize("name, expected", [
     ("train.resume", "dist-train train --resume"), ("num_gpu", "The launcher sets processes"), ("device", "The launcher"),
+    ("auto_augment", "augment.rand_ops, TrivialAugment augment.trivial; AutoAugment's own"), ("augment.aa", "AutoAugment's own"),
     ("num_classes", "The index of the shards says it."), ("zebra", "`--help` lists them all."),
 ])  # fmt: skip
 def test_what_is_no_setting_at_all_is_said_to_be_done_otherwise(name, expected):
@@ -109,6 +111,21 @@ def test_every_other_word_leads_to_a_setting_that_there_is():
     for sentence, words in NO_SETTINGS.items():
         assert all(which_setting(word, TRAINING) == sentence for word in words.split())
         assert all((ROOT / path).exists() for path in re.findall(r"launch/\S+\.sh", sentence))
+
+
+def test_the_page_on_other_trainers_names_settings_and_its_options_lead_to_them():
+    page, flags = (ROOT / "docs/from-other-trainers.md").read_text(), 0
+    for row in re.findall(r"^\|(.*)\|(.*)\|(.*)\|.*\|$", page, re.MULTILINE)[2:]:
+        named = re.findall(r"`((?:data|augment|model|optim|train|track|runtime)\.\w+)", row[2])
+        assert set(named) <= set(TRAINING) and (named or re.search("not here|no setting|`seed`|--resume", row[2])), row
+        for option in re.findall(r"--([\w-]+)", row[0] + row[1]) if named else ():
+            word, flags = option.replace("-", "_"), flags + 1
+            meant = which_setting(word, TRAINING)
+            assert any(name in meant for name in named) or any(word == name.rpartition(".")[2] for name in named), (option, meant)
+    assert flags > 60
+    sections = {name.partition(".")[0] for name in TRAINING if "." in name}
+    named = {name for name in re.findall(r"`(\w+\.\w+)", page) if name.partition(".")[0] in sections} - {"train.py"}
+    assert len(named) > 40 and named <= set(TRAINING)
 
 
 def test_an_option_without_a_value_does_not_take_the_next_one():

@@ -38,6 +38,7 @@ def test_no_two_uses_share_a_draw():
     used += range(A.ERASE_BOX, A.ERASE_BOX + boxes.CROP_DRAWS)
     used += [mixing.CHOICE, mixing.SHARE, mixing.CENTRE_Y, mixing.CENTRE_X]
     used += [A.FLIP_VERTICAL, policies.OPERATION, policies.STRENGTH, policies.SIGN]
+    used += range(policies.RAND, policies.RAND + 3 * policies.MAX_ROUNDS)
     assert len(used) == len(set(used))
 
 

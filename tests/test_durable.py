@@ -3,30 +3,44 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
+from conftest import tiny_run, write_table
 
+from dist_train import shard
 from dist_train.checkpoint import Saved, write_checkpoint
 from dist_train.durable import put_in_place, replace_json, replace_text
 from dist_train.tars import TarWriter
+from dist_train.train import run_training
 
 
 @pytest.fixture
 def order(monkeypatch) -> list[str]:
-    """What is synced, with its size where it is a file, and what is renamed, from now on."""
-    order, fsync, replace = [], os.fsync, os.replace
+    """What is synced, with its size where it is a file, what is renamed and what is removed, from now on."""
+    order, fsync, unlink = [], os.fsync, os.unlink
 
     def noted_sync(fd):
         path = os.readlink(f"/proc/self/fd/{fd}")
         order.append(f"sync {path}" + (f", {os.fstat(fd).st_size} bytes" if os.path.isfile(path) else ""))
         fsync(fd)
 
-    def noted_rename(old, new):
-        order.append(f"rename to {new}")
-        replace(old, new)
+    def noted(rename):
+        def noted_rename(old, new):
+            order.append(f"rename to {new}")
+            rename(old, new)
+
+        return noted_rename
+
+    def noted_removal(path, *, dir_fd=None):
+        if dir_fd is None:  # else a whole tree is removed, by names that are no paths
+            order.append(f"remove {path}")
+        unlink(path, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "fsync", noted_sync)
-    monkeypatch.setattr(os, "replace", noted_rename)
+    monkeypatch.setattr(os, "unlink", noted_removal)
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(os, name, noted(getattr(os, name)))
     return order
 
 
@@ -64,6 +78,31 @@ def test_a_shard_is_on_the_disk_before_its_name_is(tmp_path, order):
     size = (tmp_path / "train-000000.tar").stat().st_size
     assert len(order) == 2 and order[0].endswith(f".partial, {size} bytes")
     assert order[1] == f"rename to {tmp_path / 'train-000000.tar'}"
+
+
+def test_a_set_of_shards_is_on_the_disk_before_its_name_is(tmp_path, order):
+    out, staging, replaced = (tmp_path / f"table{ending}" for ending in ("", ".partial", ".replaced"))
+    rows = np.random.default_rng(0).normal(size=(40, 2))
+    argv = [*write_table(tmp_path / "table.csv", "ab", rows, ["yes", "no"] * 20), "--out", str(out)]
+    shard.main(argv)
+    *before, note, synced, named, last = order
+    assert note.startswith(f"remove {staging}/") and note.endswith(".done")  # the last that is changed in the folder
+    assert (synced, named, last) == (f"sync {staging}", f"rename to {out}", f"sync {tmp_path}")
+    assert len(files := list(out.iterdir())) >= 7  # an index, and tars and tables of three splits
+    for file in files:
+        start, end = f"sync {staging / file.name}.", f".partial, {file.stat().st_size} bytes"
+        assert any(line.startswith(start) and line.endswith(end) for line in before), file.name
+    shard.main([*argv, "--overwrite", "true"])
+    assert order[-4:] == [f"sync {staging}", f"rename to {replaced}", f"rename to {out}", f"sync {tmp_path}"]
+
+
+def test_the_figures_up_to_a_checkpoint_are_on_the_disk_before_its_name_is(digits, tmp_path, order):
+    run = tmp_path / "run"
+    assert run_training(tiny_run(digits, run, "--train.max_steps", "2")) == 0  # no evaluation, which syncs by itself
+    metrics = run / "metrics.jsonl"
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2]
+    named = order.index(f"rename to {run}/checkpoints/step-00000002")
+    assert f"sync {metrics}, {metrics.stat().st_size} bytes" in order[:named]
 
 
 def test_a_value_replaces_another_as_json(tmp_path):

@@ -1,11 +1,9 @@
 """One training on 1, then 2, then 4, then 1 rank: the curve of one rank all the way."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, tiny_run
+from conftest import tiny_run, train_in_turns
 
 
 def curve(run):
@@ -16,9 +14,7 @@ def curve(run):
 def train_on(plan, run, tmp_path, digits, *more):
     """Train as the plan says, "ranks:until step ranks:until step"; return the curve."""
     settings = tiny_run(digits, run, "--optim.lr", "0.004", "--train.eval_every_epochs", "1", "--resume", *more)
-    command = [sys.executable, "tests/elastic_ranks.py", str(tmp_path), plan, "--", *settings]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    train_in_turns(plan, settings, tmp_path)
     return curve(run)
 
 

@@ -212,6 +212,21 @@ def test_a_runs_weights_bring_the_statistics_it_was_trained_with(digits, tmp_pat
             open_index(config)
 
 
+def test_statistics_that_are_set_are_those_of_the_run_and_it_is_said_where_a_file_brings_none(digits, weights, tmp_path, capsys):
+    told, argv = "brings no mean and std of pixels", tuned(digits, tmp_path / "run", weights, 0.0, "--train.max_steps", "1")
+    assert run_training(argv) == 0 and capsys.readouterr().out.count(told) == 1
+    assert run_training([*argv, "--resume"]) == 0 and told not in capsys.readouterr().out
+    numbers = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    more = ["--train.epochs", "0.1", "--data.mean", str(numbers[0]), "--data.std"]
+    run = tmp_path / "set"
+    assert run_training(tuned(digits, run, weights, 0.0, *more, str(numbers[1]))) == 0
+    about = json.loads((run / "inference.json").read_text())
+    assert (about["mean"], about["std"]) == numbers and told not in capsys.readouterr().out
+    for k, std in enumerate(("[]", "[0.4, 0.5]", "[0.4, 0.5, 0]")):
+        with pytest.raises(UserError, match=r"data.mean is \[0.1, 0.2, 0.3\] and data.std .*; expected 3 numbers in each"):
+            run_training(tuned(digits, tmp_path / f"bad{k}", weights, 0.0, *more, std))
+
+
 @pytest.mark.parametrize("has_statistics", [False, True])
 def test_a_run_goes_on_where_the_weights_it_began_with_are_gone(digits, weights, tmp_path, has_statistics):
     other = tmp_path / "other"

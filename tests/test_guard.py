@@ -125,5 +125,6 @@ def test_flags_are_read_a_step_late_and_in_order():
     assert (asked, step, float(loss)) == (True, 9, float("inf"))
 
 
-def test_torchs_adamax_cannot_skip_so_it_is_asked_first():
-    assert not can_skip_updates(build_optimizer(torch.nn.Linear(3, 2), OptimConfig(name="adamax")))
+@pytest.mark.parametrize("name", ["adamax", "rmsprop"])
+def test_what_torch_has_no_fused_kernel_of_cannot_skip_so_it_is_asked_first(name):
+    assert not can_skip_updates(build_optimizer(torch.nn.Linear(3, 2), OptimConfig(name=name)))

@@ -1,6 +1,7 @@
 """The house: imports run one way, every recipe loads, every setting is read, the map is true, scripts parse."""
 
 import ast
+import dataclasses
 import graphlib
 import re
 import subprocess
@@ -93,11 +94,40 @@ def test_every_dataset_file_loads(path):
     read_config(ShardConfig, [], "shard", [str(path)])
 
 
+def setting_classes(config: type) -> dict[str, type]:
+    """Dotted name of each setting -> the dataclass that holds it."""
+    sections = {field.name: field.default_factory for field in dataclasses.fields(config) if dataclasses.is_dataclass(field.type)}
+    return {name: sections.get(name.rpartition(".")[0], config) for name in setting_names(config)}
+
+
+def attributes_read(node: ast.AST, class_of: dict[str, str]) -> set[tuple[str, str]]:
+    """(class, attribute) of what is read of names whose class is known: by an annotation, or as one is called everywhere."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        first = [n for n in node.body if getattr(n, "name", "") == "__init__"] if isinstance(node, ast.ClassDef) else [node]
+        arguments = [a for function in first for a in (*function.args.args, *function.args.kwonlyargs) if a.annotation]
+        class_of = class_of | {a.arg: ast.unparse(a.annotation) for a in arguments}
+    if isinstance(node, ast.FunctionDef):
+        for assignment in (n for n in ast.walk(node) if isinstance(n, ast.Assign)):
+            for target, value in zip(*map(parts, (assignment.targets[0], assignment.value)), strict=False):
+                if isinstance(target, ast.Name) and isinstance(value, ast.Attribute) and value.attr in class_of:
+                    class_of = class_of | {target.id: class_of[value.attr]}
+    found = set()
+    if isinstance(node, ast.Attribute):
+        found.add((class_of.get(getattr(node.value, "attr", getattr(node.value, "id", ""))), node.attr))
+    return found.union(*(attributes_read(child, class_of) for child in ast.iter_child_nodes(node)))
+
+
+def parts(node: ast.AST) -> list[ast.AST]:
+    return node.elts if isinstance(node, ast.Tuple) else [node]
+
+
 def test_every_setting_is_read_somewhere():
-    code = "\n".join(p.read_text() for p in (ROOT / "dist_train").glob("*.py") if p.stem not in ("config", "shard_config"))
-    words = set(re.findall(r"\.(\w+)", code))
-    names = [*setting_names(RunConfig), *setting_names(ShardConfig)]
-    assert [name for name in names if name.rpartition(".")[2] not in words] == []
+    settings = [*setting_classes(RunConfig).items(), *setting_classes(ShardConfig).items()]  # a seed is in both
+    class_of = {"config": "RunConfig"} | {name.partition(".")[0]: owner.__name__ for name, owner in settings if "." in name}
+    read = set()
+    for path in (ROOT / "dist_train").glob("*.py"):
+        read |= attributes_read(ast.parse(path.read_text()), class_of)
+    assert [name for name, owner in settings if (owner.__name__, name.rpartition(".")[2]) not in read] == []
 
 
 @pytest.mark.parametrize("module", ["config", "shard_config"])

@@ -1,6 +1,7 @@
-"""What settings promise reaches the loop: the best weights, rates, clipping, smoothing, the order, crops and checksums."""
+"""What settings promise reaches the loop, which is the plain one; and the best and patience outlive a stop."""
 
 import contextlib
+import copy
 import json
 import math
 import shlex
@@ -11,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_run
 from safetensors.torch import load_file
 
 from dist_train import plan, runtime, shard
-from dist_train.augment import Augment
+from dist_train import run as surroundings
+from dist_train.augment import Augment, evaluation_pixels
 from dist_train.data import open_evaluation, open_stream
 from dist_train.errors import UserError
 from dist_train.evaluate import predict_logits
@@ -50,6 +53,99 @@ def judged_by(monkeypatch, *figures: dict) -> None:
         return replace(evaluation, result=replace(evaluation.result, **left.pop(0))) if left else evaluation
 
     monkeypatch.setattr(Run, "evaluate", evaluate_as_told)
+
+
+def test_a_run_is_the_plain_loop_that_its_settings_describe(digits, tmp_path):
+    argv = ["--train.epochs", "0.46", "--train.eval_every_epochs", "0", "--train.log_every_steps", "2", "--optim.lr", "0.06",
+            "--optim.warmup_epochs", "0.2", "--optim.final_lr", "0.1", "--optim.clip_norm", "1", "--optim.ema_decay", "0.4",
+            "--model.dropout", "0", "--augment.crop", "none", "--augment.rotate_degrees", "0"]  # fmt: skip
+    run = trained(digits, tmp_path / "run", *argv)
+
+    config, _, _ = parse(tiny_run(digits, tmp_path, *argv))
+    index = load_index(digits)
+    network = build_network(config, index).train()
+    parameters = list(network.parameters())
+    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": 5e-4},
+              {"params": [p for p in parameters if p.dim() < 2]}]  # fmt: skip
+    optimizer = torch.optim.SGD(groups, 0.06, momentum=0.9, nesterov=True)
+    average = copy.deepcopy(network)
+    rates = [0.02, 0.04, 0.06, *(0.06 * (0.1 + 0.9 * (1 + math.cos(math.pi * k / 4)) / 2) for k in range(4))]
+    losses, norms = [], []
+    for step, batch in zip(range(7), open_stream(index, batch_size=96), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = rates[step]
+        loss = F.cross_entropy(network(evaluation_pixels(batch.images, (16, 16), index.mean, index.std)), batch.labels)
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        keep = min(0.4, (1 + step) / (10 + step))
+        for mean, now in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
+            mean.copy_(keep * mean + (1 - keep) * now if mean.is_floating_point() else now)
+    assert max(norms) > 1.5  # else nothing is clipped
+
+    rows = curve(run)
+    assert [row["step"] for row in rows] == [2, 4, 6, 7]
+    assert [row["lr"] for row in rows] == pytest.approx([rates[1], rates[3], rates[5], rates[6]], rel=1e-9)
+    means = [sum(losses[first:end]) / (end - first) for first, end in ((0, 2), (2, 4), (4, 6), (6, 7))]
+    assert [row["loss"] for row in rows] == pytest.approx(means, abs=1e-4)
+    for kind, expected in (("model", network), ("ema", average)):
+        found = load_file(run / f"checkpoints/step-00000007/{kind}.safetensors")
+        torch.testing.assert_close(found, dict(expected.state_dict()), rtol=1e-3, atol=1e-5)
+
+    (batch,) = open_evaluation(index, "val", 4096)
+    judged = {}
+    for kind, judge in (("model", network), ("ema", average)):
+        with torch.no_grad():
+            logits = judge.eval()(evaluation_pixels(batch.images, (16, 16), index.mean, index.std))
+        judged[kind] = F.cross_entropy(logits, batch.labels).item(), (logits.argmax(1) == batch.labels).float().mean().item()
+    assert abs(judged["model"][0] - judged["ema"][0]) > 0.01
+    row = curve(run, "eval")[0]
+    assert (row["step"], row["split"]) == (7, "val") and (row["loss"], row["top1"]) == pytest.approx(judged["ema"], abs=1e-4)
+
+
+def test_the_best_and_patience_outlive_a_stop(digits, tmp_path, monkeypatch):
+    told = [{"top1": top1} for top1 in (0.9, 0.8, 0.7, 0.6)]
+    argv = [*FOUR_EVALUATIONS, "--train.patience", "2", "--train.keep_checkpoints", "9"]
+    judged_by(monkeypatch, *told)
+    calm = trained(digits, tmp_path / "calm", *argv)
+    judged_by(monkeypatch, *told)
+    stopped = trained(digits, tmp_path / "stopped", *argv, "--train.max_steps", "3")
+    assert [row["step"] for row in curve(stopped, "eval")] == [2, 3]
+    trained(digits, stopped, *argv, "--resume")
+    assert [(row["step"], row["top1"]) for row in curve(stopped, "eval")][:3] == [(2, 0.9), (3, 0.8), (5, 0.7)]
+    result = json.loads((stopped / "result.json").read_text())
+    assert (result["step"], result["best_step"]) == (5, 2)
+    assert result == json.loads((calm / "result.json").read_text())
+    of_best = (stopped / "checkpoints/step-00000002/ema.safetensors").read_bytes()
+    assert all((run / "weights.safetensors").read_bytes() == of_best for run in (calm, stopped))
+
+
+def test_a_layer_that_draws_by_itself_draws_anew_in_each_step_and_alike_after_a_stop(digits, tmp_path, monkeypatch):
+    build, drawn = surroundings.build_network, {}
+
+    def built_with_torchs_dropout(config, index):
+        network = build(config, index)
+
+        def drop(module, inputs, logits):
+            kept = F.dropout(torch.ones_like(logits), 0.5, module.training)
+            if module.training and len(logits) == 96:
+                drawn.setdefault(run, []).append(kept)
+            return logits * kept
+
+        network.register_forward_hook(drop)
+        return network
+
+    monkeypatch.setattr(surroundings, "build_network", built_with_torchs_dropout)
+    for run, halts in ((tmp_path / "whole", ("6",)), (tmp_path / "parts", ("3", "6"))):
+        for halt in halts:
+            trained(digits, run, "--train.max_steps", halt, "--resume")
+    whole, parts = drawn.values()
+    assert len(whole) == 6 and torch.equal(torch.stack(whole), torch.stack(parts))
+    assert not any(torch.equal(whole[i], whole[j]) for i in range(6) for j in range(i))
+    files = [run / "checkpoints/step-00000006/model.safetensors" for run in drawn]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize("monitor, top1s, losses, best", [

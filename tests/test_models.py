@@ -1,5 +1,7 @@
 """Networks against torchvision's on the same weights; heads, stems, sizes, weights from files."""
 
+import argparse
+import pathlib
 import re
 import sys
 import urllib.error
@@ -11,10 +13,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from dist_train import models, networks
-from dist_train.config import ModelConfig
+from dist_train.config import ModelConfig, RunConfig
 from dist_train.errors import UserError
-from dist_train.models import build_model, head_name, uses_small_stem
-from dist_train.pretrained import present_name, published_statistics, put_weights
+from dist_train.layers import KeyedDropout, use_keyed_dropout
+from dist_train.models import build_model, head_name, rates_taken, uses_small_stem
+from dist_train.pretrained import (
+    evaluated_otherwise,
+    normalised_otherwise,
+    present_name,
+    published_statistics,
+    put_weights,
+)
+from dist_train.sizes import check_new
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -206,6 +216,54 @@ def test_a_network_of_timm_without_timm_says_what_to_install(monkeypatch):
         build("timm/resnet18")
 
 
+def keyed_rates(name, **settings):
+    """(rates of dropout, of stochastic depth), in order, of a torchvision network without weights."""
+    with torch.device("meta"):
+        keyed = use_keyed_dropout(build(name, 3, (224, 224), **settings)).modules()
+    found = [(m.units, m.p) for m in keyed if isinstance(m, KeyedDropout)]
+    return [p for units, p in found if units != "samples"], [p for units, p in found if units == "samples"]
+
+
+@pytest.mark.parametrize("name", [
+    "efficientnet_b0", "googlenet", "inception_v3", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "squeezenet1_1", "vit_b_32",
+])  # fmt: skip
+def test_torchvisions_dropout_has_the_rate_that_is_set_and_its_own_where_none_is(name):
+    assert set(keyed_rates(name, dropout=0.125)[0]) == {0.125} != set(keyed_rates(name)[0])
+    assert set(keyed_rates(name, dropout=0.0)[0]) == {0.0}
+
+
+def test_a_run_begun_with_rates_that_its_network_has_not_goes_on():
+    assert keyed_rates("resnet18", dropout=0.1, drop_path=0.1) == ([], [])
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "efficientnet_b0", "efficientnet_v2_s", "maxvit_t", "swin_t", "swin_v2_t"])
+def test_torchvisions_stochastic_depth_rises_to_the_rate_that_is_set(name):
+    own, found = keyed_rates(name)[1], keyed_rates(name, drop_path=0.0625)[1]
+    assert own[0] == found[0] == 0 and found == pytest.approx([p * found[-1] / own[-1] for p in own]) != own
+    assert found[-1] == pytest.approx(0.0625 * (len(own) - 1) / len(own) if "efficientnet" in name else 0.0625)
+    assert not any(keyed_rates(name, drop_path=0.0)[1])
+
+
+@pytest.mark.parametrize("name, settings, message", [
+    ("resnet18", {"dropout": 0.1}, "model.dropout 0.1: resnet18 has no layers of its own for that"),
+    ("swin_t", {"dropout": 0.1, "drop_path": 0.1}, "model.dropout 0.1: swin_t"),
+    ("densenet121", {"dropout": 0.1, "drop_path": 0.0}, "model.dropout 0.1, model.drop_path 0.0: densenet121"),
+    ("vgg13", {"drop_path": 0.1}, "model.drop_path 0.1: vgg13"), ("mlp", {"drop_path": 0.1}, "model.drop_path 0.1: mlp"),
+    ("resnet18", {"dropout": 0.1, "width": 2.0}, "(?s)model.width 2.0: .*model.dropout 0.1: resnet18"),
+])  # fmt: skip
+def test_rates_of_layers_that_a_network_has_not_are_refused(name, settings, message):
+    with pytest.raises(UserError, match=message):
+        check_new(RunConfig(model=ModelConfig(name=name, **settings)))
+
+
+@pytest.mark.parametrize("name, taken", [
+    ("vgg13", {"dropout"}), ("convnext_tiny", {"drop_path"}), ("efficientnet_b0", {"dropout", "drop_path"}), ("resnet18", set()),
+])  # fmt: skip
+def test_rates_that_a_network_has_are_let_pass(name, taken):
+    assert rates_taken(ModelConfig(name=name)) == taken
+    check_new(RunConfig(model=ModelConfig(name=name, **dict.fromkeys(taken, 0.1))))
+
+
 def test_a_table_needs_the_mlp_and_a_small_stem_needs_a_size():
     with pytest.raises(UserError, match="the set holds a table"):
         build("vgg13", 10, None, 7)
@@ -234,6 +292,50 @@ def test_weights_load_from_a_file_and_another_class_count_keeps_the_fresh_head(t
     assert torch.equal(other.classifier[-1].weight, fresh.classifier[-1].weight)
 
 
+@pytest.mark.parametrize("average, latest", [("state_dict_ema", "state_dict"), ("model_ema", "model"), ("model_ema", "state_dict")])
+def test_of_a_references_checkpoint_the_average_of_the_weights_is_taken(tmp_path, average, latest):
+    trained, averaged = (build("vgg11_bn", width=0.25, seed=seed).state_dict() for seed in (1, 2))
+    path, said = tmp_path / "checkpoint.pth.tar", []
+    about = {"args": argparse.Namespace(lr=0.1, model="vgg11_bn"), "epoch": 3, "optimizer": {"state": {}}}
+    torch.save({latest: {f"module._orig_mod.{name}": t for name, t in trained.items()}} | about, path)
+    config = ModelConfig(name="vgg11_bn", width=0.25, pretrained=str(path))
+    model = build_model(config, 10, (32, 32), None, 0, said.append)
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in trained.items())
+    assert said == [f"{path}: the weights under {latest} were taken."]
+    ema = {"n_averaged": torch.tensor(7)} | {f"module.{name}": t for name, t in averaged.items()}
+    torch.save({latest: trained, average: ema} | about, path)
+    model = build_model(config, 10, (32, 32), None, 0, said.append)
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in averaged.items())
+    assert said[1:] == [f"{path}: the weights under {average} were taken, not those under {latest}."]
+    torch.save({latest: trained, average: None} | about, path)
+    assert torch.equal(build_model(config, 10, (32, 32), None, 0).features[0].weight, trained["features.0.weight"])
+
+
+@pytest.mark.parametrize("old, new", [(64, 96), (96, 64)])
+def test_a_vits_positions_are_resampled_for_another_size_with_the_class_token_kept(tmp_path, old, new):
+    from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+
+    from dist_train.pretrained import load_pretrained
+
+    def vit(size):
+        return VisionTransformer(size, 32, 1, 2, 16, 32, num_classes=3)
+
+    trained, model, said = vit(old), vit(new), []
+    nn.init.normal_(trained.encoder.pos_embedding)
+    path = tmp_path / "vit.pth"
+    torch.save(trained.state_dict(), path)
+    load_pretrained(model, ModelConfig(name="vit_b_32", pretrained=str(path)), "heads.head", (new, new), said.append)
+    expected = interpolate_embeddings(new, 32, trained.state_dict())["encoder.pos_embedding"]
+    assert torch.equal(model.encoder.pos_embedding, expected)
+    assert torch.equal(model.encoder.pos_embedding[:, 0], trained.encoder.pos_embedding[:, 0])
+    grid = {64: "2 x 2", 96: "3 x 3"}
+    assert said == [f"{path}: encoder.pos_embedding, of {grid[old]} patches, was resampled (bicubic) for {grid[new]}."]
+    state = trained.state_dict()
+    torch.save(state | {"encoder.pos_embedding": torch.zeros(1, 7, 16)}, path)  # 2 x 3 patches: which way is unknown
+    with pytest.raises(UserError, match=r"pos_embedding is \(1, 7, 16\)(.|\n)*, and data.image_size\."):
+        load_pretrained(model, ModelConfig(name="vit_b_32", pretrained=str(path)), "heads.head", (new, new))
+
+
 def test_weights_of_another_net_are_refused_by_name(tmp_path):
     path = save(build("vgg11", width=0.25), tmp_path / "weights.pth")
     with pytest.raises(
@@ -251,8 +353,14 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match="text.pth: cannot be read as weights"):
         build("vgg11", pretrained=str(tmp_path / "text.pth"))
     torch.save(nn.Linear(2, 2), tmp_path / "code.pth")
-    with pytest.raises(UserError, match="code.pth: cannot be read as weights"):
+    with pytest.raises(UserError, match=r"code.pth: cannot be read as weights: it holds a torch\.nn\.modules\.linear\.Linear, "):
         build("vgg11", pretrained=str(tmp_path / "code.pth"))
+    torch.save({"model": {}, "args": argparse.Namespace(path=pathlib.PurePosixPath("/"))}, tmp_path / "path.pth")
+    with pytest.raises(UserError, match=r"it holds a pathlib.PurePosixPath, and"):
+        build("vgg11", pretrained=str(tmp_path / "path.pth"))
+    (tmp_path / "empty.pth").touch()
+    with pytest.raises(UserError, match="empty.pth: cannot be read as weights: EOFError"):
+        build("vgg11", pretrained=str(tmp_path / "empty.pth"))
     torch.save({"epoch": 3, "optimizer": {}}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="found epoch, optimizer"):
         build("vgg11", pretrained=str(tmp_path / "other.pth"))
@@ -311,6 +419,28 @@ def test_named_weights_bring_the_statistics_they_were_trained_with():
     assert found("resnet18", "DEFAULT") == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     assert found("googlenet", "IMAGENET1K_V1") == ([0.5] * 3, [0.5] * 3)
     assert found("resnet18", "") is None and found("resnet18", "runs/other/weights.safetensors") is None
+
+
+@pytest.mark.parametrize("name, weights, size, crop, told", [
+    ("resnet18", "IMAGENET1K_V1", (224, 224), 0.875, None),
+    ("resnet18", "resnet18-f37072fd.pth", (224, 224), 0.875, None),
+    ("resnet18", "IMAGENET1K_V1", (192, 192), 0.875, "at 224 x 224 px with data.eval_crop 0.875, bilinear; "
+     "this run evaluates at 192 x 192 px with data.eval_crop 0.875, bilinear."),
+    ("swin_t", "DEFAULT", (224, 224), 0.875, "at 224 x 224 px with data.eval_crop 0.966, bicubic; this run"),
+    ("resnet18", "DEFAULT", None, 0.0, "this run evaluates at the stored size with the whole picture, bilinear."),
+    ("resnet18", "others.pth", (192, 192), 0.5, None), ("resnet18", "", (192, 192), 0.5, None),
+])  # fmt: skip
+def test_it_is_said_where_published_weights_were_evaluated_otherwise(name, weights, size, crop, told):
+    found = evaluated_otherwise(ModelConfig(name=name, pretrained=weights), size, crop)
+    assert found == [] if told is None else told in found[0] and len(found) == 1
+
+
+def test_it_is_said_where_a_file_brings_no_statistics():
+    def told(weights):
+        return normalised_otherwise(ModelConfig(name="resnet18", pretrained=weights), [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+
+    assert "brings no mean and std of pixels: this run normalises by 0.100, 0.200, 0.300 / 0.400, 0.500" in told("mine.pth")[0]
+    assert told("") == told("DEFAULT") == told("resnet18-f37072fd.pth") == []
 
 
 def test_tensors_alone_fill_a_network_that_asks_for_its_version():

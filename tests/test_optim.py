@@ -45,7 +45,7 @@ def test_frozen_weights_are_left_to_nobody():
     assert names == {id(p) for p in [*net[1].parameters(), *net[4].parameters()]}
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adamax"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adamax", "rmsprop"])
 def test_optimizers_move_as_torchs_plain_ones_do(name):
     config = OptimConfig(name=name, lr=0.05, weight_decay=0.1, momentum=0.8, beta2=0.9)
     ours, theirs = small_net(), small_net()
@@ -58,6 +58,7 @@ def test_optimizers_move_as_torchs_plain_ones_do(name):
         "adam": lambda: torch.optim.Adam(groups, 0.05, betas=(0.8, 0.9)),
         "adamw": lambda: torch.optim.AdamW(groups, 0.05, betas=(0.8, 0.9)),
         "adamax": lambda: torch.optim.Adamax(groups, 0.05, betas=(0.8, 0.9)),
+        "rmsprop": lambda: torch.optim.RMSprop(groups, 0.05, alpha=0.9, eps=0.0316, momentum=0.8),
     }[name]()
     moved = take_steps(ours, build_optimizer(ours, config), 5)
     for a, b in zip(moved, take_steps(theirs, reference, 5), strict=True):
@@ -141,7 +142,7 @@ def test_wide_matrices_take_the_short_way_to_the_same_direction(shape):
     assert (orthogonalized(matrix.bfloat16()) - x).norm() < 0.02 * x.norm()
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "muon"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop", "muon"])
 def test_state_restored_without_its_strides_moves_the_weights_alike(name):
     config = OptimConfig(name=name, lr=0.05)
     net = small_net().to(memory_format=torch.channels_last)

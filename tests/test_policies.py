@@ -1,4 +1,5 @@
-"""Each operation of TrivialAugment is torchvision's at the same strength, and which one is done follows from the key alone."""
+"""Each operation of TrivialAugment and RandAugment is torchvision's at the same strength, and which ones are done follows from
+the key alone."""
 
 import math
 
@@ -6,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
-from torchvision.transforms import InterpolationMode, autoaugment
+from torchvision.transforms import InterpolationMode, autoaugment, v2
 
 from dist_train import augment as A
 from dist_train import mixing, order, policies
 from dist_train.augment import Augment
 from dist_train.config import AugmentConfig
+from dist_train.errors import UserError
 
 HEIGHT, WIDTH = SIZE = (20, 24)
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -81,7 +83,7 @@ def test_moves_are_torchvisions(name):
     operations, amounts = strengths_of(name)
     pictures = pictures_of_every_kind(len(operations)) / 255
     transform = Augment(AugmentConfig(trivial=True), SIZE, MEAN, STD)
-    found = transform.move(pictures, policies.motions(operations, amounts, SIZE))
+    found = transform.move(pictures.clone(), operations, amounts)
     for i, amount in enumerate(amounts.tolist()):
         expected = moved(pictures[i] - FILL[0], name, amount) + FILL[0]
         assert (found[i] - expected).abs().max() < (1e-5 if name.startswith("Translate") else 2e-4)
@@ -117,7 +119,8 @@ def test_operations_strengths_and_signs_are_drawn_evenly_and_independently():
 def test_draws_are_no_others_and_stay_where_they_are():
     # a number that moves changes the pixels of a run that goes on
     own = [policies.OPERATION, policies.STRENGTH, policies.SIGN]
-    assert own == [68, 69, 70] and A.FLIP_VERTICAL == 62
+    rand = range(policies.RAND, policies.RAND + 3 * policies.MAX_ROUNDS)
+    assert own == [68, 69, 70] and A.FLIP_VERTICAL == 62 and rand == range(71, 95)
     assert [A.CROP, A.FLIP, A.ROTATE, A.BRIGHTNESS, A.CONTRAST, A.SATURATION, A.HUE, A.GRAYSCALE, A.ERASE, A.ERASE_BOX,
             mixing.CHOICE, mixing.SHARE, mixing.CENTRE_Y, mixing.CENTRE_X] == [0, *range(32, 41), *range(64, 68)]  # fmt: skip
 
@@ -129,8 +132,7 @@ def test_a_picture_is_changed_alike_alone_and_among_others():
     transform = Augment(AugmentConfig(trivial=True), SIZE, MEAN, STD)
 
     def change(rows):
-        motion = policies.motions(operations[rows], amounts[rows], SIZE)
-        images = policies.change_marked(pictures[rows], policies.is_moved(operations[rows]), transform.move, motion)
+        images = transform.move(pictures[rows], operations[rows], amounts[rows])
         return policies.change_pixels(images, operations[rows], amounts[rows])
 
     together = change(torch.arange(56))
@@ -141,7 +143,10 @@ def test_a_picture_is_changed_alike_alone_and_among_others():
 
 def test_pictures_picked_on_a_cpu_are_changed_as_all_are_on_a_gpu(monkeypatch):
     pictures, keys = pictures_of_every_kind(64), some_keys(64)
-    for config in (AugmentConfig(trivial=True, crop="padded", flip=0.5), AugmentConfig(trivial=True, crop="random_resized")):
+    for config in (
+        AugmentConfig(trivial=True, crop="padded", flip=0.5), AugmentConfig(trivial=True, crop="random_resized"),
+        AugmentConfig(rand_ops=3, crop="padded"),
+    ):  # fmt: skip
         transform = Augment(config, SIZE, MEAN, STD)
         picked = transform(pictures, keys)
         with monkeypatch.context() as patch:
@@ -178,8 +183,9 @@ def test_moves_follow_crop_flips_and_rotation_in_one_sampling(degrees):
     stored, size = (48, 60), (40, 40)
     pictures, keys = (smooth(100, *stored) * 255).to(torch.uint8), some_keys(100)
     transform = Augment(config, size, MEAN, STD)
-    found, boxes = transform.transform_geometry(pictures, keys), transform.draw_boxes(keys, stored)
     operations, amounts = policies.draw_operations(keys, TABLE)
+    found = transform.transform_geometry(pictures, keys, [(operations, amounts)])
+    boxes = transform.draw_boxes(keys, stored)
     flipped, upended = A.uniform(keys, A.FLIP) < 0.5, A.uniform(keys, A.FLIP_VERTICAL) < 0.5
     compared = set()
     for i in range(100):
@@ -205,6 +211,92 @@ def test_the_settings_from_brightness_on_come_after_it():
     pictures, keys = pictures_of_every_kind(42), some_keys(42)
     config = AugmentConfig(trivial=True, brightness=0.4, grayscale=0.3)
     transform = Augment(config, SIZE, MEAN, STD)
-    images = policies.change_pixels(transform.transform_geometry(pictures, keys), *policies.draw_operations(keys, TABLE))
+    first = policies.draw_operations(keys, TABLE)
+    images = policies.change_pixels(transform.transform_geometry(pictures, keys, [first]), *first)
     images = transform.jitter(images, keys).sub(FILL).div(torch.tensor(STD).view(1, 3, 1, 1))
     assert torch.equal(transform(pictures, keys), images)
+
+
+# RandAugment
+
+
+@pytest.mark.parametrize("size", [SIZE, (224, 224), (331, 662), (97, 41)])
+def test_rand_augments_operations_and_strengths_are_torchvisions(size):
+    theirs = v2.RandAugment._AUGMENTATION_SPACE
+    assert set(theirs) == set(policies.OPERATIONS)
+    for magnitude in range(policies.STRENGTHS):
+        table = policies.rand_table(magnitude, size, "cpu")
+        assert table.shape == (14, 1, 2)
+        for operation, name in enumerate(policies.OPERATIONS):
+            amounts, signed = theirs[name][0](policies.STRENGTHS, *size), theirs[name][1]
+            expected = 0.0 if amounts is None else float(amounts[magnitude])
+            expected = int(expected) if name.startswith("Translate") else 255 * expected if name == "Solarize" else expected
+            plus, minus = table[operation, 0].tolist()
+            assert plus == pytest.approx(expected, rel=1e-6, abs=1e-4 if name == "Solarize" else 1e-9)
+            assert minus == (-plus if signed else plus)
+
+
+@pytest.mark.parametrize("rounds, magnitude", [(1, 9), (2, 9), (3, 20)])
+def test_rand_augment_does_torchvisions_functions_one_after_the_other(rounds, magnitude):
+    config = AugmentConfig(rand_ops=rounds, rand_magnitude=magnitude)
+    transform = Augment(config, SIZE, MEAN, STD)
+    pixels, keys = pictures_of_every_kind(140), some_keys(140)
+    found = transform(pixels, keys) * torch.tensor(STD).view(1, 3, 1, 1) + FILL
+    table, theirs, seen = policies.rand_table(magnitude, SIZE, "cpu"), v2.RandAugment(), set()
+    drawn = [policies.draw_operations(keys, table, policies.RAND + 3 * i) for i in range(rounds)]
+    for i in range(140):
+        picture, names = pixels[i] / 255, []
+        for operations, amounts in drawn:
+            name, amount = policies.OPERATIONS[operations[i]], float(amounts[i])
+            names.append(name)
+            if name in MOVES:  # black comes in from outside, which is the mean colour here
+                picture = theirs._apply_image_or_video_transform(picture - FILL[0], name, amount, "bilinear", {}) + FILL[0]
+            elif name in ("Identity", "Color", "Sharpness"):
+                picture = theirs._apply_image_or_video_transform(picture, name, amount, "bilinear", {})
+            else:
+                picture = REFERENCES[name]((picture * 255).round().to(torch.uint8), amount)
+        seen.update(names)
+        difference = (found[i] - picture).abs()  # after a round a pixel between two levels may become either
+        assert difference.mean() < 1 / 255 and (rounds > 1 or difference.max() < 3e-4), names
+    assert len(seen) == 14
+
+
+def test_rand_augments_rounds_are_drawn_evenly_and_independently():
+    cells = torch.arange(28).float().view(14, 1, 2)  # every operation and sign has a value of its own
+    keys = some_keys(28 * 28 * 30)
+    drawn = [policies.draw_operations(keys, cells, policies.RAND + 3 * i)[1].long() for i in range(policies.MAX_ROUNDS)]
+    for i, one in enumerate(drawn):
+        other = drawn[(i + 1) % len(drawn)]
+        expected, freedom = len(keys) / 28**2, 28**2 - 1
+        chi2 = float(((torch.bincount(one * 28 + other, minlength=28**2) - expected) ** 2 / expected).sum())
+        assert chi2 < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_the_first_moves_of_rand_augment_ride_in_the_crops_sampling():
+    pictures, keys = pictures_of_every_kind(64), some_keys(64)
+    transform = Augment(AugmentConfig(crop="random_resized", rand_ops=2), (16, 16), MEAN, STD)
+    first, second = transform.draw_rounds(keys)
+    images = policies.change_pixels(transform.transform_geometry(pictures, keys, [first]), *first)
+    images = policies.change_pixels(transform.move(images, *second), *second)
+    assert torch.equal(transform(pictures, keys), images.sub(FILL).div(torch.tensor(STD).view(1, 3, 1, 1)))
+
+
+@pytest.mark.parametrize("config, rounds", [
+    (AugmentConfig(trivial=True, crop="padded"), 1), (AugmentConfig(trivial=True, crop="random_resized"), 1),
+    (AugmentConfig(rand_ops=2), 2), (AugmentConfig(crop="padded"), 0),
+])  # fmt: skip
+def test_operations_are_drawn_once_a_batch(config, rounds, monkeypatch):
+    draw, drawn = policies.draw_operations, []
+    monkeypatch.setattr(policies, "draw_operations", lambda *args: drawn.append(args) or draw(*args))
+    Augment(config, SIZE, MEAN, STD)(pictures_of_every_kind(4), some_keys(4))
+    assert len(drawn) == rounds
+
+
+def test_one_policy_is_taken_and_its_settings_have_ranges():
+    with pytest.raises(UserError, match="augment.rand_ops is 2; expected 0 beside augment.trivial: RandAugment or TrivialAugment"):
+        Augment(AugmentConfig(trivial=True, rand_ops=2), SIZE, MEAN, STD)
+    with pytest.raises(UserError) as caught:
+        Augment(AugmentConfig(rand_ops=9, rand_magnitude=31), SIZE, MEAN, STD)
+    assert str(caught.value).splitlines() == [
+        "augment.rand_ops is 9; expected 0 (off) to 8 operations.", "augment.rand_magnitude is 31; expected 0 to 30.",
+    ]  # fmt: skip

@@ -98,8 +98,10 @@ def test_the_network_sees_small_pictures_first(digits, tmp_path, monkeypatch):
 def test_two_ranks_in_micro_batches_give_the_curve_of_one(digits, tmp_path):
     more = [*GROWING, "--model.name", "alexnet", "--model.width", "0.25", "--optim.lr", "0.01"]  # BatchNorm sees micro-batches
     one, two = tmp_path / "one", tmp_path / "two"
-    ranks = start_ranks(2, tiny_run(digits, two, *more, "--train.micro_batch_size", "24"), tmp_path)
+    argv = tiny_run(digits, two, *more, "--train.micro_batch_size", "24")
+    ranks = start_ranks(2, argv, tmp_path, is_cold=True)  # as a launcher does: other tests fork theirs
     assert finish_ranks(ranks, tmp_path) == [0, 0], (tmp_path / "rank0.log").read_text()
+    assert (tmp_path / "rank1.log").read_text() == ""  # nor does importing say anything
     assert run_training(tiny_run(digits, one, *more)) == 0
     lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
     first, second = ([line["loss"] for line in of_run if line["kind"] == "train"] for of_run in lines)

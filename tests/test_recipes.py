@@ -11,6 +11,7 @@ from PIL import Image
 from dist_train import shard, train
 
 ROOT = Path(__file__).resolve().parents[1]
+NARROW = ["--model.width", "0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +50,22 @@ def convert(name: str, raw: Path, *settings: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "data"),
+    ("recipe", "data", "smaller"),
     [
-        ("svhn-alexnet", "svhn"), ("svhn-vgg13", "svhn"), ("dogs-foods-vehicles-alexnet-64", "dogs_foods_vehicles"),
-        ("dogs-foods-vehicles-alexnet-224", "dogs_foods_vehicles"), ("dogs-foods-vehicles-vgg13", "dogs_foods_vehicles"),
+        ("svhn-alexnet", "svhn", NARROW), ("svhn-vgg13", "svhn", NARROW),
+        ("dogs-foods-vehicles-alexnet-64", "dogs_foods_vehicles", NARROW),
+        ("dogs-foods-vehicles-alexnet-224", "dogs_foods_vehicles", NARROW),
+        ("dogs-foods-vehicles-vgg13", "dogs_foods_vehicles", NARROW),
+        # of ImageNet's form: JPEGs of many sizes. A compilation takes minutes, and so do ResNet-50's checkpoints on a slow disk
+        ("imagenet-resnet50", "dogs_foods_vehicles",
+         ["--model.name", "resnet18", "--data.image_size", "32", "--train.compile", "false"]),
     ],
 )  # fmt: skip
-def test_a_recipe_trains_evaluates_and_resumes_on_files_of_the_real_format(recipe, data, request, tmp_path):
+def test_a_recipe_trains_evaluates_and_resumes_on_files_of_the_real_format(recipe, data, smaller, request, tmp_path):
     run = tmp_path / "run"
     settings = [
         "--config", str(ROOT / f"recipes/{recipe}.yaml"), "--run", str(run), "--data.shards", request.getfixturevalue(data),
-        "--data.global_batch_size", "10", "--model.width", "0.1", "--train.epochs", "0.5", "--train.precision", "fp32",
+        "--data.global_batch_size", "10", *smaller, "--train.epochs", "0.5", "--train.precision", "fp32",
         "--track.wandb", "off", "--runtime.threads", "1",
     ]  # fmt: skip
     assert train.run_training([*settings, "--train.max_steps", "1"]) == 0

@@ -159,6 +159,34 @@ def test_splits_of_the_source_are_kept_and_missing_ones_come_from_training():
     assert (splits[200:] == 2).all() and (splits[:200] == 2).sum() == 0 and (splits[:200] == 1).sum() == 20
 
 
+@pytest.mark.parametrize("parts, options, expected, told", [
+    ("train val", [], {"train": 24, "val": 6}, "the source brings val, so no test split is drawn from train"),
+    ("train val", ["--split.test", "0.25"], {"train": 18, "val": 6, "test": 6}, "of 24 training samples 6 are drawn as test."),
+    ("train test", [], {"train": 22, "val": 2, "test": 6}, "of 24 training samples 2 are drawn as val."),
+    ("train val test", [], {"train": 24, "val": 6, "test": 6}, None),
+    ("train", [], {"train": 20, "val": 2, "test": 2}, "of 24 training samples 2 are drawn as val and 2 are drawn as test."),
+])  # fmt: skip
+def test_a_set_of_train_and_val_gets_no_test_split_unless_one_is_asked_for(tmp_path, capsys, parts, options, expected, told):
+    for part in parts.split():
+        make_folder(tmp_path / "raw" / part, 8 if part == "train" else 2)
+    raw = tmp_path / "raw" if parts != "train" else tmp_path / "raw/train"
+    shard.main(["--path", str(raw), "--out", str(tmp_path / "set"), "--workers", "1", *options])
+    assert {name: split.num_samples for name, split in load_index(tmp_path / "set").splits.items()} == expected
+    said = [line for line in capsys.readouterr().out.splitlines() if "drawn" in line]
+    assert len(said) == (told is not None) and (told or "") in "".join(said)
+
+
+def test_a_set_of_before_the_test_split_was_left_to_the_source_is_repaired(tmp_path, capsys):
+    for part, count in (("train", 10), ("val", 2)):
+        make_folder(tmp_path / "raw" / part, count)
+    words = ["--path", str(tmp_path / "raw"), "--out", str(tmp_path / "set"), "--workers", "1"]
+    shard.main([*words, "--split.test", "0.1"])
+    whole = all_bytes(tmp_path / "set")
+    (tmp_path / "set/train-000001.tar").unlink()
+    shard.main([*words, "--repair"])
+    assert all_bytes(tmp_path / "set") == whole and "written again: train-000001.tar" in capsys.readouterr().out
+
+
 def test_shards_hold_every_sample_once_and_as_many_to_one():
     rows, sizes = np.arange(5, 1005), np.full(1005, 1000)
     shards = cut_into_shards(rows, name_draws([str(i) for i in range(1005)], 0), sizes, 300_000, min_shards=2)

@@ -8,7 +8,7 @@ import torch
 from conftest import finish_ranks, start_ranks, tiny_run
 from torch import nn
 
-from dist_train.config import ModelConfig
+from dist_train.config import ModelConfig, RunConfig
 from dist_train.errors import UserError
 from dist_train.export import export
 from dist_train.finetune import freeze_below_head, layer_depths
@@ -20,8 +20,9 @@ from dist_train.layers import (
     use_keyed_dropout,
     use_sync_batchnorm,
 )
-from dist_train.models import build_model, head_name
-from dist_train.pretrained import published_statistics
+from dist_train.models import build_model, head_name, rates_taken
+from dist_train.pretrained import evaluated_otherwise, published_statistics
+from dist_train.sizes import check_new
 from dist_train.train import run_training
 
 timm = pytest.importorskip("timm")
@@ -95,6 +96,35 @@ def test_weights_load_from_a_file_and_another_class_count_keeps_the_fresh_head(t
     assert torch.equal(other["stem.0.weight"], same["stem.0.weight"])
 
 
+@pytest.mark.parametrize("name, taken", [
+    ("test_vit", {"dropout", "drop_path"}), ("test_resnet", {"drop_path"}),
+    ("vgg11", {"dropout"}), ("ghostnet_100", set()),
+])  # fmt: skip
+def test_rates_reach_the_layers_that_are_keyed_and_others_are_refused(name, taken):
+    settings = {"dropout": 0.125, "drop_path": 0.0625}
+    assert rates_taken(ModelConfig(name=f"timm/{name}", **settings)) == taken
+    with torch.device("meta"):
+        keyed = [m for m in use_keyed_dropout(build(name, size=(64, 64), **settings)).modules() if isinstance(m, KeyedDropout)]
+    highest = {kind: max((m.p for m in keyed if (m.units == "samples") == (kind == "drop_path")), default=0.0) for kind in settings}
+    assert all(highest[kind] == (rate if kind in taken else 0) for kind, rate in settings.items())
+    check_new(RunConfig(model=ModelConfig(name=f"timm/{name}", **{kind: settings[kind] for kind in taken})))
+    for kind in settings.keys() - taken:
+        with pytest.raises(UserError, match=f"model.{kind} {settings[kind]}.*: timm/{name} has no layers of its own for that"):
+            check_new(RunConfig(model=ModelConfig(name=f"timm/{name}", **settings)))
+
+
+@pytest.mark.parametrize("name, num_before", [("test_vit", 1), ("vit_wee_patch16_reg1_gap_256", 0)])
+def test_positions_in_a_file_are_resampled_for_another_size(tmp_path, name, num_before):
+    trained, said, path = build(name, 3, (64, 64)), [], tmp_path / "last.pth.tar"
+    torch.save({"state_dict": trained.state_dict(), "state_dict_ema": trained.state_dict()}, path)
+    tuned = build_model(ModelConfig(name=f"timm/{name}", pretrained=str(path)), 3, (48, 96), None, 1, said.append)
+    expected = timm.layers.resample_abs_pos_embed(trained.pos_embed, [3, 6], num_prefix_tokens=num_before)
+    assert torch.equal(tuned.pos_embed, expected)
+    assert torch.equal(tuned.pos_embed[:, :num_before], trained.pos_embed[:, :num_before])
+    assert said == [f"{path}: the weights under state_dict_ema were taken, not those under state_dict.",
+                    f"{path}: pos_embed, of 4 x 4 patches, was resampled (bicubic) for 3 x 6."]  # fmt: skip
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """A hub that has test_vit's weights of 1000 classes at 160 px."""
@@ -107,7 +137,9 @@ def test_published_weights_are_timms_with_positions_fitted_and_a_head_for_the_cl
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    tuned, fresh = build("test_vit", 3, (64, 64), pretrained="DEFAULT"), build("test_vit", 3, (64, 64))
+    said, config = [], ModelConfig(name="timm/test_vit", pretrained="DEFAULT")
+    tuned, fresh = build_model(config, 3, (64, 64), None, 0, said.append), build("test_vit", 3, (64, 64))
+    assert said == ["model.pretrained: test_vit.r160_in1k's position embeddings, for 160 x 160 px, were resampled for 64 x 64."]
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(tuned.blocks[0].mlp.fc1.weight, hub.blocks[0].mlp.fc1.weight)
     assert tuned.pos_embed.shape[1] == 17 and torch.equal(tuned.head.weight, fresh.head.weight)
@@ -149,6 +181,16 @@ def test_published_weights_bring_the_statistics_they_were_trained_with(tmp_path)
     assert found("test_vit", str(file)) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     about.write_text("[]")
     assert found("test_vit", str(file)) is None
+
+
+@pytest.mark.parametrize("name, weights, size, crop, told", [
+    ("resnet18", "tv_in1k", (224, 224), 0.875, None), ("resnet18", "mine.pth", (224, 224), 0.5, None),
+    ("resnet18", "a1_in1k", (224, 224), 0.875, "at 288 x 288 px with data.eval_crop 1, bicubic; this run evaluates at 224 x"),
+    ("test_vit", "DEFAULT", (160, 160), 0.0, "at 160 x 160 px with data.eval_crop 0.95, bicubic; this run"),
+])  # fmt: skip
+def test_it_is_said_where_published_weights_were_evaluated_otherwise(name, weights, size, crop, told):
+    found = evaluated_otherwise(ModelConfig(name=f"timm/{name}", pretrained=weights), size, crop)
+    assert found == [] if told is None else told in found[0]
 
 
 @pytest.mark.parametrize("is_scaled", [True, False])

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -198,6 +199,25 @@ def machine(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def callers(machine):
+    """Names of the threads that have W&B begin a run, take figures or pictures, or end: what may wait for a server."""
+    import wandb
+
+    names = set()
+
+    def noted(call):
+        def noted_call(*args, **options):
+            names.add(threading.current_thread().name)
+            return call(*args, **options)
+
+        return noted_call
+
+    for owner, name in ((wandb, "init"), (wandb, "Image"), (wandb.Run, "log"), (wandb.Run, "finish")):
+        machine.setattr(owner, name, noted(getattr(owner, name)))
+    return names
+
+
+@pytest.fixture
 def server(machine):
     with wandb_server() as (server, url):
         machine.setenv("WANDB_BASE_URL", url)
@@ -261,17 +281,16 @@ def test_pictures_arrive_once_however_often_the_end_is_reached(tmp_path, server,
         assert [row["_type"] for row in rows] == ["image-file"], name
 
 
-def test_pictures_of_a_run_without_a_server_are_recorded_once(tmp_path, machine):
+def test_pictures_of_a_run_without_a_server_are_recorded_once(tmp_path, machine, callers):
     machine.setattr(wandb_log, "START_S", 20)
     machine.setattr(wandb_log, "UPLOAD_S", 20)
     run = tmp_path / "digits"
     for resume_step in (None, 50):
         tracker = open_tracker(run, AUTO, True, 100, resume_step)
         train(tracker, [50])
-        began = time.monotonic()
         tracker.figures({"pictures/samples": picture(tmp_path, "samples")})
-        assert time.monotonic() - began < 0.5  # a thread of its own sends them
         tracker.finish(True)
+    assert callers == {"wandb"}
     assert [row["step"] for row in recorded(run) if "pictures/samples._type" in row] == [50]
     (kept,) = run.glob("wandb/offline-run-*/files/media/images/pictures/*.png")
     assert kept.read_bytes() == (tmp_path / "samples.png").read_bytes()
@@ -284,21 +303,21 @@ def test_nobody_draws_pictures_that_go_nowhere(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["hang", "reset", 503])
-def test_a_server_that_is_away_neither_stalls_nor_stops_a_run(tmp_path, server, capsys, fault):
+def test_a_server_that_is_away_neither_stalls_nor_stops_a_run(tmp_path, server, callers, capsys, fault):
     server.fault = fault
     run = tmp_path / "digits"
     began = time.monotonic()
     tracker = open_tracker(run, AUTO, True, 100, None)
     train(tracker, range(10, 51, 10))
-    assert time.monotonic() - began < 1
     tracker.finish(True)
     assert time.monotonic() - began < 12
+    assert callers == {"wandb"}
     assert "cannot be reached" in capsys.readouterr().out
     assert steps_of(read_metrics(run / "metrics.jsonl"), "train") == [10, 20, 30, 40, 50]
     assert arrived(recorded(run), "train") == [10, 20, 30, 40, 50]
 
 
-def test_a_server_that_hangs_in_the_middle_holds_up_nothing(tmp_path, server, capsys, monkeypatch):
+def test_a_server_that_hangs_in_the_middle_holds_up_nothing(tmp_path, server, callers, capsys, monkeypatch):
     monkeypatch.setattr(wandb_log, "START_S", 20)
     tracker = open_tracker(tmp_path / "digits", AUTO, True, 100, None)
     train(tracker, [10])
@@ -307,9 +326,9 @@ def test_a_server_that_hangs_in_the_middle_holds_up_nothing(tmp_path, server, ca
     server.fault = "hang"
     began = time.monotonic()
     train(tracker, range(20, 101, 10))
-    assert time.monotonic() - began < 1
     tracker.finish(True)
     assert time.monotonic() - began < 10
+    assert callers == {"wandb"}
     assert "did not take the last figures" in capsys.readouterr().out
     assert steps_of(read_metrics(tmp_path / "digits/metrics.jsonl"), "train") == list(range(10, 101, 10))
 

@@ -1,6 +1,7 @@
 """Training as a user starts it: figures, exact resume, the same curve on one rank and on two, faults that are named."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, finish_ranks, start_ranks, tiny_run
+from conftest import ROOT, finish_ranks, start_ranks, tiny_run, train_in_turns
 from safetensors.torch import load_file
 
 from dist_train import runtime, shard
@@ -132,15 +133,24 @@ def worst_mistakes(run: Path) -> list[int]:
 
 
 @pytest.mark.two_process
+def test_the_local_launcher_trains_on_two_processes(digits, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("seed: 1\n")
+    settings = tiny_run(digits, tmp_path / "run", "--train.epochs", "0.2")
+    command = ["launch/local.sh", "--cpu", "2", str(tmp_path / "recipe.yaml"), *settings]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
+    assert json.loads((tmp_path / "run/result.json").read_text())["step"] == 3
+    assert json.loads((tmp_path / "run/environment.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.two_process
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_ranks_with_statistics_of_their_own_judge_and_resume_as_if_never_stopped(digits, tmp_path, parallel):
     straight, halted = tmp_path / "straight", tmp_path / "halted"
     more = ["--train.sync_batchnorm", "false", "--train.log_every_steps", "4",
             "--train.eval_every_epochs", "0.53", "--optim.lr", "0.004", "--resume"]  # evaluated in step 8
     for run, plan in ((straight, f"2:8:{parallel}"), (halted, f"2:6:{parallel} 2:8:{parallel}")):
-        command = [sys.executable, "tests/elastic_ranks.py", str(tmp_path), plan, "--", *tiny_run(digits, run, *more)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        train_in_turns(plan, tiny_run(digits, run, *more), tmp_path)
     ours, theirs = figures(halted), figures(straight)
     assert [line["kind"] for line in theirs] == ["train", "train", "eval"]
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], abs=2e-6)
@@ -208,13 +218,14 @@ def test_resuming_a_finished_run_changes_nothing(calm, digits):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_table_with_a_flipped_bit_is_not_trained_on(digits, tmp_path):
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_table_with_a_flipped_bit_is_not_trained_on(digits, tmp_path, split):
     damaged = tmp_path / "digits"
     shutil.copytree(digits, damaged)
-    table = np.load(damaged / "val.samples.npy")
+    table = np.load(damaged / f"{split}.samples.npy")
     table["label"][3] ^= 1
-    np.save(damaged / "val.samples.npy", table)
-    with pytest.raises(UserError, match="(?s)val.samples.npy: its checksum differs from the index.*dist-train verify"):
+    np.save(damaged / f"{split}.samples.npy", table)
+    with pytest.raises(UserError, match=f"(?s){split}.samples.npy: its checksum differs from the index.*dist-train verify"):
         run_training(tiny_run(str(damaged), tmp_path / "run"))
 
 
@@ -252,8 +263,9 @@ def test_a_damaged_config_of_a_run_is_named(calm, digits, tmp_path, content):
 
 @pytest.mark.parametrize("name, value", [
     ("train.micro_batch_size", "-1"), ("optim.momentum", "1.5"), ("optim.clip_norm", "-1"), ("optim.weight_decay", "-1"),
-    ("optim.ema_decay", "1.5"), ("optim.label_smoothing", "2"), ("model.dropout", "2"), ("runtime.timeout_s", "0"),
-    ("data.eval_crop", "-1"), ("train.max_steps", "-3"), ("model.width", "0"), ("data.val_split", "vall"),
+    ("optim.ema_decay", "1.5"), ("optim.label_smoothing", "2"), ("model.dropout", "2"), ("model.drop_path", "1"),
+    ("runtime.timeout_s", "0"), ("data.eval_crop", "-1"), ("train.max_steps", "-3"), ("model.width", "0"),
+    ("data.val_split", "vall"),
 ])  # fmt: skip
 def test_a_setting_out_of_its_range_is_named(digits, tmp_path, name, value):
     with pytest.raises(UserError, match=f"{name} is '?{value}"):

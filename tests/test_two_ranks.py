@@ -1,7 +1,8 @@
 """What two real processes compute together, against one process that holds the whole batch."""
 
 import copy
-import multiprocessing
+import json
+import re
 import time
 from datetime import timedelta
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import finish_ranks, start_ranks, tiny_run
+from safetensors.torch import load_file
 from torch import nn
 
 from dist_train.errors import UserError
@@ -16,7 +19,7 @@ from dist_train.guard import Guard
 from dist_train.layers import use_sync_batchnorm
 from dist_train.metrics import Sums
 from dist_train.ranks import meet, on_each_machine, on_main
-from dist_train.runtime import World
+from dist_train.runtime import EXIT_STOPPED, World
 
 SHARES = [slice(0, 10), slice(10, 16)]  # unequal on purpose
 DTYPES = [torch.float64, torch.float32]
@@ -28,7 +31,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def ranks(tmp_path_factory):
     """What each of two ranks found: a dict a rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.set_forkserver_preload(["dist_train.run"])  # torch is imported once, for all ranks
     torch.multiprocessing.start_processes(one_rank, (str(folder),), 2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
@@ -127,7 +129,6 @@ def slow_rank_zero(rank, folder):
 
 @pytest.mark.two_process
 def test_ranks_wait_for_a_slow_one_longer_than_a_collective_would(tmp_path):
-    multiprocessing.set_forkserver_preload(["dist_train.run"])
     torch.multiprocessing.start_processes(slow_rank_zero, (str(tmp_path),), 2, start_method="forkserver")
     assert [torch.load(tmp_path / f"slow-{rank}.pt") for rank in range(2)] == [[7, "this machine's disk is full"]] * 2
 
@@ -166,3 +167,49 @@ def test_evaluation_sums_of_two_ranks_are_exactly_those_of_one(ranks):
     sums.update(logits, labels)
     assert all(torch.equal(found["sums"], sums._all) for found in ranks)
     assert sums.result().loss == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-6)
+
+
+ONE_IS_ASKED = """
+import os, signal, sys
+import torch
+from dist_train import cli, train
+
+forward_backward = train.forward_backward
+
+def noted(run, batch):
+    print(f"step {batch.step} draws from {torch.initial_seed()}")
+    if (run.world.rank, batch.step) == (1, int(sys.argv[1])):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return forward_backward(run, batch)
+
+train.forward_backward = noted
+sys.exit(cli.run_command(train.run_training, sys.argv[2:]))
+"""
+
+
+@pytest.mark.two_process
+def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_nothing_is_lost(digits, tmp_path):
+    (tmp_path / "one_is_asked.py").write_text(ONE_IS_ASKED)
+    more = ["--train.epochs", "0.5", "--train.eval_every_epochs", "0", "--optim.lr", "0.004", "--runtime.timeout_s", "10"]
+
+    def train(run, asked_in_step, *words):
+        """Exit codes of two ranks, and {step: seed that it draws from} of each."""
+        argv = [str(asked_in_step), *tiny_run(digits, run, *more, *words)]
+        ranks = start_ranks(2, argv, tmp_path, module="one_is_asked", PYTHONPATH=str(tmp_path))
+        codes, logs = finish_ranks(ranks, tmp_path), [(tmp_path / f"rank{rank}.log").read_text() for rank in range(2)]
+        return codes, [dict(re.findall(r"step (\d+) draws from (\d+)", log)) for log in logs]
+
+    calm, stopped = tmp_path / "calm", tmp_path / "stopped"
+    codes, seeds = train(calm, -1)
+    assert codes == [0, 0]
+    assert len({seed for of_rank in seeds for seed in of_rank.values()}) == 16  # layers that draw by themselves draw anew
+    codes, seeds = train(stopped, 3)
+    assert codes == [EXIT_STOPPED, EXIT_STOPPED]
+    assert [list(of_rank) for of_rank in seeds] == [["0", "1", "2", "3", "4"]] * 2  # the wish is seen in the step after it
+    assert [path.name for path in stopped.glob("checkpoints/step-*")] == ["step-00000005"]
+    codes, _ = train(stopped, -1, "--resume")
+    assert codes == [0, 0]
+    first, second = (load_file(run / "checkpoints/step-00000008/model.safetensors") for run in (calm, stopped))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    results = [json.loads((run / "result.json").read_text()) for run in (calm, stopped)]
+    assert results[0] == results[1] and results[0]["step"] == 8

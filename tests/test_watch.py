@@ -68,7 +68,7 @@ def test_a_rank_that_fails_by_itself_gives_the_others_its_reason(digits, tmp_pat
 @pytest.mark.two_process
 def test_ranks_that_do_not_meet_say_so(digits, tmp_path):
     argv = tiny_run(digits, tmp_path / "run", "--runtime.timeout_s", "3")
-    codes = finish_ranks(start_ranks(1, argv, tmp_path, WORLD_SIZE="2"), tmp_path)
+    codes = finish_ranks(start_ranks(1, argv, tmp_path, is_cold=True, WORLD_SIZE="2"), tmp_path)
     assert codes == [2], last_words(tmp_path, 0)
     assert "the 2 ranks did not meet at 127.0.0.1:" in last_words(tmp_path, 0)
 
