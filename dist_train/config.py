@@ -171,7 +171,8 @@ class OptimConfig:
     lr: float = 0.01
     """peak learning rate; plain AlexNet and VGG without BatchNorm learn near 0.01, not at ResNet's 0.1"""
     muon_moves: Literal["matrices", "kernels"] = "matrices"
-    """muon: hidden layers that it moves; kernels leaves linear ones to sgd: orthogonalizing AlexNet's takes longer than its step"""
+    """muon: hidden layers that it moves; kernels leaves linear ones to sgd: orthogonalizing AlexNet's of full width
+    takes longer than its step"""
     rest_lr: float = 0.1
     """muon: peak learning rate of what it does not move: the last layer, biases, norms"""
     rest_weight_decay: float = 5e-4

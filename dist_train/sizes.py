@@ -194,8 +194,8 @@ def config_warnings(config: RunConfig, world_size: int, network) -> list[str]:
         found.append(f"optim.warmup_epochs {config.optim.warmup_epochs:g} is no less than train.epochs {config.train.epochs:g}: "
                      f"the learning rate rises to the end.")  # fmt: skip
     if config.optim.class_weights and config.train.monitor == "loss":
-        found.append("train.monitor is loss, which optim.class_weights does not weight in evaluation: it may keep weights on which they "
-                     "have told least. balanced goes with them.")  # fmt: skip
+        found.append("train.monitor is loss, which optim.class_weights does not weight in evaluation: it may keep weights on which "
+                     "they have told least. balanced goes with them.")  # fmt: skip
     share, limit = config.data.global_batch_size // world_size, config.train.micro_batch_size
     if share > limit > 2 * at_once:
         found.append(f"train.micro_batch_size {limit}: the largest equal part of a rank's {share} samples below it is {at_once}. "

@@ -4,7 +4,7 @@ import json
 import signal
 
 import pytest
-from conftest import finish_ranks, start_ranks
+from conftest import finish_ranks, pytest_runtest_teardown, start_ranks
 
 PROBE = """
 import json, os, signal, sys, time
@@ -43,7 +43,7 @@ def test_a_rank_that_hangs_is_killed_and_its_words_shown(probe, tmp_path):
     assert [rank.wait(10) for rank in ranks] == [-signal.SIGKILL] * 2
 
 
-def test_a_test_that_fails_leaves_no_rank(probe, request):
+def test_a_test_that_fails_leaves_no_rank(probe):
     ranks = probe("600")
-    request.config.hook.pytest_runtest_teardown(item=request.node, nextitem=request.node)
+    pytest_runtest_teardown()
     assert [rank.returncode for rank in ranks] == [-signal.SIGKILL] * 2
