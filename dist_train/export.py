@@ -154,7 +154,8 @@ def describe(trained: Trained, kind: str, input_size: tuple[int, int] | None, se
         shape = ["batch", len(trained.features)]
         return about | {
             "input": {"name": "rows", "dtype": "float32", "shape": shape, "columns": trained.features,
-                      "values": "raw" if is_graph else "standardised"},
+                      "values": "raw" if is_graph else "standardised",
+                      "texts": "a column COLUMN=TEXT that the table lacks is 1 where its column COLUMN is TEXT, else 0"},
             "preprocessing": {"standardise": {"rule": _STANDARDISE, "mean": trained.mean, "std": trained.std,
                                               "is_in_the_file": is_graph}},
         }  # fmt: skip

@@ -31,7 +31,7 @@ from dist_train.pretrained import put_weights
 from dist_train.settings import from_dict, read_config, to_dict
 from dist_train.sizes import check_eval_size, range_problems, shift_problems
 from dist_train.sources import PICTURES, files_below, printable
-from dist_train.tables import number_in, read_csv
+from dist_train.tables import feature_places, number_in, read_csv, text_in, unknown_texts
 from dist_train.watch import Watch
 
 BATCH_SIZE = 64
@@ -272,19 +272,19 @@ def picture_batches(trained: Trained, paths: list[str], num_threads: int) -> Ite
 def _table_batches(trained: Trained, paths: list[str]):
     """Yield (names, float32 (N, F), [(name, reason)]) for the rows of CSV files with the columns of the run.
 
-    What is missing is NaN where the run fills holes, which `standardised` does; elsewhere it is a complaint.
+    A text that the run does not know is 0 in every feature of its column, and counted on stderr. What is missing is NaN where the
+    run fills holes, which `standardised` does; elsewhere it is a complaint.
     """
     for path in paths:
         header, rows, lines = read_csv(Path(path))
-        lacking = [feature for feature in trained.features if feature not in header]
-        if lacking:
-            raise UserError(f"{path}: expected the columns {', '.join(trained.features)}; lacks {', '.join(lacking)}.")
-        columns = [header.index(feature) for feature in trained.features]
+        places = feature_places(Path(path), header, trained.features)
+        for note in unknown_texts(header, rows, places):
+            print(f"{path}: {note}", file=sys.stderr)
         names, values, complaints = [], [], []
         for row, line in zip(rows, lines, strict=True):
-            numbers = [number_in(row[c]) for c in columns]
+            numbers = [float(text_in(row[c]) == text) if text else number_in(row[c]) for c, text in places]
             if (bad := np.flatnonzero(np.isinf(numbers) if trained.fills_holes else ~np.isfinite(numbers))).size:
-                column = columns[int(bad[0])]
+                column, _ = places[int(bad[0])]
                 complaints.append((f"{path}:{line}", f"not a number: column {header[column]} is {row[column][:40]!r}"))
             else:
                 values.append(numbers)

@@ -22,7 +22,8 @@ class ShardConfig:
     """One conversion: what `datasets/<set>.yaml` holds."""
 
     source: Literal["folder", "torchvision", "sklearn", "csv", "list"] = "folder"
-    """where raw samples come from; list: pictures that a CSV file lists"""
+    """where raw samples come from; csv: a table, whose columns are numbers, True and False, or text: one of at most 32 texts is a
+    feature COLUMN=TEXT for each, 1 or 0, others are dropped; list: pictures that a CSV file lists"""
     path: str = ""
     """folder of class folders, CSV file, or the root folder of a torchvision set"""
     dataset: str = ""
@@ -48,8 +49,9 @@ class ShardConfig:
     drop: tuple[str, ...] = ()
     """csv: columns left out, such as a row number"""
     missing: Literal["drop", "mean", "error"] = "drop"
-    """csv: rows with missing or non-numeric values are left out, kept (mean), or refused. What is missing then counts as the
-    column's mean over the training split, with folds over the fold's training part; in predict and in exported files, too.
+    """csv: rows with missing or non-numeric values in columns of numbers are left out, kept (mean), or refused. What is missing
+    then counts as the column's mean over the training split, with folds over the fold's training part; in predict and in exported
+    files, too. An empty cell of a column of text is not missing: 0 in all its features.
     list: rows without a value in a column that is used are left out or refused"""
     extra: bool = False
     """torchvision: add the set's extra training samples, where it has some (SVHN)"""

@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,23 @@ from dist_train.sources import Pixels, Source, Vectors, printable
 
 SKLEARN = ("digits", "breast_cancer", "iris", "wine")
 NO_CLASS = ("", "na", "n/a", "nan", "null", "?")  # "none" and "-" are classes of well-known sets
+_TRUTH = {"true": 1.0, "false": 0.0}  # as pandas writes them
+MAX_TEXTS = 32  # of a column that becomes features: names and free text have more
 _LEFT_OUT_KEPT = 1000  # rows named in the index; more are counted only
+_TOLD = 5  # columns with missing values that are named, texts that a run does not know
 
 
 def csv_source(config: ShardConfig) -> Source:
-    """Rows of a CSV file with a header line: config.target is the class, every other column a float32 feature.
+    """Rows of a CSV file with a header line: config.target is the class, every other column float32 features.
 
     The delimiter (comma, semicolon, tab or bar) is the one the header line has most of. Classes are sorted, as numbers
-    if all are whole numbers. A row with a cell that is empty or no number is, by config.missing, left out, or kept with NaN
-    there (`column_statistics` says what it counts as), or refused; a row with a number that float32 cannot hold, or without a
-    class (an empty cell, NA, N/A, NaN, null or ?), is left out or refused. Dropped and named: columns in config.drop, without a
-    name, without a single number, that never change. Raises UserError where numbers are written with a decimal comma.
+    if all are whole numbers. True and False, in any case, are 1 and 0. A column without a single number and of at most MAX_TEXTS
+    texts is a feature COLUMN=TEXT for each, in sorted order, 1 in rows with that text, else 0; an empty cell is 0 in all, and not
+    missing. Like the classes, the texts are those of the whole file, of every split. A row with a cell that is empty or no number
+    in a column of numbers is, by config.missing, left out, or kept with NaN there (`column_statistics` says what it counts as), or
+    refused; a row with a number that float32 cannot hold, or without a class (an empty cell, NA, N/A, NaN, null or ?), is left out
+    or refused. Dropped and named: columns in config.drop, without a name, without a value, of more texts, and features that never
+    change. Raises UserError where numbers are written with a decimal comma, and where a column is named as another's text would be.
     """
     path = Path(config.path)
     header, rows, lines = read_csv(path)
@@ -31,23 +38,21 @@ def csv_source(config: ShardConfig) -> Source:
     unknown = [name for name in config.drop if name not in header]
     if unknown:
         raise UserError(f"{path}: drop names {', '.join(unknown)}; the columns are {', '.join(header)}.")
-    features = [c for c, name in enumerate(header) if c != target and name.strip() and name not in config.drop]
+    wanted = [c for c, name in enumerate(header) if c != target and name.strip() and name not in config.drop]
     nameless = sum(not name.strip() for name in header)
-    values = np.array([[number_in(row[c]) for c in features] for row in rows], np.float32).reshape(len(rows), -1)
-    _refuse_decimal_commas(path, header, rows, lines, features, values)
-    texts = [k for k in range(len(features)) if not np.isfinite(values[:, k]).any()]
-    notes = _note("columns without a single number, dropped", [header[features[k]] for k in texts])
+    numbers = np.array([[number_in(row[c]) for c in wanted] for row in rows], np.float32).reshape(len(rows), -1)
+    _refuse_decimal_commas(path, header, rows, lines, wanted, numbers)
+    features, columns, values, notes = _with_texts(path, header, rows, wanted, numbers)
     notes += [f"{nameless} columns without a name, dropped: often the rows' numbers"] if nameless else []
-    values, features = np.delete(values, texts, axis=1), [f for k, f in enumerate(features) if k not in texts]
 
     labels = [row[target].strip() for row in rows]
     unlabelled = np.array([label.lower() in NO_CLASS for label in labels])
     unusable = np.isinf(values) if config.missing == "mean" else ~np.isfinite(values)
     reasons = {}
     for r in np.flatnonzero(unlabelled | unusable.any(axis=1)):
-        column = header[target if unlabelled[r] else features[int(unusable[r].argmax())]]
-        cell = rows[r][header.index(column)]
-        reasons[int(r)] = f"column {column} is {cell!r}" if cell.strip() else f"column {column} is empty"
+        column = target if unlabelled[r] else columns[int(unusable[r].argmax())]
+        cell = rows[r][column]
+        reasons[int(r)] = f"column {header[column]} is {cell!r}" if cell.strip() else f"column {header[column]} is empty"
     if reasons and config.missing == "error":
         few = "".join(f"\n  line {lines[r]}: {why}" for r, why in list(reasons.items())[:5])
         raise UserError(
@@ -55,20 +60,102 @@ def csv_source(config: ShardConfig) -> Source:
             f"  Mend them, or choose --missing drop or --missing mean."
         )
     keep = np.array([r for r in range(len(rows)) if r not in reasons], np.int64)
+    lacking = {config.target: int(unlabelled.sum())}
+    lacking |= {header[c]: n for c, n in zip(columns, unusable.sum(axis=0).tolist(), strict=True) if n}
+    where = _most(Counter({name: n for name, n in lacking.items() if n}))
     if not len(keep):
-        raise UserError(f"{path}: none of the {len(rows)} rows is complete.\n  Drop the emptiest columns with --drop.")
-    notes += [f"{len(reasons):,} of {len(rows):,} rows were left out for missing values"] if reasons else []
+        raise UserError(f"{path}: none of the {len(rows)} rows is complete; missing are {where}.\n"
+                        f"  Drop the emptiest columns with --drop.")  # fmt: skip
+    notes += [f"{len(reasons):,} of {len(rows):,} rows were left out for missing values: {where}"] if reasons else []
 
     values, constant = _without_constants(values[keep])
-    notes += _note("columns that never change, dropped", [header[features[k]] for k in constant])
-    features = [f for k, f in enumerate(features) if k not in constant]
+    notes += _note("columns that never change, dropped", [features[k] for k in constant])
+    features = [name for k, name in enumerate(features) if k not in constant]
     if not features:
-        raise UserError(f"{path}: no numeric column besides {config.target!r} is left to learn from.")
+        raise UserError(f"{path}: no column besides {config.target!r} is left to learn from.")
     if num_holes := int(np.isnan(values).sum()):
         notes.append(f"{num_holes:,} missing values count as their column's mean over the training split")
     classes, numbers = class_numbers(path, config.target, [labels[r] for r in keep])
-    return _table(classes, numbers, values, [header[f] for f in features], [f"line {lines[r]}" for r in keep],
+    return _table(classes, numbers, values, features, [f"line {lines[r]}" for r in keep],
                   left_out=left_out_rows(reasons, lines), notes=notes)  # fmt: skip
+
+
+def _with_texts(
+    path: Path, header: list[str], rows, wanted: list[int], numbers: np.ndarray
+) -> tuple[list[str], list[int], np.ndarray, list[str]]:
+    """Features, the column of each, their values (N, F) float32, and lines for the user: columns of text become features.
+
+    wanted: columns; numbers: their cells as numbers, (N, len(wanted)). Raises UserError where names would be ambiguous.
+    """
+    features, columns, values = [], [], [numbers[:, :0]]
+    became, too_many, empty = {}, [], []
+    for k, c in enumerate(wanted):
+        name = header[c]
+        if np.isfinite(numbers[:, k]).any():
+            features.append(name)
+            columns.append(c)
+            values.append(numbers[:, k : k + 1])
+            continue
+        cells = [text_in(row[c]) for row in rows]
+        texts = sorted({*cells} - {""})
+        if 0 < len(texts) <= MAX_TEXTS:
+            place = {text: i for i, text in enumerate(texts)}
+            places = np.array([place.get(cell, -1) for cell in cells])
+            values.append((places[:, None] == np.arange(len(texts))).astype(np.float32))
+            features += [f"{name}={text}" for text in texts]
+            columns += [c] * len(texts)
+            became[name] = len(texts)
+        else:
+            too_many += [f"{name} ({len(texts):,})"] if texts else []
+            empty += [] if texts else [name]
+    problems = [
+        f"{path}: column {other!r} is named as a text of column {name!r} would be, whose features are called {name}=TEXT.\n"
+        f"  Rename one of them, or leave {name!r} out with --drop."
+        for name in became for other in header if other.startswith(f"{name}=")
+    ]  # fmt: skip
+    if problems:
+        raise UserError("\n".join(problems))
+    notes = _note("columns of text, a feature for each text", [f"{name} ({count})" for name, count in became.items()])
+    notes += _note(f"columns of more than {MAX_TEXTS} texts, dropped", too_many)
+    notes += _note("columns without a value, dropped", empty)
+    return features, columns, np.concatenate(values, axis=1), notes
+
+
+def feature_places(path: Path, header: list[str], features: list[str]) -> list[tuple[int, str]]:
+    """Where a file has each feature of a run: (column, "") of a number, (column, TEXT) of a feature COLUMN=TEXT.
+
+    A feature that is itself in the header is a number. Raises UserError where a feature has no column, or could be of two.
+    """
+    places, lacking, problems = [], [], []
+    for feature in features:
+        found = [(header.index(feature), "")] if feature in header else [
+            (c, feature[len(name) + 1 :]) for c, name in enumerate(header) if name and feature.startswith(f"{name}=")
+        ]  # fmt: skip
+        found = [(c, text) for c, text in found if text or header[c] == feature]
+        places += found[:1]
+        lacking += [] if found else [feature]
+        if len(found) > 1:
+            names = " or of ".join(repr(header[c]) for c, _ in found)
+            problems.append(f"{path}: {feature} may be a text of column {names}; expected one of them.\n  Rename the other.")
+    if lacking:
+        hint = "\n  COLUMN=TEXT is read from a column of text, COLUMN, too." if any("=" in name for name in lacking) else ""
+        problems.append(f"{path}: expected the columns {', '.join(features)}; lacks {', '.join(lacking)}.{hint}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return places
+
+
+def unknown_texts(header: list[str], rows: list[list[str]], places: list[tuple[int, str]]) -> list[str]:
+    """A line for each column of text with cells whose text is none of the run's. places: as `feature_places`."""
+    notes = []
+    for c in dict.fromkeys(c for c, text in places if text):
+        known = {"", *(text for other, text in places if other == c)}
+        found = Counter(text for row in rows if (text := text_in(row[c])) not in known)
+        if found:
+            few = ", ".join(repr(text[:40]) for text, _ in found.most_common(_TOLD)) + (", ..." if len(found) > _TOLD else "")
+            notes.append(f"column {header[c]}: {found.total():,} cells have a text that the run does not know, and count as none "
+                         f"of its texts: {few}")  # fmt: skip
+    return notes
 
 
 def column_statistics(rows: np.ndarray, weights: np.ndarray | None = None) -> tuple[list[float], list[float]]:
@@ -185,14 +272,19 @@ def _target_column(path: Path, target: str, header: list[str]) -> int:
 
 
 def number_in(cell: str) -> float:
-    """The cell as a number; NaN for everything that is none, an infinity for what float32 cannot hold."""
+    """The cell as a number, True and False as 1 and 0; NaN for what is none, an infinity for what float32 cannot hold."""
     try:
         value = float(cell)
     except ValueError:
-        return np.nan
+        return _TRUTH.get(cell.strip().lower(), np.nan)
     if math.isnan(value):
         return np.nan  # -nan has other bits, and so would its shard
     return value if abs(value) <= 3.4028234e38 else math.copysign(np.inf, value)
+
+
+def text_in(cell: str) -> str:
+    """The cell as the text that names a feature; "" for an empty one."""
+    return printable(cell.strip())
 
 
 def class_numbers(path: Path, target: str, labels: list[str]) -> tuple[list[str], np.ndarray]:
@@ -213,6 +305,12 @@ def _without_constants(values: np.ndarray) -> tuple[np.ndarray, list[int]]:
     changes = np.fmin.reduce(values, axis=0) < np.fmax.reduce(values, axis=0)
     constant = np.flatnonzero(~changes).tolist()
     return np.delete(values, constant, axis=1), constant
+
+
+def _most(counts: Counter) -> str:
+    """"Age (177), Fare (1)", the most frequent first."""
+    few = [f"{name} ({count:,})" for name, count in counts.most_common(_TOLD)]
+    return ", ".join(few) + (", ..." if len(counts) > _TOLD else "")
 
 
 def _note(what: str, names: list[str]) -> list[str]:

@@ -172,7 +172,8 @@ def test_decimal_commas_are_named(tmp_path, text, hole):
 def test_text_with_commas_is_text_and_a_column_without_a_name_is_left_out(tmp_path):
     (tmp_path / "t.csv").write_text(",a,note,y\n0,1,\"red, blue\",x\n1,2,\"3,4\",z\n2,4,green,x\n")
     source = open_source(ShardConfig(source="csv", path=str(tmp_path / "t.csv"), target="y"))
-    assert source.features == ["a"] and "1 columns without a name, dropped: often the rows' numbers" in source.notes
+    assert source.features == ["a", "note=3,4", "note=green", "note=red, blue"]
+    assert "1 columns without a name, dropped: often the rows' numbers" in source.notes
 
 
 def test_settings_of_other_sources_are_refused(tmp_path):
@@ -303,6 +304,7 @@ def test_rows_with_holes_follow_the_rule(tmp_path):
     assert dropped.store.rows.tolist() == [[1, 2], [9, 10]] and dropped.names == ["line 2", "line 7"]
     assert dropped.left_out[0] == {"name": "line 3", "why": "column x is empty"}
     assert dropped.left_out[1] == {"name": "line 4", "why": "column y is 'oops'"}
+    assert dropped.notes == ["4 of 6 rows were left out for missing values: y (2), k (1), x (1)"]
     kept = open_source(ShardConfig(**settings, missing="mean"))
     np.testing.assert_array_equal(kept.store.rows, np.float32([[1, 2], [np.nan, 4], [3, np.nan], [9, 10]]))
     assert kept.left_out == [{"name": "line 5", "why": "column k is empty"},
@@ -395,8 +397,8 @@ CSV_FAULTS = {
     "twice": ("x,x,kind\n1,2,a\n", "named twice: 'x'"),
     "one class": ("x,kind\n1,a\n2,a\n", "one class only"),
     "a measurement": ("x,kind\n" + "".join(f"{i},{i / 7}\n" for i in range(50)), "50 different values"),
-    "no numbers": ("x,kind\nred,a\nblue,b\n", "no numeric column"),
-    "all rows holed": ("x,y,kind\n1,,a\n,2,b\n", "none of the 2 rows is complete"),
+    "nothing that changes": ("x,kind\nred,a\nred,b\n", "no column besides 'kind'"),
+    "all rows holed": ("x,y,kind\n1,,a\n,2,b\n", r"none of the 2 rows is complete; missing are x \(1\), y \(1\)"),
     "quotes": ('x,kind\n"1,a\n', "not a CSV file"),
 }
 
