@@ -19,7 +19,7 @@ install: $(VENV)/installed
 
 # uv installs the same packages from the same place in a fifth of pip's time; pip takes over where uv cannot be had
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard setup.py dist_train/*.[ch])
-	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)  # one without pip was begun where python3-venv was missing
+	test -x $(BIN)/pip || $(BIN)/python -m ensurepip --default-pip > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check uv || true
 	if test -x $(BIN)/uv; then $(UV_INSTALL) -e '.[dev]'; else $(PIP_INSTALL) -e '.[dev]'; fi
 	$(BIN)/python -m compileall -q dist_train  # where Python is told to write no bytecode, every start would compile anew

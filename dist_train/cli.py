@@ -1,10 +1,9 @@
 """The dist-train command: a table of functions imported when they are called; user errors in one line, exit code 2."""
 
 import importlib
-import os
 import sys
 
-from dist_train.errors import UserError, did_you_mean, tell
+from dist_train.errors import UserError, did_you_mean, silence, tell
 
 COMMANDS = {
     "shard": ("dist_train.shard:main", "convert a dataset into tar shards and an index"),
@@ -57,7 +56,7 @@ def run_command(command, argv: list[str]) -> int:
     except (UserError, KeyboardInterrupt) as error:
         return tell(error)
     except BrokenPipeError:  # `dist-train plan | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         return 0
 
 

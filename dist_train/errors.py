@@ -26,15 +26,23 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
     return f"Did you mean {by_lower[near[0]]}?" if near else otherwise
 
 
+def silence(stream) -> None:
+    """Let a text stream end nowhere: Python writes what is left in it once more as it exits, and its failure would be the code."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 def tell(error: BaseException) -> int:
     """Print an error as the last words of a command; returns its exit code."""
     rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
     prefix = f"[rank {rank}] " if rank and world_size != "1" else ""  # which rank speaks, where there are several
-    if isinstance(error, UserError):
-        print(f"{prefix}{error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
+    if isinstance(error, UserError | KeyboardInterrupt):
+        is_known = isinstance(error, UserError)
+        try:
+            print(f"{prefix}{error}" if is_known else "interrupted", file=sys.stderr, flush=True)
+        except OSError:  # a full disk, a reader that is gone: the exit code says it still
+            silence(sys.stderr)
+        return error.exit_code if is_known else 130
     traceback.print_exception(error)
     return 1

@@ -152,6 +152,8 @@ def eval_main(argv: list[str]) -> None:
     split = options.split or usual_split(index, config)
     if changed := conflicts({"model": to_dict(trained.config.model)}, {"model": to_dict(config.model)}):
         raise UserError(f"dist-train eval: the network is the run's.\n  {'; '.join(changed)}\n  Leave it out.")
+    if changed := conflicts(_normalising(trained.config), _normalising(config)):
+        raise UserError(f"dist-train eval: values are normalised as in training.\n  {'; '.join(changed)}\n  Leave it out.")
     if problems := range_problems(config) + shift_problems(config, index):
         raise UserError("\n".join(problems))
     if config.data.eval_size:
@@ -178,7 +180,12 @@ def eval_main(argv: list[str]) -> None:
 
 def usual_split(index: ShardIndex, config: RunConfig) -> str:
     """The split that figures are of where none is named."""
-    return config.data.val_split if "test" not in index.splits and config.data.val_split in index.splits else "test"
+    names = (config.data.test_split, "test", config.data.val_split)
+    return next((name for name in names if name in index.splits), "test")
+
+
+def _normalising(config: RunConfig) -> dict:
+    return {"data": {"mean": list(config.data.mean), "std": list(config.data.std)}}
 
 
 def _class_line(row: dict) -> str:

@@ -229,6 +229,15 @@ def _statistics_of_run(folder: Path) -> tuple[list[float], list[float]] | None:
         ) from None
 
 
+def classes_beside(pretrained: str) -> list[str] | None:
+    """The classes that a run's weights.safetensors tell apart, in order; None of other weights, or where nothing is written."""
+    path = Path(pretrained)
+    try:
+        return json.loads(path.with_name("inference.json").read_text())["classes"] if path.name == "weights.safetensors" else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def _version_of_file(config: ModelConfig):
     """torchvision's entry of the weights in a file, known by its name; None for a file that is not torchvision's."""
     name = Path(config.pretrained).name

@@ -10,14 +10,14 @@ from dist_train.augment import Augment
 from dist_train.config import AugmentConfig, RunConfig
 from dist_train.data import open_stream
 from dist_train.errors import UserError
-from dist_train.folds import open_index
+from dist_train.folds import open_index, view_of
 from dist_train.index import ShardIndex
 from dist_train.mixing import mix
 from dist_train.order import Order
 from dist_train.page import Cell, Gallery, Section, write_page
 from dist_train.picture_plots import THUMBNAIL, cell, draw_gallery, save_png, some_of_each_class, thumbnails
 from dist_train.settings import read_config
-from dist_train.sizes import decoder_crop, input_size, on_device_augment
+from dist_train.sizes import decoder_crop, input_size, on_device_augment, statistics_problems
 
 SHOWN_CLASSES = 10
 _CHUNK = 1 << 20  # places of an epoch that are looked through at once
@@ -39,6 +39,8 @@ def main(argv: list[str]) -> None:
     if problems:
         raise UserError("\n".join(problems))
     config = read_config(RunConfig, overrides, "dist-train augment-preview", [options.recipe])
+    if problems := statistics_problems(config, view_of(config)):
+        raise UserError("\n".join(problems))
     index = open_index(config)
     gallery = preview_gallery(config, index, options.per_class, options.epochs, side=256)
     if out.suffix == ".html":

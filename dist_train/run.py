@@ -189,7 +189,9 @@ class Run:
         smaller = sizes.micro_batch_size(dataclasses.replace(config, train=halved), self.world.world_size)
         is_mixing = config.augment.mixup or config.augment.cutmix
         is_left = smaller < at_once and not (is_mixing and smaller % 2) and not self.parallel.replays_graphs
-        advice = f"Go on with --resume --train.micro_batch_size {smaller}" if is_left else (
+        adds_in_bf16 = config.train.parallel == "fsdp" and config.train.reduce_precision == "bf16" and self.world.world_size > 1
+        how = f"--from {self.folder} --run runs/NEW --train.reduce_precision fp32" if adds_in_bf16 else "--resume"
+        advice = f"Go on with {how} --train.micro_batch_size {smaller}" if is_left else (
             "Fewer do not go through: take a device with more memory, more ranks with train.parallel: fsdp, or a smaller network"
         )  # fmt: skip
         what = ". ".join(str(error).split(". ")[:2]).rstrip(".")

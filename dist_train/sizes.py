@@ -10,7 +10,7 @@ from dist_train.errors import UserError
 from dist_train.index import ShardIndex
 from dist_train.metrics import flops_per_sample
 from dist_train.models import build_model, head_name, rates_taken
-from dist_train.pretrained import evaluated_otherwise, normalised_otherwise
+from dist_train.pretrained import classes_beside, evaluated_otherwise, normalised_otherwise
 from dist_train.runtime import World
 from dist_train.settings import flatten, to_dict
 
@@ -22,11 +22,11 @@ _RANGES = {  # (what is expected, whether a value is that): settings; others hav
          "optim.freeze_epochs", "optim.warmup_epochs", "optim.final_lr", "optim.plateau_patience", "optim.clip_norm",
          "train.max_steps", "train.profile_steps", "train.micro_batch_size", "train.eval_every_epochs", "train.patience",
          "train.split_ranks", "runtime.threads", "augment.start_size"),
-    ("0 or more, less than 1", lambda value: 0 <= value < 1):  # the full size must be met in training
-        ("augment.full_size_from", "optim.momentum", "optim.beta2", "optim.label_smoothing", "optim.ema_decay", "model.dropout"),
+    ("0 or more, less than 1", lambda value: 0 <= value < 1):
+        ("optim.momentum", "optim.beta2", "optim.label_smoothing", "optim.ema_decay", "model.dropout"),
     ("-1, or 0 or more, less than 1", lambda value: value == -1 or 0 <= value < 1): ("model.drop_path",),
     ("more than 0, at most 1", lambda value: 0 < value <= 1): ("optim.layer_decay",),
-    ("0 to 1", lambda value: 0 <= value <= 1): ("data.eval_crop", "optim.class_weights"),
+    ("0 to 1", lambda value: 0 <= value <= 1): ("data.eval_crop", "augment.full_size_from", "optim.class_weights"),
 }  # fmt: skip
 
 
@@ -141,6 +141,8 @@ def check_new(config: RunConfig) -> None:
     if changed(rates := ["dropout", "drop_path"]) and (found := changed([r for r in rates if r not in rates_taken(model)])):
         problems.append(f"{', '.join(found)}: {model.name} has no layers of its own for that, whose rate could be set and which "
                         f"drop the same on any number of ranks.\n  Leave it out, or take another network.")  # fmt: skip
+    if config.augment.start_size and config.augment.full_size_from == 1:
+        problems.append("augment.full_size_from is 1, so that no step would be trained at the full size; expected less than 1.")
     if problems:
         raise UserError("\n".join(problems))
     check_evaluated(config)
@@ -148,6 +150,10 @@ def check_new(config: RunConfig) -> None:
 
 def check_judged(config: RunConfig, index: ShardIndex, network) -> None:
     """Raise UserError where nothing is trained, and the network's last layer is as drawn: its weights had other classes."""
+    theirs = classes_beside(config.model.pretrained)
+    if theirs is not None and theirs != index.classes:
+        raise UserError(f"train.epochs is 0, and {config.model.pretrained} tells other classes apart than those of {index.folder}, "
+                        f"or in another order.\n  Set train.epochs, or take shards with the weights' classes.")  # fmt: skip
     num_features, head = index.features and len(index.features), head_name(network, index.num_classes)
     fresh = replace(config.model, pretrained="")
     drawn = build_model(fresh, index.num_classes, input_size(config, index), num_features, config.seed)

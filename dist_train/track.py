@@ -24,7 +24,7 @@ from pathlib import Path
 
 from dist_train.config import RunConfig
 from dist_train.durable import replace_text
-from dist_train.errors import UserError
+from dist_train.errors import UserError, silence
 
 
 def open_tracker(folder: str | os.PathLike, config: RunConfig, is_main: bool, num_steps: int, resume_step: int | None):
@@ -215,12 +215,15 @@ def series(line: dict) -> str:
 def outlive_readers() -> Iterator[None]:
     """While this is open, a closed terminal, a pipe without a reader or a full disk under a log file ends no training."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (LastingStream(stream) for stream in before)
+    sys.stdout, sys.stderr = (stream and LastingStream(stream) for stream in before)
     try:
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, before):
+            try:
+                stream.flush()
+            except OSError:
+                silence(stream)
         sys.stdout, sys.stderr = before
 
 
@@ -247,9 +250,7 @@ class LastingStream:
 
     def _lose(self, error: OSError) -> None:
         if error.errno in (errno.EPIPE, errno.EIO):  # for good; a full disk may have room again
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())  # Python itself flushes once more as it ends
-            os.close(nowhere)
+            silence(self._stream)
 
 
 class PlainLines:

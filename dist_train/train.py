@@ -336,7 +336,7 @@ def run_training(argv: list[str]) -> int:
         leaving.callback(is_leaving.set)
         watch.is_busy = lambda: is_leaving.is_set() or run.checkpoints.is_writing()
         complaints += config_warnings(config, world.world_size, run.network)
-        complaints += [] if resume else [*run.remarks, *pretrained_remarks(config, run.index)]
+        complaints += [] if run.checkpoints.chosen else [*run.remarks, *pretrained_remarks(config, run.index)]
         if runtime.is_slow(config.train.precision, world.device):
             complaints.append("train.precision is bf16, which this CPU has no instructions for: fp32 is far faster here.")
         for complaint in complaints:

@@ -104,7 +104,7 @@ def train_fold(
         state = run.new_state()
         run.resume(state)
         metrics = MetricsFile(folder / "metrics.jsonl", state.step or -1)
-        run.tracker = TrialTracker(metrics, config, lambda figures: watch(state.step / run.num_steps, figures))
+        run.tracker = TrialTracker(metrics, config, lambda figures: watch(state.step / max(1, run.num_steps), figures))
         leaving.callback(run.tracker.finish, True)
         leaving.enter_context(divergence_told(run))
         if not run.is_over(state):

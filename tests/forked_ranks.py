@@ -9,6 +9,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +55,9 @@ def _run(module: str, argv: list[str], env: dict[str, str], log: str) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)
+    server = forkserver._forkserver
+    os.close(server._forkserver_alive_fd)  # open, it lets the server outlive pytest by its ranks, which end with their parent
+    server._forkserver_alive_fd = None
     os.environ.clear()
     os.environ.update(env)
     os.chdir(ROOT)

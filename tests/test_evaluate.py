@@ -212,8 +212,13 @@ def test_weights_of_other_classes_are_not_evaluated_with_a_last_layer_as_drawn(d
     shards, before = made_shards(tmp_path, {"train": 8, "val": 4}), tmp_path / "before"
     assert run_training(tiny_run(digits, before, "--train.max_steps", "1", "--train.epochs", "0.05")) == 0
     argv = ["--model.pretrained", str(before / "weights.safetensors"), "--train.epochs", "0", "--data.global_batch_size", "12"]
+    about = json.loads((before / "inference.json").read_text())
+    (before / "inference.json").unlink()
     with pytest.raises(UserError, match="has no last layer for the 3 classes"):
         run_training(tiny_run(shards, tmp_path / "run", *argv))
+    (before / "inference.json").write_text(json.dumps(about | {"classes": about["classes"][::-1]}))
+    with pytest.raises(UserError, match="tells other classes apart than those of .*, or in another order"):
+        run_training(tiny_run(digits, tmp_path / "other", *argv[:-2]))
 
 
 def test_a_stop_in_the_first_of_a_few_long_batches_is_heard_before_the_next():

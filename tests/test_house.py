@@ -121,6 +121,11 @@ def parts(node: ast.AST) -> list[ast.AST]:
     return node.elts if isinstance(node, ast.Tuple) else [node]
 
 
+def test_nothing_but_sources_lies_in_the_package():
+    files = subprocess.run(["git", "ls-files", "dist_train"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert not {Path(name).suffix for name in files} - {".py", ".c", ".h", ".j2", ".css"}
+
+
 def test_every_setting_is_read_somewhere():
     settings = [*setting_classes(RunConfig).items(), *setting_classes(ShardConfig).items()]  # a seed is in both
     class_of = {"config": "RunConfig"} | {name.partition(".")[0]: owner.__name__ for name, owner in settings if "." in name}

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import os
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -284,6 +285,7 @@ def one_compiling_rank(rank, port, folder):
 
 
 @pytest.mark.two_process
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 def test_a_compiled_network_of_two_ranks_computes_what_one_process_does(tmp_path):
     torch.multiprocessing.start_processes(one_compiling_rank, (free_port(), str(tmp_path)), 2, start_method="forkserver")
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]

@@ -140,6 +140,12 @@ def test_a_terminal_that_is_closed_stops_a_training_in_order(digits, tmp_path, b
     assert last["step"] == figures(run)[-1 if not by_nohup else -3][2]
 
 
+def test_a_full_disk_under_its_lines_changes_no_exit_code(digits, tmp_path):
+    with open("/dev/full", "w") as full:
+        assert train_into(full, tiny_run(digits, tmp_path / "run", "--train.epochs", "1")).wait(60) == 0
+        assert train_into(full, tiny_run(digits, tmp_path / "run", "--train.epochs", "-1")).wait(60) == 2
+
+
 def test_a_training_outlives_the_reader_of_its_lines(digits, tmp_path):
     run = tmp_path / "run"
     reader, writer = os.pipe()
