@@ -11,10 +11,8 @@ import numpy as np
 
 from dist_train.errors import UserError, did_you_mean
 from dist_train.shard_config import ShardConfig
-from dist_train.sources import PICTURES, SPLIT_WORDS, Files, Source, printable
-from dist_train.tables import NO_CLASS, class_numbers, left_out_rows, read_csv
-
-_TOLD = 5  # faults of a kind that are shown; all are counted
+from dist_train.sources import PICTURES, Files, Source, printable
+from dist_train.tables import NO_CLASS, NUM_TOLD, class_numbers, left_out_rows, listed_splits, read_csv, told
 
 
 class Listed(NamedTuple):
@@ -46,15 +44,19 @@ def list_source(config: ShardConfig) -> Source:
     if reasons and (config.missing == "error" or len(reasons) == len(rows)):
         faults = [f"line {lines[r]}: {why}" for r, why in reasons.items()]
         otherwise = "leave them out with --missing drop" if len(reasons) < len(rows) else "name another column"
-        raise UserError(f"{path}: {_told(f'of {len(rows):,} rows lack a value', faults)}\n  Mend them, or {otherwise}.")
+        raise UserError(f"{path}: {told(f'of {len(rows):,} rows lack a value', faults)}\n  Mend them, or {otherwise}.")
     listed = [Listed(lines[r], row, _path(row["picture"], config.ending)) for r, row in enumerate(cells) if r not in reasons]
     classes, labels = class_numbers(path, config.target, [row.cells["target"] for row in listed])
-    splits = [SPLIT_WORDS.get(row.cells["split_column"].lower(), -1) if config.split_column else 0 for row in listed]
+    splits, wrong = [0] * len(listed), []
+    if config.split_column:
+        preset, wrong = listed_splits(config, [row.cells["split_column"] for row in listed], classes, labels)
+        splits = preset.tolist()
     states, missing = _states(root, listed)
     problems = [
         *_wrong_names(listed),
         *_named_twice(listed, {setting: header[column] for setting, column in columns.items()}),
-        *(_wrong_splits(config, listed, splits, classes, labels) if config.split_column else ()),
+        *wrong,
+        *(_torn_groups(config, listed, splits) if config.split_column and config.group and min(splits) >= 0 else ()),
         *(_missing(config, root, missing, len(listed)) if len(missing) > config.max_bad else ()),
     ]
     if problems:
@@ -62,7 +64,7 @@ def list_source(config: ShardConfig) -> Source:
     order = sorted(range(len(listed)), key=lambda i: (labels[i], splits[i], listed[i].picture))  # as of class folders
     groups = np.unique([row.cells["group"] for row in listed], return_inverse=True)[1] if config.group else None
     paths = [listed[i].picture for i in order]
-    why = ", ".join(f"{why} ({count:,})" for why, count in Counter(reasons.values()).most_common(_TOLD))
+    why = ", ".join(f"{why} ({count:,})" for why, count in Counter(reasons.values()).most_common(NUM_TOLD))
     return Source(
         classes=classes,
         names=[printable(path) for path in paths],
@@ -135,7 +137,7 @@ def _states(root: Path, listed: list[Listed]) -> tuple[list[tuple[int, int]], li
 
 def _missing(config: ShardConfig, root: Path, missing: list[str], num_listed: int) -> list[str]:
     allowed = f", and max_bad allows {config.max_bad:,}" if config.max_bad else ""
-    return [f"{_told(f'of {num_listed:,} pictures are not below {root}{allowed}', missing)}\n"
+    return [f"{told(f'of {num_listed:,} pictures are not below {root}{allowed}', missing)}\n"
             f"  Set --root to the folder that names start from, or leave them out with --max-bad {len(missing)}."]  # fmt: skip
 
 
@@ -144,9 +146,9 @@ def _wrong_names(listed: list[Listed]) -> list[str]:
     others = [f"line {row.line}: {row.picture!r}" for row in listed if not _is_pictures(row.picture)]
     problems = []
     if outside:
-        problems.append(f"{_told('names lead out of the root', outside)}\n  Set --root higher, and write paths below it.")
+        problems.append(f"{told('names lead out of the root', outside)}\n  Set --root higher, and write paths below it.")
     if others:
-        problems.append(f"{_told('names end as no picture does', others)}\n"
+        problems.append(f"{told('names end as no picture does', others)}\n"
                         f"  Expected {', '.join(PICTURES)}; --ending .jpg adds what names lack.")  # fmt: skip
     return problems
 
@@ -160,35 +162,15 @@ def _named_twice(listed: list[Listed], names: dict[str, str]) -> list[str]:
             apart = [f", {names[setting]} {other.cells[setting]!r} and {cell!r}" for setting, cell in row.cells.items()
                      if setting != "picture" and cell != other.cells[setting]]  # fmt: skip
             faults.append(f"lines {other.line} and {row.line}: {printable(row.picture)}{''.join(apart)}")
-    return [f"{_told('rows name a picture again', faults)}\n  Keep one row of each picture."] if faults else []
+    return [f"{told('rows name a picture again', faults)}\n  Keep one row of each picture."] if faults else []
 
 
-def _wrong_splits(
-    config: ShardConfig, listed: list[Listed], splits: list[int], classes: list[str], labels: np.ndarray
-) -> list[str]:
-    words = Counter(row.cells["split_column"] for row, split in zip(listed, splits, strict=True) if split < 0)
-    if words:
-        found = ", ".join(f"{word!r} ({count:,} rows)" for word, count in words.most_common(_TOLD))
-        return [f"column {config.split_column} is {found}{', ...' if len(words) > _TOLD else ''}; expected train, val or test.\n"
-                f"  Write those, or leave --split-column out, and splits are drawn."]  # fmt: skip
-    problems, first, torn = [], {}, {}
-    joined = {part: group for group in config.merge for part in (*group.split("+"), group)} or {name: name for name in classes}
-    trained = {joined.get(classes[label]) for label, split in zip(labels.tolist(), splits, strict=True) if split == 0}
-    untrained = [repr(name) for name in dict.fromkeys(joined[name] for name in classes if name in joined) if name not in trained]
-    if untrained:
-        problems.append(f"{_told('classes have no row in the training split', untrained)}\n  Each needs some to be learnt from.")
-    for row, split in zip(listed, splits, strict=True) if config.group else ():
+def _torn_groups(config: ShardConfig, listed: list[Listed], splits: list[int]) -> list[str]:
+    first, torn = {}, {}
+    for row, split in zip(listed, splits, strict=True):
         group, word = row.cells["group"], row.cells["split_column"]
         other, its_split = first.setdefault(group, (row, split))
         if split != its_split:
             torn.setdefault(group, f"{group!r}: {other.cells['split_column']} in line {other.line}, {word} in line {row.line}")
-    if torn:
-        problems.append(f"{_told(f'groups of column {config.group} lie in two splits', list(torn.values()))}\n"
-                        f"  Put each into one, or leave --split-column out, and they are drawn whole.")  # fmt: skip
-    return problems
-
-
-def _told(what: str, faults: list[str]) -> str:
-    """"3 rows lack a value:", and the first few."""
-    more = f"\n  and {len(faults) - _TOLD:,} more" if len(faults) > _TOLD else ""
-    return f"{len(faults):,} {what}:" + "".join(f"\n  {fault}" for fault in faults[:_TOLD]) + more
+    return [f"{told(f'groups of column {config.group} lie in two splits', list(torn.values()))}\n"
+            f"  Put each into one, or leave --split-column out, and they are drawn whole."] if torn else []  # fmt: skip

@@ -5,7 +5,7 @@ import contextlib
 import json
 import os
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -31,10 +31,21 @@ from dist_train.pretrained import put_weights
 from dist_train.settings import from_dict, read_config, to_dict
 from dist_train.sizes import check_eval_size, range_problems, shift_problems
 from dist_train.sources import PICTURES, files_below, printable
-from dist_train.tables import feature_places, number_in, read_csv, text_in, unknown_texts
+from dist_train.tables import (
+    NO_CLASS,
+    NUM_TOLD,
+    feature_places,
+    most,
+    numbers_in,
+    read_csv,
+    refuse_decimal_commas,
+    text_in,
+    text_places,
+)
 from dist_train.watch import Watch
 
 BATCH_SIZE = 64
+ROWS_AT_ONCE = 65_536  # of a table
 
 
 @dataclass(frozen=True)
@@ -211,8 +222,25 @@ def check_fits(index: ShardIndex, trained: Trained) -> None:
     """Raise UserError where a set's classes, or a table's columns, are not those that a run was trained on."""
     for what, there, here in (("classes", index.classes, trained.classes), ("columns", index.features, trained.features)):
         if there != here:
-            few = [f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "none" for names in (there, here)]
-            raise UserError(f"{index.folder}: its {what} are not those of {trained.folder}: {few[0]} there, {few[1]} here.")
+            told = _differences(there or [], here or [])
+            if what == "columns" and there and here and {*there} != {*here}:
+                told += "\n  A table's columns follow from all rows of its file: convert both in one, with --split-column."
+            raise UserError(f"{index.folder}: its {what} are not those of {trained.folder}: {told}")
+
+
+def _differences(there: list[str], here: list[str]) -> str:
+    """What two lists of names do not share, or from where on their order differs."""
+    of_there, of_here = set(there), set(here)
+    lacking, besides = [name for name in here if name not in of_there], [name for name in there if name not in of_here]
+    if not lacking and not besides:
+        first = next((k for k, (one, other) in enumerate(zip(there, here, strict=False)) if one != other), 0)
+        return f"in another order: {_few(there[first:])} there, {_few(here[first:])} here."
+    parts = [f"lacks {_few(lacking)}" if lacking else "", f"has {_few(besides)} besides" if besides else ""]
+    return f"it {' and '.join(filter(None, parts))}."
+
+
+def _few(names: list[str]) -> str:
+    return f"{', '.join(names[:5])}{f' and {len(names) - 5:,} more' if len(names) > 5 else ''}"
 
 
 def _with_statistics(index, trained: Trained):
@@ -276,26 +304,72 @@ def picture_batches(trained: Trained, paths: list[str], num_threads: int) -> Ite
         pool.shutdown(cancel_futures=True)
 
 
-def _table_batches(trained: Trained, paths: list[str]):
-    """Yield (names, float32 (N, F), [(name, reason)]) for the rows of CSV files with the columns of the run.
+def _table_batches(trained: Trained, paths: list[str]) -> Iterator[tuple]:
+    """Yield (names, float32 (N, F), [(name, reason)]) for ROWS_AT_ONCE rows of CSV files with the columns of the run.
 
-    A text that the run does not know is 0 in every feature of its column, and counted on stderr. What is missing is NaN where the
-    run fills holes, which `standardised` does; elsewhere it is a complaint.
+    What `_feature_values` has to say of a file goes to stderr. What is missing is NaN where the run fills holes, which
+    `standardised` does; elsewhere it is a complaint.
     """
     for path in paths:
         header, rows, lines = read_csv(Path(path))
-        places = feature_places(Path(path), header, trained.features)
-        for note in unknown_texts(header, rows, places):
+        values, columns, notes = _feature_values(Path(path), header, rows, lines, trained.features, trained.fills_holes)
+        for note in notes:
             print(f"{path}: {note}", file=sys.stderr)
-        names, values, complaints = [], [], []
-        for row, line in zip(rows, lines, strict=True):
-            numbers = [float(text_in(row[c]) == text) if text else number_in(row[c]) for c, text in places]
-            if (bad := np.flatnonzero(np.isinf(numbers) if trained.fills_holes else ~np.isfinite(numbers))).size:
-                column, _ = places[int(bad[0])]
-                complaints.append((f"{path}:{line}", f"not a number: column {header[column]} is {row[column][:40]!r}"))
-            else:
-                values.append(numbers)
-                names.append(f"{path}:{line}")
-        if num_holes := int(np.isnan(values).sum()):
-            print(f"{path}: {num_holes:,} missing values count as their column's mean in training.", file=sys.stderr)
-        yield names, torch.tensor(values, dtype=torch.float32) if values else None, complaints
+        for first in range(0, len(rows), ROWS_AT_ONCE):
+            part = values[first : first + ROWS_AT_ONCE]
+            bad = np.isinf(part) if trained.fills_holes else ~np.isfinite(part)
+            good, names, complaints = ~bad.any(axis=1), [], []
+            for r, is_good in enumerate(good.tolist(), first):
+                if is_good:
+                    names.append(f"{path}:{lines[r]}")
+                    continue
+                column = columns[int(bad[r - first].argmax())]
+                complaints.append((f"{path}:{lines[r]}", f"not a number: column {header[column]} is {rows[r][column][:40]!r}"))
+            yield names, torch.from_numpy(part[good]) if names else None, complaints
+
+
+def _feature_values(
+    path: Path, header: list[str], rows: list[list[str]], lines: list[int], features: list[str], fills_holes: bool
+) -> tuple[np.ndarray, list[int], list[str]]:
+    """A run's features of the rows of a file, (N, F) float32, the column of each feature, and lines for the user.
+
+    NaN for what is no number, an infinity for what float32 cannot hold; a text that the run does not know is 0 in every feature of
+    its column. fills_holes: NaN counts as the column's mean; then the lines say of which cells, and decimal commas are refused.
+    Raises UserError as `feature_places` does.
+    """
+    places, notes = feature_places(path, header, features), []
+    values = np.empty((len(rows), len(features)), np.float32)
+    for c in dict.fromkeys(c for c, _ in places):
+        cells = [row[c] for row in rows]
+        known = {text: k for k, (other, text) in enumerate(places) if other == c}
+        if (k := known.pop("", None)) is not None:
+            values[:, k] = numbers = numbers_in(cells)
+            if fills_holes:
+                refuse_decimal_commas(path, header[c], cells, numbers, lines)
+        if known:
+            text_of = {cell: text_in(cell) for cell in {*cells}}
+            of_cells = text_places(cells, text_of, list(known))
+            for place, k in enumerate(known.values()):
+                values[:, k] = of_cells == place
+            found = Counter(text for r in np.flatnonzero(of_cells < 0).tolist() if (text := text_of[cells[r]]))
+            few = ", ".join(repr(text[:40]) for text, _ in found.most_common(NUM_TOLD)) + (", ..." if len(found) > NUM_TOLD else "")
+            notes += [f"column {header[c]}: {found.total():,} cells have a text that the run does not know, and count as none of "
+                      f"its texts: {few}"] if found else []  # fmt: skip
+    if fills_holes:
+        columns = {k: c for k, (c, text) in enumerate(places) if not text}
+        notes += _told_holes(header, rows, values, columns)
+    return values, [c for c, _ in places], notes
+
+
+def _told_holes(header: list[str], rows: list[list[str]], values: np.ndarray, columns: dict[int, int]) -> list[str]:
+    """Lines on what counts as a mean, empty cells and others apart. columns: {feature: column} of those of numbers."""
+    empty, texts, finite = Counter(), Counter(), np.ones(len(rows), bool)
+    for k in columns:
+        finite &= ~np.isinf(values[:, k])  # other rows are not predicted
+    for k, c in columns.items():
+        for r in np.flatnonzero(np.isnan(values[:, k]) & finite).tolist():
+            (empty if rows[r][c].strip().lower() in NO_CLASS else texts)[header[c]] += 1
+    return [
+        f"{found.total():,} {what} count as their column's mean in training: {most(found)}."
+        for what, found in (("missing values", empty), ("cells with text in columns of numbers", texts)) if found
+    ]  # fmt: skip

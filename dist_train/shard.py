@@ -82,7 +82,8 @@ def check_settings(config: ShardConfig) -> None:
     usual, hint = ShardConfig(), {"classes": "; merge picks and joins classes of any source"}
     sources = {
         "classes": "folder", "target": "csv or list", "drop": "csv", "missing": "csv or list", "extra": "torchvision",
-        "download": "torchvision", **dict.fromkeys(("picture", "root", "ending", "split_column", "group"), "list"),
+        "download": "torchvision", "split_column": "csv or list",
+        **dict.fromkeys(("picture", "root", "ending", "group"), "list"),
     }  # fmt: skip
     for name, source in sources.items():
         if getattr(config, name) != getattr(usual, name) and config.source not in source.split(" or "):

@@ -41,7 +41,7 @@ class ShardConfig:
     ending: str = ""
     """list: added to names that do not end as a picture's do, such as .jpg"""
     split_column: str = ""
-    """list: the column with each picture's split, train, val or test; one that no row names is drawn from the training rows as
+    """csv and list: the column with each row's split, train, val or test; one that no row names is drawn from the training rows as
     `split` says, and without the column all are"""
     group: str = ""
     """list: the column with what no two splits may share, such as a patient or a scene; splits are drawn of whole groups, with

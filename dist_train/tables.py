@@ -1,109 +1,126 @@
 """Sources of vectors and of pictures that come as arrays: CSV files, and the sets inside scikit-learn."""
 
 import csv
-import math
 import re
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from dist_train.errors import UserError, did_you_mean
 from dist_train.shard_config import ShardConfig
-from dist_train.sources import Pixels, Source, Vectors, printable
+from dist_train.sources import SPLIT_WORDS, Pixels, Source, Vectors, printable
 
 SKLEARN = ("digits", "breast_cancer", "iris", "wine")
 NO_CLASS = ("", "na", "n/a", "nan", "null", "?")  # "none" and "-" are classes of well-known sets
 _TRUTH = {"true": 1.0, "false": 0.0}  # as pandas writes them
 MAX_TEXTS = 32  # of a column that becomes features: names and free text have more
+LEAST_TRUTH_STD = 0.1  # a text in one of 100,000 rows has 0.003: its 1 would enter as 316, and a few such diverge
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 _LEFT_OUT_KEPT = 1000  # rows named in the index; more are counted only
-_TOLD = 5  # columns with missing values that are named, texts that a run does not know
+NUM_TOLD = 5  # columns with missing values, texts that a run does not know, faults of a kind that are named
+
+
+class Feature(NamedTuple):
+    """A feature of the table: the numbers of a column, or whether its cell is one of its texts."""
+
+    name: str
+    column: int
+    cells: np.ndarray  # (N,) float32 numbers, NaN for what is none; or int16 numbers of texts, shared by the column's features
+    text: int  # number of its text; -1 for a column of numbers
+
+    def values(self, rows: np.ndarray) -> np.ndarray:
+        return self.cells[rows] if self.text < 0 else self.cells[rows] == self.text
 
 
 def csv_source(config: ShardConfig) -> Source:
     """Rows of a CSV file with a header line: config.target is the class, every other column float32 features.
 
     The delimiter (comma, semicolon, tab or bar) is the one the header line has most of. Classes are sorted, as numbers
-    if all are whole numbers. True and False, in any case, are 1 and 0. A column without a single number and of at most MAX_TEXTS
-    texts is a feature COLUMN=TEXT for each, in sorted order, 1 in rows with that text, else 0; an empty cell is 0 in all, and not
-    missing. Like the classes, the texts are those of the whole file, of every split. A row with a cell that is empty or no number
-    in a column of numbers is, by config.missing, left out, or kept with NaN there (`column_statistics` says what it counts as), or
-    refused; a row with a number that float32 cannot hold, or without a class (an empty cell, NA, N/A, NaN, null or ?), is left out
-    or refused. Dropped and named: columns in config.drop, without a name, without a value, of more texts, and features that never
+    if all are whole numbers. True and False, in any case, are 1 and 0. A column is of text where fewer of its cells are numbers
+    than are not, empty ones and NO_CLASS aside. One of at most MAX_TEXTS texts is a feature COLUMN=TEXT for each, in sorted order,
+    1 in rows with that text, else 0; an empty cell is 0 in all, and not missing. Like the classes, the texts are those of the whole
+    file, of every split. config.split_column is as in `listed_splits`. A row with a cell that is empty or no number in a column of
+    numbers is, by config.missing, left out, or kept with NaN there (`column_statistics` says what it counts as), or refused; a row
+    with a number that float32 cannot hold, or without a class or a split (an empty cell, NA, N/A, NaN, null or ?), is left out or
+    refused. Dropped and named: columns in config.drop, without a name, without a value, of more texts, and features that never
     change. Raises UserError where numbers are written with a decimal comma, and where a column is named as another's text would be.
     """
     path = Path(config.path)
     header, rows, lines = read_csv(path)
-    target = _target_column(path, config.target, header)
+    settings = ["target", *(["split_column"] if config.split_column else [])]
+    said_by = {setting: _column(path, setting, getattr(config, setting), header) for setting in settings}
+    if len({*said_by.values()}) < len(said_by):
+        raise UserError(f"{path}: target and split_column are both {config.target!r}; expected a column for each.")
     unknown = [name for name in config.drop if name not in header]
     if unknown:
         raise UserError(f"{path}: drop names {', '.join(unknown)}; the columns are {', '.join(header)}.")
-    wanted = [c for c, name in enumerate(header) if c != target and name.strip() and name not in config.drop]
+    wanted = [c for c, name in enumerate(header) if c not in said_by.values() and name.strip() and name not in config.drop]
     nameless = sum(not name.strip() for name in header)
-    numbers = np.array([[number_in(row[c]) for c in wanted] for row in rows], np.float32).reshape(len(rows), -1)
-    _refuse_decimal_commas(path, header, rows, lines, wanted, numbers)
-    features, columns, values, notes = _with_texts(path, header, rows, wanted, numbers)
+    features, notes = _features(path, header, rows, lines, wanted)
     notes += [f"{nameless} columns without a name, dropped: often the rows' numbers"] if nameless else []
 
-    labels = [row[target].strip() for row in rows]
-    unlabelled = np.array([label.lower() in NO_CLASS for label in labels])
-    unusable = np.isinf(values) if config.missing == "mean" else ~np.isfinite(values)
-    reasons = {}
-    for r in np.flatnonzero(unlabelled | unusable.any(axis=1)):
-        column = target if unlabelled[r] else columns[int(unusable[r].argmax())]
-        cell = rows[r][column]
-        reasons[int(r)] = f"column {header[column]} is {cell!r}" if cell.strip() else f"column {header[column]} is empty"
+    words = {setting: [row[c].strip() for row in rows] for setting, c in said_by.items()}
+    faulty, lacking = np.full(len(rows), -1), Counter()  # of each row the first column that leaves it out
+    for c, bad in [
+        *((said_by[setting], np.array([word.lower() in NO_CLASS for word in words[setting]])) for setting in settings),
+        *((f.column, np.isinf(f.cells) if config.missing == "mean" else ~np.isfinite(f.cells)) for f in features if f.text < 0),
+    ]:
+        faulty[bad & (faulty < 0)] = c
+        lacking += Counter({header[c]: int(bad.sum())})
+    reasons = {r: _why(header[faulty[r]], rows[r][faulty[r]]) for r in np.flatnonzero(faulty >= 0).tolist()}
     if reasons and config.missing == "error":
         few = "".join(f"\n  line {lines[r]}: {why}" for r, why in list(reasons.items())[:5])
         raise UserError(
             f"{path}: {len(reasons)} of {len(rows)} rows have missing or non-numeric values:{few}\n"
             f"  Mend them, or choose --missing drop or --missing mean."
         )
-    keep = np.array([r for r in range(len(rows)) if r not in reasons], np.int64)
-    lacking = {config.target: int(unlabelled.sum())}
-    lacking |= {header[c]: n for c, n in zip(columns, unusable.sum(axis=0).tolist(), strict=True) if n}
-    where = _most(Counter({name: n for name, n in lacking.items() if n}))
+    keep = np.flatnonzero(faulty < 0)
     if not len(keep):
-        raise UserError(f"{path}: none of the {len(rows)} rows is complete; missing are {where}.\n"
+        raise UserError(f"{path}: none of the {len(rows)} rows is complete; missing are {most(lacking)}.\n"
                         f"  Drop the emptiest columns with --drop.")  # fmt: skip
-    notes += [f"{len(reasons):,} of {len(rows):,} rows were left out for missing values: {where}"] if reasons else []
+    notes += [f"{len(reasons):,} of {len(rows):,} rows were left out for missing values: {most(lacking)}"] if reasons else []
 
-    values, constant = _without_constants(values[keep])
-    notes += _note("columns that never change, dropped", [features[k] for k in constant])
-    features = [name for k, name in enumerate(features) if k not in constant]
-    if not features:
+    changing = [f for f in features if np.fmin.reduce(values := f.values(keep)) < np.fmax.reduce(values)]
+    names = [f.name for f in changing]
+    notes += _note("columns that never change, dropped", [f.name for f in features if f.name not in {*names}])
+    if not changing:
         raise UserError(f"{path}: no column besides {config.target!r} is left to learn from.")
-    if num_holes := int(np.isnan(values).sum()):
-        notes.append(f"{num_holes:,} missing values count as their column's mean over the training split")
-    classes, numbers = class_numbers(path, config.target, [labels[r] for r in keep])
-    return _table(classes, numbers, values, features, [f"line {lines[r]}" for r in keep],
-                  left_out=left_out_rows(reasons, lines), notes=notes)  # fmt: skip
+    values = np.empty((len(keep), len(changing)), np.float32)
+    for k, f in enumerate(changing):
+        values[:, k] = f.values(keep)
+    if holes := +Counter({name: int(np.isnan(values[:, k]).sum()) for k, name in enumerate(names)}):
+        notes.append(f"{holes.total():,} missing values count as their column's mean over the training split: {most(holes)}")
+    classes, labels = class_numbers(path, config.target, [words["target"][r] for r in keep])
+    splits, problems = None, []
+    if config.split_column:
+        splits, problems = listed_splits(config, [words["split_column"][r] for r in keep], classes, labels)
+    if problems:
+        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
+    return _table(classes, labels, values, names, [f"line {lines[r]}" for r in keep],
+                  left_out=left_out_rows(reasons, lines), notes=notes, preset=splits)  # fmt: skip
 
 
-def _with_texts(
-    path: Path, header: list[str], rows, wanted: list[int], numbers: np.ndarray
-) -> tuple[list[str], list[int], np.ndarray, list[str]]:
-    """Features, the column of each, their values (N, F) float32, and lines for the user: columns of text become features.
+def _why(name: str, cell: str) -> str:
+    return f"column {name} is {cell!r}" if cell.strip() else f"column {name} is empty"
 
-    wanted: columns; numbers: their cells as numbers, (N, len(wanted)). Raises UserError where names would be ambiguous.
-    """
-    features, columns, values = [], [], [numbers[:, :0]]
-    became, too_many, empty = {}, [], []
-    for k, c in enumerate(wanted):
-        name = header[c]
-        if np.isfinite(numbers[:, k]).any():
-            features.append(name)
-            columns.append(c)
-            values.append(numbers[:, k : k + 1])
+
+def _features(path: Path, header: list[str], rows, lines, wanted: list[int]) -> tuple[list[Feature], list[str]]:
+    """Features of the wanted columns, and lines for the user. Raises UserError where names would be ambiguous."""
+    features, became, too_many, empty = [], {}, [], []
+    for c in wanted:
+        name, cells = header[c], [row[c] for row in rows]
+        numbers = numbers_in(cells)
+        if _is_numbers(cells, numbers):
+            refuse_decimal_commas(path, name, cells, numbers, lines, ", or leave the column out with --drop")
+            features.append(Feature(name, c, numbers, -1))
             continue
-        cells = [text_in(row[c]) for row in rows]
-        texts = sorted({*cells} - {""})
+        text_of = {cell: text_in(cell) for cell in {*cells}}
+        texts = sorted({*text_of.values()} - {""})
         if 0 < len(texts) <= MAX_TEXTS:
-            place = {text: i for i, text in enumerate(texts)}
-            places = np.array([place.get(cell, -1) for cell in cells])
-            values.append((places[:, None] == np.arange(len(texts))).astype(np.float32))
-            features += [f"{name}={text}" for text in texts]
-            columns += [c] * len(texts)
+            places = text_places(cells, text_of, texts)
+            features += [Feature(f"{name}={text}", c, places, k) for k, text in enumerate(texts)]
             became[name] = len(texts)
         else:
             too_many += [f"{name} ({len(texts):,})"] if texts else []
@@ -118,7 +135,23 @@ def _with_texts(
     notes = _note("columns of text, a feature for each text", [f"{name} ({count})" for name, count in became.items()])
     notes += _note(f"columns of more than {MAX_TEXTS} texts, dropped", too_many)
     notes += _note("columns without a value, dropped", empty)
-    return features, columns, np.concatenate(values, axis=1), notes
+    return features, notes
+
+
+def _is_numbers(cells: list[str], numbers: np.ndarray) -> bool:
+    """Whether a column is one of numbers, those with a decimal comma among them. numbers: of the cells, from `numbers_in`."""
+    holes = np.flatnonzero(np.isnan(numbers)).tolist()
+    others = Counter(cell for r in holes if (cell := cells[r].strip()).lower() not in NO_CLASS)
+    commas = sum(count for cell, count in others.items() if _DECIMAL_COMMA.fullmatch(cell))
+    texts = others.total() - commas
+    return len(cells) - len(holes) + commas >= texts if np.isfinite(numbers).any() else commas > 0 and not texts
+
+
+def text_places(cells: list[str], text_of: dict[str, str], texts: list[str]) -> np.ndarray:
+    """(N,) int16: the place of each cell's text among the texts, -1 for none of them. text_of: `text_in` of every distinct cell."""
+    place = {text: k for k, text in enumerate(texts)}
+    place_of = {cell: place.get(text, -1) for cell, text in text_of.items()}
+    return np.fromiter(map(place_of.__getitem__, cells), np.int16, len(cells))
 
 
 def feature_places(path: Path, header: list[str], features: list[str]) -> list[tuple[int, str]]:
@@ -145,33 +178,23 @@ def feature_places(path: Path, header: list[str], features: list[str]) -> list[t
     return places
 
 
-def unknown_texts(header: list[str], rows: list[list[str]], places: list[tuple[int, str]]) -> list[str]:
-    """A line for each column of text with cells whose text is none of the run's. places: as `feature_places`."""
-    notes = []
-    for c in dict.fromkeys(c for c, text in places if text):
-        known = {"", *(text for other, text in places if other == c)}
-        found = Counter(text for row in rows if (text := text_in(row[c])) not in known)
-        if found:
-            few = ", ".join(repr(text[:40]) for text, _ in found.most_common(_TOLD)) + (", ..." if len(found) > _TOLD else "")
-            notes.append(f"column {header[c]}: {found.total():,} cells have a text that the run does not know, and count as none "
-                         f"of its texts: {few}")  # fmt: skip
-    return notes
-
-
 def column_statistics(rows: np.ndarray, weights: np.ndarray | None = None) -> tuple[list[float], list[float]]:
     """(mean, std) of each column over the values that are there; std as it is once the others are filled with the mean.
 
     rows: (N, F), NaN where a value is missing; weights: (N,), how many rows each stands for. What scikit-learn's SimpleImputer
-    and then StandardScaler make of them. A column that never changes has a std of 1, one without a value a mean of 0 as well.
+    and then StandardScaler make of them, but for columns of 0 and 1, whose std is at least LEAST_TRUTH_STD. A column that never
+    changes has a std of 1, one without a value a mean of 0 as well.
     """
     values = rows.astype(np.float64)
     weights = np.ones((len(rows), 1)) if weights is None else weights[:, None]
     holes = np.isnan(values)
     np.copyto(values, 0, where=holes)
+    of_truth = ((values == 0) | (values == 1)).all(axis=0)
     mean = (values * weights).sum(axis=0) / np.maximum((~holes * weights).sum(axis=0), 1)
     apart = np.where(holes, 0, values - mean)
     std = np.sqrt((apart**2 * weights).sum(axis=0) / weights.sum())
-    return mean.tolist(), np.where(std > 0, std, 1.0).tolist()
+    least = np.where(of_truth & (std > 0), LEAST_TRUTH_STD, 0)
+    return mean.tolist(), np.where(std > 0, np.maximum(std, least), 1.0).tolist()
 
 
 def empty_columns(rows: np.ndarray, features: list[str]) -> list[str]:
@@ -180,19 +203,19 @@ def empty_columns(rows: np.ndarray, features: list[str]) -> list[str]:
     return _note("columns without a single value in the training split", [features[k] for k in empty])
 
 
-def _refuse_decimal_commas(path: Path, header, rows, lines, features: list[int], values: np.ndarray) -> None:
-    """Raise UserError where 1,5 stands in a column of numbers: it would count as a hole. values: NaN where there is no number."""
-    for k, c in enumerate(features):
-        cells = [(r, rows[r][c].strip()) for r in np.flatnonzero(np.isnan(values[:, k])).tolist()]
-        found = [(r, cell) for r, cell in cells if re.fullmatch(r"[+-]?\d+,\d+", cell)]
-        if found and (len(cells) < len(rows) or len(found) == sum(bool(cell) for _, cell in cells)):
-            r, cell = found[0]
-            plain = repr(cell.replace(",", "."))
-            plain += f", or {cell.replace(',', '')!r} if the comma parts thousands" if re.search(r",\d{3}$", cell) else ""
-            raise UserError(
-                f"{path}, line {lines[r]}: column {header[c]!r} has {cell!r}, and {len(found) - 1} more with a comma; expected "
-                f"{plain}.\n  Write numbers with a point, or leave the column out with --drop."
-            )
+def refuse_decimal_commas(
+    path: Path, name: str, cells: list[str], numbers: np.ndarray, lines: list[int], otherwise: str = ""
+) -> None:
+    """Raise UserError where 1,5 stands in a column of numbers: it would count as a hole. numbers: of its cells, NaN for holes."""
+    cells = [(r, cells[r].strip()) for r in np.flatnonzero(np.isnan(numbers)).tolist()]
+    if found := [(r, cell) for r, cell in cells if _DECIMAL_COMMA.fullmatch(cell)]:
+        r, cell = found[0]
+        plain = repr(cell.replace(",", "."))
+        plain += f", or {cell.replace(',', '')!r} if the comma parts thousands" if re.search(r",\d{3}$", cell) else ""
+        raise UserError(
+            f"{path}, line {lines[r]}: column {name!r} has {cell!r}, and {len(found) - 1} more with a comma; expected {plain}.\n"
+            f"  Write numbers with a point{otherwise}."
+        )
 
 
 def sklearn_source(config: ShardConfig) -> Source:
@@ -217,10 +240,10 @@ def sklearn_source(config: ShardConfig) -> Source:
     return _table(classes, labels, values, features, names, left_out=[], notes=[])
 
 
-def _table(classes, labels, values, features, names, left_out, notes) -> Source:
+def _table(classes, labels, values, features, names, left_out, notes, preset=None) -> Source:
     sizes = np.full(len(labels), 128 + 4 * values.shape[1], np.int64)
     return Source(
-        classes, names, labels, sizes, Vectors(values), features=features, left_out=left_out, notes=notes,
+        classes, names, labels, sizes, Vectors(values), features=features, left_out=left_out, notes=notes, preset=preset,
     )  # fmt: skip
 
 
@@ -263,23 +286,63 @@ def left_out_rows(reasons: dict[int, str], lines: list[int]) -> list[dict]:
     return left_out
 
 
-def _target_column(path: Path, target: str, header: list[str]) -> int:
-    if target in header:
-        return header.index(target)
-    hint = did_you_mean(target, header, f"The columns are {', '.join(header)}.")
-    found = f"there is no column {target!r}" if target else "`target` is not set"
-    raise UserError(f"{path}: {found}; expected the name of the column that holds the class. {hint}")
+def listed_splits(config: ShardConfig, words: list[str], classes: list[str], labels: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """The split of each row by its word in config.split_column, (N,) int8 as in SPLITS, -1 for none; and what is wrong with them.
+
+    The words are train, val and test; training, valid, ... are taken, too. labels: (N,), class numbers. Wrong are other words, and
+    classes, joined as config.merge says, that no row of the training split has.
+    """
+    splits = np.array([SPLIT_WORDS.get(word.lower(), -1) for word in words], np.int8)
+    unknown = Counter(word for word, split in zip(words, splits.tolist(), strict=True) if split < 0)
+    if unknown:
+        found = ", ".join(f"{word!r} ({count:,} rows)" for word, count in unknown.most_common(NUM_TOLD))
+        return splits, [
+            f"column {config.split_column} is {found}{', ...' if len(unknown) > NUM_TOLD else ''}; expected train, val or test.\n"
+            f"  Write those, or leave --split-column out, and splits are drawn."
+        ]
+    joined = {part: group for group in config.merge for part in (*group.split("+"), group)} or {name: name for name in classes}
+    trained = {joined.get(classes[label]) for label in np.unique(labels[splits == 0]).tolist()}
+    untrained = [repr(name) for name in dict.fromkeys(joined[name] for name in classes if name in joined) if name not in trained]
+    if not untrained:
+        return splits, []
+    return splits, [f"{told('classes have no row in the training split', untrained)}\n  Each needs some to be learnt from."]
 
 
-def number_in(cell: str) -> float:
-    """The cell as a number, True and False as 1 and 0; NaN for what is none, an infinity for what float32 cannot hold."""
+def told(what: str, faults: list[str]) -> str:
+    """"3 rows lack a value:", and the first few."""
+    more = f"\n  and {len(faults) - NUM_TOLD:,} more" if len(faults) > NUM_TOLD else ""
+    return f"{len(faults):,} {what}:" + "".join(f"\n  {fault}" for fault in faults[:NUM_TOLD]) + more
+
+
+def _column(path: Path, setting: str, name: str, header: list[str]) -> int:
+    if name in header:
+        return header.index(name)
+    hint = did_you_mean(name, header, f"The columns are {', '.join(header)}.")
+    found = f"there is no column {name!r}" if name else f"`{setting}` is not set"
+    holds = "class" if setting == "target" else "split"
+    raise UserError(f"{path}: {found}; expected the name of the column that holds the {holds}. {hint}")
+
+
+def numbers_in(cells: list[str]) -> np.ndarray:
+    """(N,) float32: cells as numbers, True and False as 1 and 0; NaN for what is none, an infinity for what float32 cannot hold."""
     try:
-        value = float(cell)
+        if "_" in "".join(cells):
+            raise ValueError
+        values = np.fromiter(map(float, cells), np.float64, len(cells))
+    except ValueError:
+        number_of = {cell: _number(cell) for cell in {*cells}}  # texts and empty cells are few, and slow to find out
+        values = np.fromiter(map(number_of.__getitem__, cells), np.float64, len(cells))
+    values[np.isnan(values)] = np.nan  # -nan has other bits, and so would its shard
+    large = np.abs(values) > 3.4028234e38
+    values[large] = np.copysign(np.inf, values[large])
+    return values.astype(np.float32)
+
+
+def _number(cell: str) -> float:
+    try:
+        return np.nan if "_" in cell else float(cell)  # Python reads 18_25 as 1825
     except ValueError:
         return _TRUTH.get(cell.strip().lower(), np.nan)
-    if math.isnan(value):
-        return np.nan  # -nan has other bits, and so would its shard
-    return value if abs(value) <= 3.4028234e38 else math.copysign(np.inf, value)
 
 
 def text_in(cell: str) -> str:
@@ -307,10 +370,10 @@ def _without_constants(values: np.ndarray) -> tuple[np.ndarray, list[int]]:
     return np.delete(values, constant, axis=1), constant
 
 
-def _most(counts: Counter) -> str:
+def most(counts: Counter) -> str:
     """"Age (177), Fare (1)", the most frequent first."""
-    few = [f"{name} ({count:,})" for name, count in counts.most_common(_TOLD)]
-    return ", ".join(few) + (", ..." if len(counts) > _TOLD else "")
+    few = [f"{name} ({count:,})" for name, count in counts.most_common(NUM_TOLD)]
+    return ", ".join(few) + (", ..." if len(counts) > NUM_TOLD else "")
 
 
 def _note(what: str, names: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from dist_train.predict import eval_main, main
 from dist_train.report import main as report_main
 from dist_train.shard_config import ShardConfig
 from dist_train.sources import Source, open_source
-from dist_train.tables import MAX_TEXTS, feature_places
+from dist_train.tables import MAX_TEXTS, column_statistics, feature_places, numbers_in
 from dist_train.train import run_training
 from dist_train.verify import inspect_main
 
@@ -73,6 +74,81 @@ def test_the_note_names_the_five_columns_that_lack_most(tmp_path):
     rows = ["1,1,1,1,1,1,0", "2,2,2,2,2,2,1", "3,3,3,3,3,3,0", ",,,,,,", "1,,,,,,1", "1,1,,,,,0", "1,1,1,1,,,0"]
     source = opened(tmp_path, "\n".join(["a,b,c,d,e,f,k", *rows]) + "\n")
     assert source.notes == ["4 of 7 rows were left out for missing values: e (4), f (4), c (3), d (3), b (2), ..."]
+
+
+@pytest.mark.parametrize("cells, features", [
+    (["S", "M", "42", "L", "M", "S"], ["x", "c=42", "c=L", "c=M", "c=S"]),
+    (["S", "M", "4", "2", "", ""], ["x", "c"]),  # as many of each
+    (["S", "M", "True", "False", "S", ""], ["x", "c=False", "c=M", "c=S", "c=True"]),
+    (["NA", "?", "nan", "null", "4", "2"], ["x", "c"]),
+    (["S", "3,7", "M", "L", "4", "M"], ["x", "c=3,7", "c=4", "c=L", "c=M", "c=S"]),
+    (["18_25", "26_40", "26_40", "18_25", "41_60", ""], ["x", "c=18_25", "c=26_40", "c=41_60"]),
+])  # fmt: skip
+def test_most_cells_decide_whether_a_column_is_of_text(tmp_path, cells, features):
+    rows = "".join(f'{i},"{cell}",{i % 2}\n' for i, cell in enumerate(cells))
+    assert opened(tmp_path, "x,c,k\n" + rows, missing="mean").features == features
+
+
+def test_a_cell_with_an_underscore_is_no_number(tmp_path):
+    source = opened(tmp_path, "x,k\n1,0\n1_8,1\n3,0\n 4 ,1\n", missing="mean")
+    np.testing.assert_array_equal(source.store.rows, np.float32([[1], [np.nan], [3], [4]]))
+
+
+def test_numbers_are_read_alike_in_columns_with_and_without_texts():
+    cells = ["1", " 2.5 ", "-0", "-nan", "1e39", "-1e39", "inf", "3.4028234e38", "1e-50", "+7"]
+    expected = np.float32([1, 2.5, -0.0, np.nan, np.inf, -np.inf, np.inf, 3.4028234e38, 0, 7])
+    for more, values in ([], []), (["x", "", "1_0", "TRUE"], [np.nan, np.nan, np.nan, 1]):
+        numbers = numbers_in(cells + more)
+        assert numbers.dtype == np.float32 and numbers.tobytes() == np.append(expected, np.float32(values)).tobytes()
+
+
+def test_rare_texts_enter_as_10_at_most_and_the_loss_stays_finite(tmp_path):
+    coats = [["gold" if i == 77 + 50 * c else "plain" for i in range(5000)] for c in range(12)]
+    labels = [int((i % 7 > 3) ^ ("gold" in cells)) for i, cells in enumerate(zip(*coats, strict=True))]  # they surprise
+    rows = [",".join(map(str, row)) for row in zip((i % 7 for i in range(5000)), *coats, labels, strict=True)]
+    (tmp_path / "t.csv").write_text("\n".join([",".join(["x", *(f"c{c}" for c in range(12)), "k"]), *rows]) + "\n")
+    shard.main(["--source", "csv", "--path", str(tmp_path / "t.csv"), "--target", "k", "--out", str(tmp_path / "set"),
+                "--workers", "1"])  # fmt: skip
+    index = load_index(str(tmp_path / "set"))
+    assert index.features[:3] == ["x", "c0=gold", "c0=plain"] and {*index.std[1:]} <= {0.1, 1} and index.std.count(0.1) > 12
+    assert run_training(["--data.shards", str(tmp_path / "set"), "--run", str(tmp_path / "run"), "--model.name", "mlp",
+                         "--optim.lr", "0.1", "--train.epochs", "2", "--track.wandb", "off",
+                         "--runtime.threads", "1"]) == 0  # fmt: skip
+    assert np.isfinite(json.loads((tmp_path / "run" / "result.json").read_text())["test"]["loss"])
+
+
+@pytest.mark.parametrize("column, expected", [
+    ([0, 0, 1, 1], 0.5), ([0] * 199 + [1], 0.1), ([0] * 198 + [np.nan, 1], 0.1), ([1] * 199 + [0], 0.1), ([0, 0], 1), ([1], 1),
+    ([0] * 999 + [2], 2 * np.sqrt(0.001 * 0.999)), ([0] * 999 + [0.01], 0.01 * np.sqrt(0.001 * 0.999)),
+])  # fmt: skip
+def test_the_std_has_a_floor_in_columns_of_0_and_1_alone(column, expected):
+    mean, std = column_statistics(np.float32(column)[:, None])
+    assert np.isclose(mean[0], np.nanmean(column)) and np.isclose(std[0], expected)
+
+
+def split_rows(path: Path, words: list[str], towns: list[str]) -> ShardConfig:
+    rows = "".join(f"{i},{towns[i % len(towns)]},{word},{i % 2}\n" for i, word in enumerate(words))
+    path.write_text("x,town,part,k\n" + rows)
+    return ShardConfig(source="csv", path=str(path), target="k", split_column="part")
+
+
+def test_splits_of_a_column_are_kept_and_share_one_list_of_features(tmp_path):
+    words = ["Train"] * 20 + ["testing"] * 6 + ["", "NA"]
+    source = open_source(split_rows(tmp_path / "t.csv", words, ["Oslo"] * 20 + ["Rome", "Bern"] * 4))
+    assert source.features == ["x", "town=Bern", "town=Oslo", "town=Rome"]
+    assert source.preset.tolist() == [0] * 20 + [2] * 6 and source.names[0] == "line 2"
+    assert [row["why"] for row in source.left_out] == ["column part is empty", "column part is 'NA'"]
+
+
+@pytest.mark.parametrize("words, settings, told", [
+    (["train", "train", "holdout", "2"], {}, "t.csv: column part is 'holdout' (1 rows), '2' (1 rows); expected train, val or"),
+    (["train", "test", "train", "val"], {}, "t.csv: 1 classes have no row in the training split:\n  '1'\n"),
+    (["train"] * 4, {"split_column": "parts"}, "no column 'parts'; expected the name of the column that holds the split. Did you"),
+    (["train"] * 4, {"split_column": "k"}, "target and split_column are both 'k'; expected a column for each"),
+])  # fmt: skip
+def test_what_is_wrong_in_a_column_of_splits_is_named(tmp_path, words, settings, told):
+    with pytest.raises(UserError, match=re.escape(told)):
+        open_source(replace(split_rows(tmp_path / "t.csv", words, ["Oslo"]), **settings))
 
 
 @pytest.mark.parametrize("header, settings", [

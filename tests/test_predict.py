@@ -101,9 +101,26 @@ def test_what_is_missing_counts_as_the_training_mean_where_the_set_was_made_so(t
     assert code == 2 and [row["path"].rpartition(":")[2] for row in rows if "error" in row] == ["5"]  # infinite, not missing
     path.write_text(f"x,y,z\n{mean[0]!r},1,2\n3,{mean[1]!r},{mean[2]!r}\n{mean[0]!r},{mean[1]!r},{mean[2]!r}\n")
     assert predictions(capsys, run, path) == (0, [row for row in rows if "error" not in row])
-    path.write_text("x,y,z\n,1,2\n3,,\n")
+    path.write_text("x,y,z\n,1,2\n3,,\nNA,red,1_0\n,inf,\n4,,blue\n")
     main([str(run), str(path)])
-    assert "3 missing values count as their column's mean in training" in capsys.readouterr().err
+    said = [line.partition("p.csv: ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["5 missing values count as their column's mean in training: x (2), y (2), z (1).",
+                    "3 cells with text in columns of numbers count as their column's mean in training: z (2), y (1)."]  # fmt: skip
+    path.write_text('x,y,z\n1,1,2\n"3,7",2,1\n"1,5",,2\n')
+    with pytest.raises(UserError, match=r"p.csv, line 3: column 'x' has '3,7', and 1 more .*'3\.7'\.\n  Write .*point\.$"):
+        main([str(run), str(path)])
+
+
+def test_a_long_table_is_predicted_in_parts(table_run, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "p.csv"
+    path.write_text("x,y,z\n" + "".join(f"{i / 7},{'' if i == 5 else i % 3},2\n" for i in range(9)))
+    whole = predictions(capsys, table_run[0], path)
+    monkeypatch.setattr(predict, "ROWS_AT_ONCE", 4)
+    code, rows = predictions(capsys, table_run[0], path)
+    trained = SimpleNamespace(features=list("xyz"), fills_holes=False)
+    assert [len(names) for names, _, _ in predict._table_batches(trained, [str(path)])] == [4, 3, 1]
+    assert code == 2 and sorted(map(str, rows)) == sorted(map(str, whole[1])) and whole[0] == 2
+    assert [row["path"].rpartition(":")[2] for row in rows if "error" not in row] == ["2", "3", "4", "5", "6", "8", "9", "10"]
 
 
 @pytest.mark.parametrize("content, complaint", [
@@ -160,11 +177,31 @@ def test_a_table_with_other_columns_is_not_evaluated(table_run, tmp_path):
     run, folder = table_run
     before = sorted((path.name, path.stat().st_mtime_ns) for path in run.iterdir())
     turned = ["--data.shards", str(folder / "turned")]
-    with pytest.raises(UserError, match="its columns are not those of .*run: z, x, y there, x, y, z here"):
+    with pytest.raises(UserError, match="its columns are not those of .*run: in another order: z, x, y there, x, y, z here"):
         eval_main([str(run), "--split", "test", *turned])
     with pytest.raises(UserError, match="its columns are not those"):
         export(str(run), "safetensors", tmp_path / "out", "test", turned)
     assert sorted((path.name, path.stat().st_mtime_ns) for path in run.iterdir()) == before
+
+
+LETTERS = list("abcdefghijklmnop")
+
+
+@pytest.mark.parametrize("there, here, told", [
+    (LETTERS, LETTERS[:-1], "run: it has p besides."),
+    (LETTERS[:-6] + ["t=1", "t=2"], LETTERS, "run: it lacks k, l, m, n, o and 1 more and has t=1, t=2 besides."),
+    (LETTERS[:-2] + ["p", "o"], LETTERS, "run: in another order: p, o there, o, p here."),
+    (None, ["x"], "run: it lacks x."),
+])  # fmt: skip
+def test_a_refusal_shows_what_two_lists_do_not_share(there, here, told):
+    index = SimpleNamespace(folder="set", classes=["a"], features=there)
+    with pytest.raises(UserError) as caught:
+        predict.check_fits(index, SimpleNamespace(folder="run", classes=["a"], features=here))
+    first, *hint = str(caught.value).splitlines()
+    assert first == f"set: its columns are not those of {told}" and bool(hint) == (there is not None and "order" not in told)
+    with pytest.raises(UserError, match=r"its classes are not those of run: it lacks c and has b besides\.$"):
+        predict.check_fits(SimpleNamespace(folder="set", classes=["a", "b"], features=there),
+                           SimpleNamespace(folder="run", classes=["a", "c"], features=here))  # fmt: skip
 
 
 def test_the_precision_of_a_class_that_is_never_predicted_is_undefined_not_zero(table_run, tmp_path, capsys):

@@ -309,9 +309,17 @@ def test_rows_with_holes_follow_the_rule(tmp_path):
     np.testing.assert_array_equal(kept.store.rows, np.float32([[1, 2], [np.nan, 4], [3, np.nan], [9, 10]]))
     assert kept.left_out == [{"name": "line 5", "why": "column k is empty"},
                              {"name": "line 6", "why": "column y is 'inf'"}]  # fmt: skip
-    assert "2 missing values count as their column's mean over the training split" in kept.notes
+    assert "2 missing values count as their column's mean over the training split: x (1), y (1)" in kept.notes
     with pytest.raises(UserError, match=r"4 of 6 rows .*(.|\n)*line 3: column x is empty"):
         open_source(ShardConfig(**settings, missing="error"))
+
+
+def test_the_note_on_means_names_the_five_columns_that_lack_most(tmp_path):
+    rows = ["1,1,1,1,1,1,0", "2,2,2,2,2,2,1", "3,3,3,3,,3,0", "4,,,,,,1", "4,4,4,,,,0", "4,4,,,,,1"]
+    (tmp_path / "t.csv").write_text("\n".join(["a,b,c,d,e,f,k", *rows]) + "\n")
+    source = open_source(ShardConfig(source="csv", path=str(tmp_path / "t.csv"), target="k", missing="mean"))
+    assert source.notes == ["13 missing values count as their column's mean over the training split: "
+                            "e (4), d (3), f (3), c (2), b (1)"]  # fmt: skip
 
 
 def holed_rows(num_rows: int = 90) -> np.ndarray:
