@@ -125,7 +125,7 @@ def test_the_best_and_patience_outlive_a_stop(digits, tmp_path, monkeypatch):
 def test_a_layer_that_draws_by_itself_draws_anew_in_each_step_and_alike_after_a_stop(digits, tmp_path, monkeypatch):
     build, drawn = surroundings.build_network, {}
 
-    def built_with_torchs_dropout(config, index):
+    def built_with_torchs_dropout(config, index, *say):
         network = build(config, index)
 
         def drop(module, inputs, logits):
