@@ -57,6 +57,7 @@ def run_command(command, argv: list[str]) -> int:
         return tell(error)
     except BrokenPipeError:  # `dist-train plan | head`
         silence(sys.stdout)
+        silence(sys.stderr)
         return 0
 
 

@@ -84,7 +84,7 @@ def _columns(path: Path, config: ShardConfig, header: list[str]) -> dict[str, in
     wanted |= {setting: name for setting in ("split_column", "group") if (name := getattr(config, setting))}
     problems, setting_of = [], {}
     for setting, name in wanted.items():
-        if name not in header:
+        if not name or name not in header:
             found = f"{setting} is {name!r}, and there is no such column" if name else f"`{setting}` is not set"
             hint = did_you_mean(name, header, f"The columns are {', '.join(header)}.")
             problems.append(f"{path}: {found}; expected the name of a column. {hint}")

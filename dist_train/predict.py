@@ -191,7 +191,8 @@ def eval_main(argv: list[str]) -> None:
 
 def usual_split(index: ShardIndex, config: RunConfig) -> str:
     """The split that figures are of where none is named."""
-    names = (config.data.test_split, "test", config.data.val_split)
+    test, val = config.data.test_split, config.data.val_split
+    names = (val,) if test in ("", "none") else (test, "test", val)  # a test split that the run leaves unseen stays so
     return next((name for name in names if name in index.splits), "test")
 
 

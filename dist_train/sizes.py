@@ -150,13 +150,15 @@ def check_new(config: RunConfig) -> None:
 
 def check_judged(config: RunConfig, index: ShardIndex, network) -> None:
     """Raise UserError where nothing is trained, and the network's last layer is as drawn: its weights had other classes."""
+    if index.features is not None:
+        raise UserError(f"train.epochs is 0, and {index.folder} is a table.\n  A run on a table is judged on another by: "
+                        f"dist-train eval RUN --data.shards {index.folder}")  # fmt: skip
     theirs = classes_beside(config.model.pretrained)
     if theirs is not None and theirs != index.classes:
         raise UserError(f"train.epochs is 0, and {config.model.pretrained} tells other classes apart than those of {index.folder}, "
                         f"or in another order.\n  Set train.epochs, or take shards with the weights' classes.")  # fmt: skip
-    num_features, head = index.features and len(index.features), head_name(network, index.num_classes)
-    fresh = replace(config.model, pretrained="")
-    drawn = build_model(fresh, index.num_classes, input_size(config, index), num_features, config.seed)
+    fresh, head = replace(config.model, pretrained=""), head_name(network, index.num_classes)
+    drawn = build_model(fresh, index.num_classes, input_size(config, index), None, config.seed)
     if network.get_submodule(head).weight.equal(drawn.get_submodule(head).weight):
         raise UserError(f"train.epochs is 0, and {config.model.pretrained} has no last layer for the {index.num_classes} "
                         f"classes of {index.folder}.\n  Set train.epochs, or take shards with the weights' classes.")  # fmt: skip

@@ -17,7 +17,7 @@ NO_CLASS = ("", "na", "n/a", "nan", "null", "?")  # "none" and "-" are classes o
 _TRUTH = {"true": 1.0, "false": 0.0}  # as pandas writes them
 MAX_TEXTS = 32  # of a column that becomes features: names and free text have more
 LEAST_TRUTH_STD = 0.1  # a text in one of 100,000 rows has 0.003: its 1 would enter as 316, and a few such diverge
-_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+_DECIMAL_COMMA = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+")
 _LEFT_OUT_KEPT = 1000  # rows named in the index; more are counted only
 NUM_TOLD = 5  # columns with missing values, texts that a run does not know, faults of a kind that are named
 
@@ -144,7 +144,7 @@ def _is_numbers(cells: list[str], numbers: np.ndarray) -> bool:
     others = Counter(cell for r in holes if (cell := cells[r].strip()).lower() not in NO_CLASS)
     commas = sum(count for cell, count in others.items() if _DECIMAL_COMMA.fullmatch(cell))
     texts = others.total() - commas
-    return len(cells) - len(holes) + commas >= texts if np.isfinite(numbers).any() else commas > 0 and not texts
+    return len(cells) - len(holes) + commas >= texts if np.isfinite(numbers).any() else commas > texts
 
 
 def text_places(cells: list[str], text_of: dict[str, str], texts: list[str]) -> np.ndarray:
@@ -210,7 +210,7 @@ def refuse_decimal_commas(
     cells = [(r, cells[r].strip()) for r in np.flatnonzero(np.isnan(numbers)).tolist()]
     if found := [(r, cell) for r, cell in cells if _DECIMAL_COMMA.fullmatch(cell)]:
         r, cell = found[0]
-        plain = repr(cell.replace(",", "."))
+        plain = repr(cell.replace(".", "").replace(",", "."))
         plain += f", or {cell.replace(',', '')!r} if the comma parts thousands" if re.search(r",\d{3}$", cell) else ""
         raise UserError(
             f"{path}, line {lines[r]}: column {name!r} has {cell!r}, and {len(found) - 1} more with a comma; expected {plain}.\n"
@@ -270,7 +270,7 @@ def read_csv(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
         raise UserError(f"{path}: cannot be read: {error.strerror}.\n  Set `path` to the CSV file.") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a CSV file in UTF-8: {error}.") from None
-    twice = sorted({name for name in header if header.count(name) > 1})
+    twice = sorted({name for name in header if name.strip() and header.count(name) > 1})
     if twice:
         raise UserError(f"{path}: columns named twice: {', '.join(map(repr, twice))}.\n  Give each its own name.")
     if not rows:
@@ -315,7 +315,7 @@ def told(what: str, faults: list[str]) -> str:
 
 
 def _column(path: Path, setting: str, name: str, header: list[str]) -> int:
-    if name in header:
+    if name and name in header:
         return header.index(name)
     hint = did_you_mean(name, header, f"The columns are {', '.join(header)}.")
     found = f"there is no column {name!r}" if name else f"`{setting}` is not set"

@@ -213,7 +213,7 @@ def series(line: dict) -> str:
 
 @contextlib.contextmanager
 def outlive_readers() -> Iterator[None]:
-    """While this is open, a closed terminal, a pipe without a reader or a full disk under a log file ends no training."""
+    """While this is open, a closed terminal, a pipe without a reader or a full disk under a log file ends no long work."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (stream and LastingStream(stream) for stream in before)
     try:

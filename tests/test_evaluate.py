@@ -23,7 +23,7 @@ from dist_train.errors import UserError
 from dist_train.evaluate import Interrupted, central_pixels, predict_logits, until_asked, views
 from dist_train.export import export
 from dist_train.index import load_index
-from dist_train.predict import eval_main, load_run
+from dist_train.predict import eval_main, load_run, usual_split
 from dist_train.predict import main as predict_main
 from dist_train.sizes import check_eval_size, eval_crop
 from dist_train.store import Store
@@ -219,6 +219,12 @@ def test_weights_of_other_classes_are_not_evaluated_with_a_last_layer_as_drawn(d
     (before / "inference.json").write_text(json.dumps(about | {"classes": about["classes"][::-1]}))
     with pytest.raises(UserError, match="tells other classes apart than those of .*, or in another order"):
         run_training(tiny_run(digits, tmp_path / "other", *argv[:-2]))
+
+
+def test_a_test_split_that_a_run_leaves_unseen_stays_so():
+    index = SimpleNamespace(splits={"train": 0, "val": 0, "test": 0})
+    for asked, expected in (("test", "test"), ("none", "val"), ("", "val"), ("other", "test")):
+        assert usual_split(index, RunConfig(data=DataConfig(test_split=asked))) == expected
 
 
 def test_a_stop_in_the_first_of_a_few_long_batches_is_heard_before_the_next():

@@ -619,3 +619,18 @@ def test_every_shipped_yaml_is_read_and_says_where_its_files_go():
         text = path.read_text()
         raw = path.stem.partition("-3class")[0]  # a part of a set has the raw files of the whole
         assert text.startswith("# ") and (config.source == "sklearn" or f"datasets/{raw}" in text)
+
+
+@pytest.mark.parametrize("odd", ["k.A.", "1.250,00"])
+def test_a_column_of_decimal_commas_is_refused_whatever_else_stands_in_it(tmp_path, odd):
+    (tmp_path / "t.csv").write_text(f"a;fee;y\n1;12,50;x\n2;999,00;z\n3;{odd};x\n")
+    with pytest.raises(UserError, match="column 'fee' has '12,50', and . more with a comma; expected '12.50'"):
+        open_source(ShardConfig(source="csv", path=str(tmp_path / "t.csv"), target="y"))
+
+
+def test_columns_without_a_name_are_left_out_however_many_and_are_no_target(tmp_path):
+    (tmp_path / "t.csv").write_text(",a,y,\n0,1,x,\n1,2,z,\n")
+    source = open_source(ShardConfig(source="csv", path=str(tmp_path / "t.csv"), target="y"))
+    assert source.features == ["a"] and any(note.startswith("2 columns without a name") for note in source.notes)
+    with pytest.raises(UserError, match="`target` is not set"):
+        open_source(ShardConfig(source="csv", path=str(tmp_path / "t.csv")))
