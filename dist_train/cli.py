@@ -3,7 +3,8 @@
 import importlib
 import sys
 
-from dist_train.errors import UserError, did_you_mean, silence, tell
+from dist_train.errors import UserError, did_you_mean, tell
+from dist_train.streams import silence
 
 COMMANDS = {
     "shard": ("dist_train.shard:main", "convert a dataset into tar shards and an index"),

@@ -71,6 +71,11 @@ class DataConfig:
     """most that fetched shards take there, GB, and as much again for decoded pictures; the least recently used go first. Where the
     disk or a quota leaves less, shards take less: nine tenths of the disk's room, and more only if those in use need it"""
 
+    @property
+    def side_evaluated(self) -> int:
+        """Height and width that enter the network in evaluation, pixels; 0 keeps the stored size."""
+        return self.eval_size or self.image_size
+
 
 @dataclass(frozen=True)
 class AugmentConfig:

@@ -5,6 +5,8 @@ import sys
 import traceback
 from collections.abc import Iterable
 
+from dist_train.streams import silence
+
 
 class UserError(ValueError):
     """Something the user can put right.
@@ -24,13 +26,6 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
     by_lower = {other.lower(): other for other in known}
     near = difflib.get_close_matches(name.lower(), by_lower, n=1)
     return f"Did you mean {by_lower[near[0]]}?" if near else otherwise
-
-
-def silence(stream) -> None:
-    """Let a text stream end nowhere: Python writes what is left in it once more as it exits, and its failure would be the code."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
 
 
 def tell(error: BaseException) -> int:

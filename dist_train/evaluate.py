@@ -60,8 +60,8 @@ def evaluate(
     batch_size = max(1, data.global_batch_size // world.world_size)
     batch_size = min(batch_size, config.train.micro_batch_size or batch_size)
     batches = open_evaluation(
-        index, split, batch_size, data.eval_size or data.image_size, crop, threads=data.threads or world.num_cores,
-        world=world.place, prefetch_mb=data.prefetch_mb, verify=data.verify, pin_memory=world.device.type == "cuda", cache=cache,
+        index, split, batch_size, data.side_evaluated, crop, threads=data.threads or world.num_cores, world=world.place,
+        prefetch_mb=data.prefetch_mb, verify=data.verify, pin_memory=world.device.type == "cuda", cache=cache,
     )  # fmt: skip
     meet(world)  # a rank may have had to decode the split to its disk
     largest_share = -(-num_samples // world.world_size)
@@ -118,7 +118,7 @@ def predict_logits(
     if index.features is not None:
         inputs = [(1.0, standardised(values, index))]
     else:
-        size = picture_size(index, config.data.eval_size or config.data.image_size)
+        size = picture_size(index, config.data.side_evaluated)
         pictures = central_pixels(values, size, index.mean, index.std, crop)
         inputs = views(pictures, config.train.flip_test, config.train.shift_test)
     with accelerator.autocast():

@@ -277,7 +277,7 @@ def compare(trained: Trained, config: RunConfig, index: ShardIndex, split: str, 
     data = config.data
     batch_size = max(1, data.global_batch_size // _num_views(seen))  # the file takes all views of a batch at once
     batches = open_evaluation(
-        index, split, batch_size, data.eval_size or data.image_size, trained.eval_crop, data.threads, (0, 1), data.prefetch_mb,
+        index, split, batch_size, data.side_evaluated, trained.eval_crop, data.threads, (0, 1), data.prefetch_mb,
         data.verify,
     )  # fmt: skip
     labels, ours, theirs = [], [], []

@@ -144,7 +144,7 @@ class WeightAverage:
         self.num_updates = 0
         self.weights = {
             name: t.detach().to(torch.float32 if t.is_floating_point() else t.dtype, copy=True)
-            for name, t in _weights(model).items()
+            for name, t in state_tensors(model).items()
         }
 
     @torch.no_grad()
@@ -152,7 +152,7 @@ class WeightAverage:
         """Move the average towards model's weights; to be called after each step of the optimizer."""
         keep = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
-        new = _weights(model)
+        new = state_tensors(model)
         floats = [name for name, t in self.weights.items() if t.is_floating_point()]
         for of_type in {type(self.weights[n]): None for n in floats}:  # sharded weights do not go together with buffers
             names = [n for n in floats if type(self.weights[n]) is of_type]
@@ -163,19 +163,19 @@ class WeightAverage:
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Overwrite model's weights with the average."""
-        for name, t in _weights(model).items():
+        for name, t in state_tensors(model).items():
             t.copy_(self.weights[name])
 
     @contextlib.contextmanager
     def swapped(self, model: nn.Module):
         """Let model hold the average within the block; afterwards its own weights are back, bit for bit."""
-        own = {name: t.detach().clone() for name, t in _weights(model).items()}
+        own = {name: t.detach().clone() for name, t in state_tensors(model).items()}
         self.copy_to(model)
         try:
             yield model
         finally:
             with torch.no_grad():
-                for name, t in _weights(model).items():
+                for name, t in state_tensors(model).items():
                     t.copy_(own[name])
 
     def state_dict(self) -> dict:
@@ -224,7 +224,7 @@ def _layout(t: Tensor) -> list[int]:
     return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, but for buffers that are no part of a state (tables of positions, say)."""
     kept = model.state_dict().keys()
     return {name: t for name, t in [*model.named_parameters(), *model.named_buffers()] if name in kept}

@@ -16,6 +16,7 @@ from dist_train.config import RunConfig
 from dist_train.errors import UserError
 from dist_train.hybrid import split_classifier
 from dist_train.networks import ConvNet
+from dist_train.optim import state_tensors
 from dist_train.pretrained import put_weights
 from dist_train.runtime import World
 
@@ -121,8 +122,7 @@ class _Parted(Replicated):
 
     def __init__(self, network: nn.Module, config: RunConfig, accelerator, world: World):
         # its form without its weights: what `whole` fills
-        kept, named = network.state_dict().keys(), [*network.named_parameters(), *network.named_buffers()]
-        hollow = {id(t): _like(t, t.to("meta")) for name, t in named if name in kept}
+        hollow = {id(t): _like(t, t.to("meta")) for t in state_tensors(network).values()}
         self._form = copy.deepcopy(network, hollow)
         super().__init__(network, config, accelerator, world)
 

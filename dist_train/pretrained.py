@@ -83,7 +83,8 @@ def published_statistics(config: ModelConfig) -> tuple[list[float], list[float]]
     Raises UserError where inference.json is damaged.
     """
     if Path(config.pretrained).name == "weights.safetensors":
-        return _statistics_of_run(Path(config.pretrained).parent)
+        about = _about_run(config.pretrained)
+        return None if about is None or about["features"] else (about["mean"], about["std"])
     if config.pretrained and config.name.startswith(timm_models.PREFIX):
         is_file = config.pretrained.endswith(_FILES)
         return timm_models.statistics_beside(config.pretrained) if is_file else timm_models.published_statistics(config)
@@ -214,12 +215,14 @@ def _published_evaluation(config: ModelConfig) -> tuple[int, float, str] | None:
     return rule.crop_size[0], rule.crop_size[0] / rule.resize_size[0], rule.interpolation.value
 
 
-def _statistics_of_run(folder: Path) -> tuple[list[float], list[float]] | None:
-    """(mean, std) of a run on pictures; None for one on a table, and for a folder that is no run."""
-    path = folder / "inference.json"
+def _about_run(pretrained: str) -> dict | None:
+    """What a run tells of itself beside its weights.safetensors; None of other files, and in a folder that is no run's."""
+    path = Path(pretrained).with_name("inference.json")
+    if Path(pretrained).name != "weights.safetensors":
+        return None
     try:
         about = json.loads(path.read_text())
-        return None if about["features"] else (about["mean"], about["std"])
+        return about if about["features"] or (about["mean"] and about["std"]) else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -231,11 +234,8 @@ def _statistics_of_run(folder: Path) -> tuple[list[float], list[float]] | None:
 
 def classes_beside(pretrained: str) -> list[str] | None:
     """The classes that a run's weights.safetensors tell apart, in order; None of other weights, or where nothing is written."""
-    path = Path(pretrained)
-    try:
-        return json.loads(path.with_name("inference.json").read_text())["classes"] if path.name == "weights.safetensors" else None
-    except (OSError, ValueError, KeyError):
-        return None
+    about = _about_run(pretrained)
+    return about and about.get("classes")
 
 
 def _version_of_file(config: ModelConfig):

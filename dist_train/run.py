@@ -189,8 +189,8 @@ class Run:
         smaller = sizes.micro_batch_size(dataclasses.replace(config, train=halved), self.world.world_size)
         is_mixing = config.augment.mixup or config.augment.cutmix
         is_left = smaller < at_once and not (is_mixing and smaller % 2) and not self.parallel.replays_graphs
-        adds_in_bf16 = config.train.parallel == "fsdp" and config.train.reduce_precision == "bf16" and self.world.world_size > 1
-        how = f"--from {self.folder} --run runs/NEW --train.reduce_precision fp32" if adds_in_bf16 else "--resume"
+        is_refused = sizes.adds_in_bf16(config, self.world.world_size)
+        how = f"--from {self.folder} --run runs/NEW --train.reduce_precision fp32" if is_refused else "--resume"
         advice = f"Go on with {how} --train.micro_batch_size {smaller}" if is_left else (
             "Fewer do not go through: take a device with more memory, more ranks with train.parallel: fsdp, or a smaller network"
         )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 from dist_train.errors import UserError
 from dist_train.settings import read_config
 from dist_train.shard_config import USUAL_TEST, ShardConfig
-from dist_train.track import outlive_readers
+from dist_train.streams import outlive_readers
 
 _FLAGS = ("--join", "--repair", "--overwrite", "--download", "--extra")  # may stand alone, meaning true
 

@@ -42,7 +42,7 @@ def input_size(config: RunConfig, index: ShardIndex) -> tuple[int, int] | None:
 
 def eval_size(config: RunConfig, index: ShardIndex) -> tuple[int, int] | None:
     """(height, width) that enters the network in evaluation; None for tables."""
-    return picture_size(index, config.data.eval_size or config.data.image_size)
+    return picture_size(index, config.data.side_evaluated)
 
 
 def check_eval_size(config: RunConfig, index: ShardIndex, network) -> None:
@@ -77,10 +77,9 @@ def eval_crop(config: RunConfig, index: ShardIndex) -> float:
     """Share of the picture's shorter side that is evaluated, 0 for the whole picture: the central crop where training crops at
     random, unless all pictures are stored in one size that is no larger than what enters the network."""
     data = config.data
-    is_random = "random_resized" in ((config.augment.crop,) if data.crop == "auto" else (data.crop,))
-    side = data.eval_size or data.image_size
-    is_larger = index.features is None and (index.image_size is None or 0 < side < min(index.image_size))
-    return data.eval_crop if is_random and is_larger else 0.0
+    crop = config.augment.crop if data.crop == "auto" else data.crop
+    is_larger = index.features is None and (index.image_size is None or 0 < data.side_evaluated < min(index.image_size))
+    return data.eval_crop if crop == "random_resized" and is_larger else 0.0
 
 
 def micro_batch_size(config: RunConfig, world_size: int) -> int:
@@ -233,6 +232,11 @@ def shift_problems(config: RunConfig, index: ShardIndex) -> list[str]:
     ]
 
 
+def adds_in_bf16(config: RunConfig, world_size: int) -> bool:
+    """Whether micro-batches would be added up in the precision in which gradients travel, as torch's fully_shard does."""
+    return config.train.parallel == "fsdp" and config.train.reduce_precision == "bf16" and world_size > 1
+
+
 def check_sizes(config: RunConfig, index: ShardIndex, world: World) -> None:
     """Raise UserError, all faults at once, where settings, shards and ranks do not go together."""
     problems = range_problems(config)
@@ -252,8 +256,7 @@ def check_sizes(config: RunConfig, index: ShardIndex, world: World) -> None:
     if share and not problems and graphs and micro_batch_size(config, world.world_size) < share:
         problems.append(f"train.compile_mode is {config.train.compile_mode}, whose graphs write the gradients of each micro-batch "
                         f"over those of the one before.\n  Leave train.micro_batch_size out, or take mode default.")  # fmt: skip
-    is_short = config.train.parallel == "fsdp" and config.train.reduce_precision == "bf16" and world.world_size > 1
-    if share and not problems and is_short and micro_batch_size(config, world.world_size) < share:
+    if share and not problems and adds_in_bf16(config, world.world_size) and micro_batch_size(config, world.world_size) < share:
         problems.append("train.reduce_precision is bf16 and train.parallel fsdp, which would add up micro-batches in bf16, too.\n"
                         "  Use train.parallel ddp or hybrid, leave train.micro_batch_size out, or reduce in fp32.")
     if config.data.max_bad and (config.data.cache == "disk" or config.data.folds):

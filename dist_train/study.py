@@ -26,7 +26,7 @@ from dist_train.journal import MAX_ATTEMPTS, counted_trials, locked, open_journa
 from dist_train.remote import shown
 from dist_train.search import Space, changed, check_values, read_space, recipe_with
 from dist_train.settings import flatten, option_lines, read_config, to_dict
-from dist_train.track import outlive_readers
+from dist_train.streams import outlive_readers
 
 FAILURES_IN_A_ROW = 3  # of one process, before it asks whether its machine is at fault, which takes a step and an evaluation
 

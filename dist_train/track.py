@@ -13,7 +13,6 @@ the time between a stop and the restart is left out.
 """
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from dist_train.config import RunConfig
 from dist_train.durable import replace_text
-from dist_train.errors import UserError, silence
+from dist_train.errors import UserError
 
 
 def open_tracker(folder: str | os.PathLike, config: RunConfig, is_main: bool, num_steps: int, resume_step: int | None):
@@ -209,48 +208,6 @@ def read_metrics(path: Path) -> list[dict]:
 def series(line: dict) -> str:
     """The series a line belongs to: its kind, or that of the evaluated split, which may be called train as well."""
     return f"eval {line['split']}" if line["kind"] == "eval" else line["kind"]
-
-
-@contextlib.contextmanager
-def outlive_readers() -> Iterator[None]:
-    """While this is open, a closed terminal, a pipe without a reader or a full disk under a log file ends no long work."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (stream and LastingStream(stream) for stream in before)
-    try:
-        yield
-    finally:
-        for stream in filter(None, before):
-            try:
-                stream.flush()
-            except OSError:
-                silence(stream)
-        sys.stdout, sys.stderr = before
-
-
-class LastingStream:
-    """A text stream that loses what it cannot write, instead of raising OSError."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError as error:
-            return self._lose(error) or len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError as error:
-            self._lose(error)
-
-    def _lose(self, error: OSError) -> None:
-        if error.errno in (errno.EPIPE, errno.EIO):  # for good; a full disk may have room again
-            silence(self._stream)
 
 
 class PlainLines:

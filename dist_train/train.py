@@ -33,7 +33,8 @@ from dist_train.run import Run, State, inference, open_run_folder
 from dist_train.settings import read_config
 from dist_train.sizes import config_warnings, pretrained_remarks
 from dist_train.step_parts import StepParts
-from dist_train.track import open_tracker, outlive_readers
+from dist_train.streams import outlive_readers
+from dist_train.track import open_tracker
 from dist_train.watch import Watch
 
 

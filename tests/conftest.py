@@ -140,6 +140,15 @@ def finish_ranks(ranks: list, log_folder: Path, timeout_s: float = 180) -> list[
             rank.kill()
 
 
+def run_ranks(world_size: int, argv: list[str], log_folder: Path, script: str = "", **how) -> tuple[list[int], list[str]]:
+    """Exit codes and words of ranks that are started, as `start_ranks` does, and waited for. script: source that they run."""
+    if script:
+        (log_folder / "of_ranks.py").write_text(script)
+        how |= {"module": "of_ranks", "PYTHONPATH": str(log_folder)}
+    codes = finish_ranks(start_ranks(world_size, argv, log_folder, **how), log_folder)
+    return codes, [(log_folder / f"rank{rank}.log").read_text() for rank in range(world_size)]
+
+
 def train_in_turns(plan: str, settings: list[str], log_folder: Path) -> None:
     """Train one run on changing numbers of ranks, "1:8 2:16 4:24:hybrid 1:32": ranks:steps[:train.parallel], one start each."""
     for part in plan.split():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import finish_ranks, start_ranks, tiny_run
+from conftest import run_ranks, tiny_run
 from PIL import Image
 
 from dist_train import train
@@ -120,8 +120,7 @@ def test_those_of_all_ranks_are_named_and_counted_together(shards, tmp_path):
 
     def train_on_two(max_bad: int) -> tuple[list[int], list[str]]:
         settings = tiny_run(shards, tmp_path / f"run-{max_bad}", *BARE, "--data.max_bad", str(max_bad), "--train.epochs", "1")
-        codes = finish_ranks(start_ranks(2, settings, tmp_path), tmp_path)
-        return codes, [(tmp_path / f"rank{rank}.log").read_text() for rank in range(2)]
+        return run_ranks(2, settings, tmp_path)
 
     codes, logs = train_on_two(max_bad=3)
     assert codes == [0, 0], logs

@@ -21,7 +21,7 @@ MODULES = sorted(p.stem for p in (ROOT / "dist_train").glob("*.py"))
 
 # Imports run downwards, from a later row to an earlier one, or inside a row without a circle.
 LAYERS = [
-    ["errors", "durable", "control_groups", "core", "settings", "config", "shard_config", "index", "order", "boxes",
+    ["streams", "errors", "durable", "control_groups", "core", "settings", "config", "shard_config", "index", "order", "boxes",
      "bad_samples"],  # no torch
     ["tries", "remote", "file_locks", "shard_cache", "remote_index",
      "store", "picture_header", "decode", "tars", "partition", "pictures", "sources", "tables", "picture_lists", "torchsets",

@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, finish_ranks, start_ranks, tiny_run
+from conftest import ROOT, finish_ranks, run_ranks, start_ranks, tiny_run
 from safetensors.torch import load_file
 
 from dist_train import evaluate, runtime, shard
@@ -99,11 +99,9 @@ sys.exit(code)
 
 @pytest.mark.two_process
 def test_no_rank_leaves_while_the_last_checkpoint_is_written(digits, tmp_path):
-    (tmp_path / "slow_disk.py").write_text(SLOW_DISK)
     run = tmp_path / "run"
     argv = [str(run / "checkpoints/step-00000002"), *tiny_run(digits, run, "--train.max_steps", "2")]
-    ranks = start_ranks(2, argv, tmp_path, module="slow_disk", PYTHONPATH=str(tmp_path))
-    codes, logs = finish_ranks(ranks, tmp_path), [(tmp_path / f"rank{rank}.log").read_text() for rank in range(2)]
+    codes, logs = run_ranks(2, argv, tmp_path, SLOW_DISK)
     assert codes == [0, 0], logs
     assert all("left after the checkpoint: True" in log for log in logs), logs
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, finish_ranks, start_ranks, tiny_run, train_in_turns
+from conftest import ROOT, finish_ranks, run_ranks, start_ranks, tiny_run, train_in_turns
 from safetensors.torch import load_file
 
 from dist_train import runtime, shard
@@ -334,10 +334,8 @@ sys.exit(cli.run_command(train.run_training, sys.argv[1:]))
 
 @pytest.mark.two_process
 def test_a_rank_without_room_ends_the_others_with_its_name(digits, tmp_path):
-    (tmp_path / "little_memory.py").write_text(LITTLE_MEMORY)
     argv = tiny_run(digits, tmp_path / "run", "--runtime.timeout_s", "10")
-    ranks = start_ranks(2, argv, tmp_path, module="little_memory", PYTHONPATH=str(tmp_path))
-    codes, logs = finish_ranks(ranks, tmp_path), [(tmp_path / f"rank{rank}.log").read_text() for rank in range(2)]
+    codes, logs = run_ranks(2, argv, tmp_path, LITTLE_MEMORY)
     assert codes == [EXIT_LOST_RANK, 2], logs
     assert all("the device of rank 1 (cpu:0) has no room for 48 samples at once" in log for log in logs), logs
     assert all("--resume --train.micro_batch_size 24" in log and "Traceback" not in log for log in logs), logs

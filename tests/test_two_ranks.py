@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import finish_ranks, start_ranks, tiny_run
+from conftest import run_ranks, tiny_run
 from safetensors.torch import load_file
 from torch import nn
 
@@ -189,14 +189,12 @@ sys.exit(cli.run_command(train.run_training, sys.argv[2:]))
 
 @pytest.mark.two_process
 def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_nothing_is_lost(digits, tmp_path):
-    (tmp_path / "one_is_asked.py").write_text(ONE_IS_ASKED)
     more = ["--train.epochs", "0.5", "--train.eval_every_epochs", "0", "--optim.lr", "0.004", "--runtime.timeout_s", "10"]
 
     def train(run, asked_in_step, *words):
         """Exit codes of two ranks, and {step: seed that it draws from} of each."""
         argv = [str(asked_in_step), *tiny_run(digits, run, *more, *words)]
-        ranks = start_ranks(2, argv, tmp_path, module="one_is_asked", PYTHONPATH=str(tmp_path))
-        codes, logs = finish_ranks(ranks, tmp_path), [(tmp_path / f"rank{rank}.log").read_text() for rank in range(2)]
+        codes, logs = run_ranks(2, argv, tmp_path, ONE_IS_ASKED)
         return codes, [dict(re.findall(r"step (\d+) draws from (\d+)", log)) for log in logs]
 
     calm, stopped = tmp_path / "calm", tmp_path / "stopped"
