@@ -11,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt
 PIP_INSTALL := $(BIN)/pip install --quiet -c constraints.txt
+IS_NEW := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: install demo study-demo test test-cluster gpu-check lint clean
@@ -19,6 +20,8 @@ install: $(VENV)/installed
 
 # uv installs the same packages from the same place in a fifth of pip's time; pip takes over where uv cannot be had
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard setup.py dist_train/*.[ch])
+	@$(BIN)/python $(IS_NEW) 2> /dev/null || rm -rf $(VENV)
+	@test -d $(VENV) || $(PYTHON) $(IS_NEW) || { echo "Python 3.11 is needed, $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 2; }
 	test -x $(BIN)/pip || $(BIN)/python -m ensurepip --default-pip > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check uv || true
 	if test -x $(BIN)/uv; then $(UV_INSTALL) -e '.[dev]'; else $(PIP_INSTALL) -e '.[dev]'; fi

@@ -21,7 +21,7 @@
 #include <xxhash.h>
 #endif
 
-enum { CORE_VERSION = 1 }; /* decode.py's: a core of another is not used. Raise both when a function or its pixels change */
+enum { CORE_VERSION = 2 }; /* decode.py's: a core of another is not used. Raise both when a function or its pixels change */
 enum { SHORT_READ = 2, READ_FAILED = 3, ERRNO_FROM = 64 }; /* after DONE and LEFT; from the last on, with the error's number */
 enum { STORED_PAST_CACHE = 1 << 21 };                      /* bytes */
 
@@ -32,17 +32,19 @@ static PyObject *wrong_size(const char *what) {
 static int is_size(int height, int width) { return height > 0 && width > 0 && height < 65536 && width < 65536; }
 
 PyDoc_STRVAR(decode_doc,
-"decode(source, starts, sizes, boxes, out, height, width, status)\n\n"
+"decode(source, starts, sizes, boxes, out, height, width, status, is_cubic)\n\n"
 "Decode payload i = source[starts[i] : starts[i] + sizes[i]] into out[i], for all i, without the GIL.\n"
 "starts: (N,) uint64, sizes: (N,) uint32, boxes: (N, 4) float64 or None, out: (N, height, width, 3) uint8,\n"
+"is_cubic: whether pixels are resized bicubically, else bilinearly.\n"
 "status: (N,) uint8. Samples whose status is not 0 on entry are passed over; on return 0 says done, 1 left to others.\n"
 "Returns how many were baseline JPEGs for which libjpeg-turbo was not needed.");
 
 static PyObject *py_decode(PyObject *self, PyObject *args) {
     Py_buffer source, starts, sizes, boxes, out, status;
-    int height, width, fits = 0;
+    int height, width, is_cubic, fits = 0;
     ptrdiff_t num_baseline = 0;
-    if (!PyArg_ParseTuple(args, "y*y*y*z*w*iiw*", &source, &starts, &sizes, &boxes, &out, &height, &width, &status))
+    if (!PyArg_ParseTuple(args, "y*y*y*z*w*iiw*p", &source, &starts, &sizes, &boxes, &out, &height, &width, &status,
+                          &is_cubic))
         return NULL;
     Py_ssize_t n = status.len;
     const uint64_t *start = starts.buf;
@@ -60,7 +62,7 @@ static PyObject *py_decode(PyObject *self, PyObject *args) {
     }
     if (fits) {
         Py_BEGIN_ALLOW_THREADS
-        Resizer resizer = {0};
+        Resizer resizer = {.is_cubic = is_cubic};
         Baseline *baseline = baseline_new();
         for (Py_ssize_t i = 0; i < n; i++)
             if (!state[i])
@@ -153,16 +155,16 @@ static PyObject *py_checksum(PyObject *self, PyObject *args) {
 #endif
 
 PyDoc_STRVAR(resize_doc,
-"resize(source, source_height, source_width, box, out, height, width)\n\n"
+"resize(source, source_height, source_width, box, out, height, width, is_cubic)\n\n"
 "Resize the box (top, left, height, width) of a (source_height, source_width, 3) uint8 picture into out.");
 
 static PyObject *py_resize(PyObject *self, PyObject *args) {
     Py_buffer source, out;
-    int from_height, from_width, height, width, fits = 0;
+    int from_height, from_width, height, width, is_cubic, fits = 0;
     double box[4];
     PyObject *result = NULL;
-    if (!PyArg_ParseTuple(args, "y*ii(dddd)w*ii", &source, &from_height, &from_width, box, box + 1, box + 2, box + 3,
-                          &out, &height, &width))
+    if (!PyArg_ParseTuple(args, "y*ii(dddd)w*iip", &source, &from_height, &from_width, box, box + 1, box + 2, box + 3,
+                          &out, &height, &width, &is_cubic))
         return NULL;
     if (from_height < 1 || from_width < 1 || source.len != (Py_ssize_t)3 * from_height * from_width)
         wrong_size("source");
@@ -172,7 +174,7 @@ static PyObject *py_resize(PyObject *self, PyObject *args) {
         PyErr_SetString(PyExc_ValueError, "box lies outside the picture");
     else {
         Py_BEGIN_ALLOW_THREADS
-        Resizer r = {0};
+        Resizer r = {.is_cubic = is_cubic};
         fits = plan(&r, from_height, from_width, box, height, width) &&
                grow((void **)&r.rows, &r.rows_room, 2 * ((size_t)from_width * 4 + r.padding));
         const unsigned char *const rows[2] = {r.rows, r.rows + (size_t)from_width * 4 + r.padding};

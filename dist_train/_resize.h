@@ -1,4 +1,5 @@
-/* Resizing rows as they come: the triangle filter widened by the reduction, across before down, rounded to 8 bits between.
+/* Resizing rows as they come: a triangle (bilinear) or Keys' cubic (bicubic), widened by the reduction; across before down,
+ * rounded to 8 bits between, where a cubic's overshoot is cut off.
  *
  * A box of whole pixels is cut out first and weighed as torch does, with as many bits as let every weight fit in 16; any
  * other box sees the pixels around it and is weighed as Pillow does, with 22 bits. It runs as a stream: each decoded row is
@@ -36,6 +37,7 @@ typedef struct {
     unsigned char *rows;  /* (ROWS_AT_ONCE, ...) decoded, 4 bytes a pixel and `padding` more */
     size_t ring_room, window_room, rows_room, pitch, padding;
     int slots, next;      /* next: output row to be finished */
+    int is_cubic;         /* what the pixels are weighed by; the caller's to set */
     int top, bottom;      /* source rows under the filter */
     void (*across_rows)(const Taps *, const unsigned char *const[2], int, unsigned char *const[2]);
     void (*down_rows)(const unsigned char **, int, const int16_t *, int, size_t, unsigned char *);
@@ -52,9 +54,17 @@ static int grow(void **memory, size_t *room, size_t size) {
     return 1;
 }
 
+/* Of a pixel so far away, 0 or more; Keys 1981 with a = -0.5, as Pillow has it, and torch where it antialiases. */
+static double weight_at(double away, int is_cubic) {
+    if (!is_cubic) return away < 1 ? 1 - away : 0;
+    if (away < 1) return (1.5 * away - 2.5) * away * away + 1;
+    return away < 2 ? (((away - 5) * away + 8) * away - 4) * -0.5 : 0;
+}
+
 /* The weights of `outputs` pixels that cover begin..end of `inputs` pixels; wide ones, or such as fit in 16 bits. */
-static int weigh(Taps *taps, int inputs, float begin, float end, int outputs, int is_wide) {
-    double scale = (double)(end - begin) / outputs, reach = scale < 1 ? 1 : scale, nearness = 1.0 / reach, largest = 0;
+static int weigh(Taps *taps, int inputs, float begin, float end, int outputs, int is_wide, int is_cubic) {
+    double scale = (double)(end - begin) / outputs, stretch = scale < 1 ? 1 : scale, nearness = 1.0 / stretch, largest = 0;
+    double reach = is_cubic ? 2 * stretch : stretch;
     size_t most = 2 * reach + 2; /* more than any output takes */
     size_t shares = (size_t)outputs * most, room = (size_t)outputs * ((most + 3) / 4) * 8;
     size_t size = shares * sizeof(double) + 2 * (size_t)outputs * sizeof(int) + room * sizeof(int16_t);
@@ -77,8 +87,7 @@ static int weigh(Taps *taps, int inputs, float begin, float end, int outputs, in
         taps->count[o] = last - first;
         if (last - first > widest) widest = last - first;
         for (int i = 0; i < last - first; i++) {
-            double away = fabs((i + first - centre + 0.5) * nearness);
-            sum += share[i] = away < 1 ? 1 - away : 0;
+            sum += share[i] = weight_at(fabs((i + first - centre + 0.5) * nearness), is_cubic);
         }
         for (int i = 0; i < last - first; i++) {
             share[i] = sum != 0 ? share[i] / sum : 0;
@@ -93,7 +102,7 @@ static int weigh(Taps *taps, int inputs, float begin, float end, int outputs, in
     for (int o = 0; o < outputs; o++, share += most) {
         int16_t *weights = taps->weights + (size_t)o * taps->groups * 8;
         for (int i = 0; i < taps->count[o]; i++) {
-            int weight = (int)(0.5 + share[i] * (1 << taps->bits));
+            int weight = (int)((share[i] < 0 ? -0.5 : 0.5) + share[i] * (1 << taps->bits));
             weights[HALVES(i)] = is_wide ? weight >> LOW_BITS : 0;
             weights[HALVES(i) + 4] = is_wide ? weight & ((1 << LOW_BITS) - 1) : weight;
         }
@@ -253,21 +262,23 @@ static int is_cut(const double *box, int out_width) {
     return out_width > 1;
 }
 
-/* Get ready to resize the box (top, left, height, width) of a (height, width) picture into (out_height, out_width). */
+/* Get ready to resize the box (top, left, height, width) of a (height, width) picture into (out_height, out_width), by the
+ * filter that r->is_cubic says. */
 static int plan(Resizer *r, int height, int width, const double *box, int out_height, int out_width) {
-    double top = box[0], left = box[1], reach = fmax(box[2] / out_height, 1);
+    double top = box[0], left = box[1], reach = (1 + r->is_cubic) * fmax(box[2] / out_height, 1);
     if (is_cut(box, out_width)) {
         r->top = top;
         r->bottom = top + box[2];
-        if (!weigh(&r->across, box[3], 0, box[3], out_width, 0) || !weigh(&r->down, box[2], 0, box[2], out_height, 0))
+        if (!weigh(&r->across, box[3], 0, box[3], out_width, 0, r->is_cubic) ||
+            !weigh(&r->down, box[2], 0, box[2], out_height, 0, r->is_cubic))
             return 0;
         for (int o = 0; o < out_width; o++) r->across.first[o] += left;
     } else {
         r->top = fmax(floor(top - reach), 0);
         r->bottom = fmin(ceil(top + box[2] + reach), height);
         float begin = top - r->top, end = top - r->top + box[2];
-        if (!weigh(&r->across, width, left, left + box[3], out_width, 1) ||
-            !weigh(&r->down, r->bottom - r->top, begin, end, out_height, 1))
+        if (!weigh(&r->across, width, left, left + box[3], out_width, 1, r->is_cubic) ||
+            !weigh(&r->down, r->bottom - r->top, begin, end, out_height, 1, r->is_cubic))
             return 0;
     }
     r->slots = 4 * r->down.groups + 2; /* two rows come before the oldest is let go */

@@ -21,9 +21,6 @@ from dist_train.boxes import fallback_box, side_tables
 from dist_train.config import AugmentConfig
 from dist_train.draws import between, chance, random_boxes, uniform
 from dist_train.errors import UserError
-from dist_train.mixing import mix
-
-__all__ = ["Augment", "evaluation_pixels", "mix", "uniform"]
 
 # Draws of a key, by use; mixing.py and policies.py have those from 64 on. The decoder's box is draws 0 to 21, so the crop must
 # start at 0. A number that moves changes the pixels of runs that go on.
@@ -41,12 +38,14 @@ class Augment:
     """Augment and normalise batches: `pixels = augment(images, keys)`. Holds the settings and their constants.
 
     size: (height, width) of the output. mean, std: per channel, of pixels in 0..1. Where the decoder has already cut
-    the random box out, give a config with crop "none". Raises UserError naming every setting out of range.
+    the random box out, give a config with crop "none". interpolation: data.interpolation. Raises UserError naming every setting
+    out of range.
     """
 
-    def __init__(self, config: AugmentConfig, size: tuple[int, int], mean: Channels, std: Channels, device="cpu"):
+    def __init__(self, config: AugmentConfig, size: tuple[int, int], mean: Channels, std: Channels, device="cpu",
+                 interpolation: str = "bilinear"):  # fmt: skip
         check(config)
-        self.config, self.size = config, tuple(size)
+        self.config, self.size, self.interpolation = config, tuple(size), interpolation
         self.mean, self.std = (_channels(tuple(values), torch.device(device)) for values in (mean, std))
         self.crop_tables, self.erase_tables = (
             torch.from_numpy(np.stack(side_tables(scale, ratio))).to(device)
@@ -83,8 +82,8 @@ class Augment:
 
         first: the first of `draw_rounds`, whose moves are done, or none. Rotation is about the centre of the output.
         Flips and whole-pixel shifts copy pixels exactly; resizing the whole picture is antialiased; all else is one
-        bilinear sampling, after an antialiased reduction where the pictures are more than MAX_SHRINK times larger than
-        the output. A crop that is rotated, sheared or moved shows what lies around it in the picture.
+        bilinear sampling, whatever the interpolation, after an antialiased reduction where the pictures are more than
+        MAX_SHRINK times larger than the output. A crop that is rotated, sheared or moved shows what lies around it in the picture.
         """
         config, pictures = self.config, to_float(images)
         stored = tuple(images.shape[2:])
@@ -92,7 +91,7 @@ class Augment:
         upended = chance(keys, FLIP_VERTICAL, config.flip_vertical) if config.flip_vertical else None
         if config.crop != "random_resized" and not config.rotate_degrees:
             if stored != self.size:
-                pictures = resize(pictures, self.size)
+                pictures = resize(pictures, self.size, self.interpolation)
             if config.crop == "padded":
                 pictures = shift_crop(pictures, *self.draw_shift(keys), config.padding, self.mean)
             pictures = pictures if flipped is None else flip(pictures, flipped)
@@ -111,7 +110,7 @@ class Augment:
             for side, pixels in zip(stored, self.size, strict=True)
         )
         if reduced != stored:
-            pictures = resize(pictures, reduced)
+            pictures = resize(pictures, reduced, self.interpolation)
             zoom_y, zoom_x = reduced[0] / stored[0], reduced[1] / stored[1]
             top, left, height, width = boxes.unbind(1)
             boxes = torch.stack([top * zoom_y, left * zoom_x, height * zoom_y, width * zoom_x], 1)
@@ -176,14 +175,16 @@ class Augment:
         return drawn, chance(keys, ERASE, self.config.erase) & fits
 
 
-def evaluation_pixels(images: Tensor, size: tuple[int, int], mean: Channels, std: Channels) -> Tensor:
+def evaluation_pixels(
+    images: Tensor, size: tuple[int, int], mean: Channels, std: Channels, interpolation: str = "bilinear"
+) -> Tensor:
     """Normalise pictures for evaluation, resized (antialiased) to (height, width) where they have another size.
 
     images: uint8 (N, C, H, W). Returns float32 (N, C, height, width) in channels-last memory.
     """
     pictures = to_float(images)
     if tuple(images.shape[2:]) != tuple(size):
-        pictures = resize(pictures, tuple(size))
+        pictures = resize(pictures, tuple(size), interpolation)
     mean, std = (_channels(tuple(values), images.device) for values in (mean, std))
     return pictures.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
 
@@ -194,9 +195,10 @@ def to_float(images: Tensor) -> Tensor:
     return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
-def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize the whole picture, bilinear and antialiased, as torchvision does."""
-    return F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+def resize(images: Tensor, size: tuple[int, int], interpolation: str = "bilinear", limits: tuple = (0.0, 1.0)) -> Tensor:
+    """Resize the whole picture, antialiased, as torchvision does. limits: least and most, where bicubic's overshoot is cut off."""
+    resized = F.interpolate(images, size=size, mode=interpolation, antialias=True, align_corners=False)
+    return resized.clamp_(*limits) if interpolation == "bicubic" else resized
 
 
 def flip(images: Tensor, flipped: Tensor, axis: int = 3) -> Tensor:

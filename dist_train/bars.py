@@ -4,9 +4,8 @@ import math
 from dataclasses import dataclass
 from html import escape
 
-from dist_train.plots import nice_ticks
+from dist_train.plots import WIDTH, cut, nice_ticks, segment, text_at
 
-WIDTH = 440  # CSS pixels at full width: letters stay readable on a phone
 _ROW, _TOP, _BOTTOM = 30, 4, 24
 
 
@@ -47,15 +46,12 @@ def bar_chart(bars: list[Bar], text, zero: bool = True) -> str:
     for tick in ticks:
         x, foot = x_at(tick), height - _BOTTOM
         anchor = "start" if x < 20 else "end" if x > WIDTH - 24 else "middle"
-        parts.append(f'<line x1="{x:.1f}" y1="{_TOP}" x2="{x:.1f}" y2="{foot}" stroke="var(--line)"/>')
-        parts.append(_text(x, foot + 16, text(tick), anchor, "faint"))
+        parts.append(segment(x, _TOP, x, foot, "var(--line)"))
+        parts.append(text_at(x, foot + 16, text(tick), anchor))
     for i, bar in enumerate(bars):
         y, colour = _TOP + i * (_ROW + 12), f"var(--{bar.colour})"
-        name = bar.name if len(bar.name) <= 44 else bar.name[:43] + "…"
-        parts += [
-            _text(left, y + 13, name, "start", "ink"),
-            _text(WIDTH - 8, y + 13, bar.text or text(bar.value), "end", "faint"),
-        ]
+        parts.append(text_at(left, y + 13, cut(bar.name, 44), "start", "var(--ink)"))
+        parts.append(text_at(WIDTH - 8, y + 13, bar.text or text(bar.value), "end"))
         end, middle = x_at(bar.value), y + 25
         if zero:
             length = max(end - left, 1)
@@ -69,7 +65,3 @@ def bar_chart(bars: list[Bar], text, zero: bool = True) -> str:
             line = f"M{a:.1f} {middle}H{b:.1f}M{a:.1f} {middle - 4}v8M{b:.1f} {middle - 4}v8"
             parts.append(f'<path d="{line}" stroke="var(--ink)" fill="none"/>')
     return "".join([*parts, "</svg>"])
-
-
-def _text(x: float, y: float, text: str, anchor: str, colour: str) -> str:
-    return f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}" fill="var(--{colour})">{escape(text)}</text>'

@@ -24,14 +24,14 @@ from dist_train.augment import Augment
 from dist_train.boxes import random_resized_boxes
 from dist_train.cache import DecodedCache
 from dist_train.config import RunConfig
-from dist_train.data import open_stream, picture_size, to_device
+from dist_train.data import picture_size, to_device
 from dist_train.decode import decode_batch, decoders, read_from_files
 from dist_train.errors import UserError
 from dist_train.folds import open_index
 from dist_train.order import Order, sample_keys
 from dist_train.remote import shown
 from dist_train.settings import read_config
-from dist_train.sizes import decoder_crop, input_size, on_device_augment
+from dist_train.sizes import decoder_crop, input_size, on_device_augment, training_stream
 from dist_train.store import Store
 from dist_train.workers import num_cores
 
@@ -58,9 +58,7 @@ def main(argv: list[str]) -> None:
         "--config", metavar="RECIPE", help="batch size, crop and augmentation are this recipe's, and its step is timed"
     )
     parser.add_argument("--batch-size", type=int, help="images a batch; default the recipe's, else 128")
-    parser.add_argument(
-        "--image-size", type=int, help="height and width that enter the network; 0 keeps the stored one"
-    )
+    parser.add_argument("--image-size", type=int, help="height and width that enter the network; 0 keeps the stored one")
     parser.add_argument("--crop", choices=("random_resized", "resize"), help="what the decoder cuts out")
     parser.add_argument("--threads", type=int, help="decoding threads; default the recipe's, else the cores at hand")
     parser.add_argument("--seconds", type=float, default=0.5, help="length of one measurement; each is taken 5 times")
@@ -150,6 +148,7 @@ def show(figures: dict, config: RunConfig) -> None:
     if "decode" in figures:
         for what, who in decoders().items():
             console.print(f"  {what}: {who}")
+        console.print(f"  interpolation: {config.data.interpolation}")
 
 
 def verdict(figures: dict, config: RunConfig) -> list[str]:
@@ -239,15 +238,10 @@ def _parts(config: RunConfig, device: torch.device, threads: int) -> dict[str, I
     """Endless iterators that give the number of images each time they are asked."""
     data, index = config.data, open_index(config)
     is_table = index.features is not None
-    crop, size = decoder_crop(config, index)
     num_samples = index.split(data.train_split).num_samples
 
     def stream(cache: str | DecodedCache = "none") -> Iterator:
-        return open_stream(
-            index, data.train_split, data.global_batch_size, size, crop, config.seed, threads, scale=config.augment.scale,
-            ratio=config.augment.ratio, window_shards=data.window_shards, lanes=data.lanes, prefetch_mb=data.prefetch_mb,
-            verify=data.verify, pin_memory=device.type == "cuda", cache=cache,
-        )  # fmt: skip
+        return training_stream(config, index, threads=threads, pin_memory=device.type == "cuda", cache=cache)
 
     parts = {"bytes": _bytes(config, index, threads)}
     if not is_table:
@@ -259,7 +253,8 @@ def _parts(config: RunConfig, device: torch.device, threads: int) -> dict[str, I
     if device.type != "cpu":
         parts["device"] = map(len, to_device(stream(), device))
     if not is_table:
-        augment = Augment(on_device_augment(config, index), input_size(config, index), index.mean, index.std, device)
+        size_there, how = input_size(config, index), data.interpolation
+        augment = Augment(on_device_augment(config, index), size_there, index.mean, index.std, device, how)
         parts["augment"] = (len(augment(batch.images, batch.random_keys)) for batch in to_device(stream(), device))
     return parts
 
@@ -296,9 +291,7 @@ def _decoded(config: RunConfig, index, threads: int) -> Iterator[int]:
         boxes = None
         if crop == "random_resized":
             rows, keys = store.table[samples], sample_keys(config.seed, np.zeros_like(samples), samples)
-            boxes = random_resized_boxes(
-                keys, rows["height"], rows["width"], config.augment.scale, config.augment.ratio
-            )
+            boxes = random_resized_boxes(keys, rows["height"], rows["width"], config.augment.scale, config.augment.ratio)
         kept.append((payloads, boxes))
         num_bytes += sum(map(len, payloads))
         if num_bytes > MOST_MB * 2**20 or len(kept) * batch >= split.num_samples:
@@ -307,7 +300,7 @@ def _decoded(config: RunConfig, index, threads: int) -> Iterator[int]:
     def decode(job) -> int:
         payloads, boxes = job
         out = np.empty((len(payloads), *shape, 3), np.uint8)
-        failures = decode_batch(payloads, out, boxes)
+        failures = decode_batch(payloads, out, boxes, config.data.interpolation)
         if failures:
             raise UserError(f"{index.folder}: a picture cannot be decoded: {failures[0][1]}; see dist-train verify.")
         return len(payloads)
@@ -317,9 +310,7 @@ def _decoded(config: RunConfig, index, threads: int) -> Iterator[int]:
 
 def _samples(config: RunConfig, index) -> Iterator[np.ndarray]:
     split = index.split(config.data.train_split)
-    order = Order(
-        split.shard_samples, config.data.global_batch_size, config.seed, config.data.window_shards, config.data.lanes
-    )
+    order = Order(split.shard_samples, config.data.global_batch_size, config.seed, config.data.window_shards, config.data.lanes)
     for step in itertools.count():
         yield split.stored_numbers(order.rank_batch(step, 0, 1)[0])
 

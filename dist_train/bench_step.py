@@ -143,6 +143,7 @@ class TimedRun(SilentTracker):
         augment = dataclasses.replace(config.augment, start_size=0)
         self.num_steps, self._lines = num_steps, []
         self.run = Run(dataclasses.replace(config, train=train_config, augment=augment), folder, accelerator, world)
+        self.run.stop_requests = runtime.StopRequests(folder)
         if world.world_size == 1:
             self.run.stop_requests.close()  # a signal ends the process at once, as everywhere but in a training
         self.state = self.run.new_state()
@@ -151,9 +152,7 @@ class TimedRun(SilentTracker):
         self._threads = config.data.threads or world.num_cores
         share_bytes = config.data.global_batch_size // world.world_size * decoded_bytes(config, self.run.index)
         ahead_mb = min(config.data.prefetch_mb, math.ceil(num_steps * self._threads * share_bytes / 2**20))
-        self.run.config = dataclasses.replace(
-            self.run.config, data=dataclasses.replace(config.data, prefetch_mb=ahead_mb)
-        )
+        self.run.config = dataclasses.replace(self.run.config, data=dataclasses.replace(config.data, prefetch_mb=ahead_mb))
         self._stream, self._batch = self.run.stream, None
 
     def train(self, step: int, values: dict) -> None:
@@ -186,9 +185,8 @@ class TimedRun(SilentTracker):
 
     def silent_steps(self, num_steps: int) -> None:
         """Steps without a log line, which would wait for the device. No `window` comes after."""
-        self.run.config = dataclasses.replace(
-            self.run.config, train=dataclasses.replace(self.run.config.train, log_every_steps=int(FOR_EVER))
-        )
+        config = self.run.config
+        self.run.config = dataclasses.replace(config, train=dataclasses.replace(config.train, log_every_steps=int(FOR_EVER)))
         self._train(num_steps)
 
     def read_an_epoch(self) -> None:
@@ -199,6 +197,7 @@ class TimedRun(SilentTracker):
 
     def close(self) -> None:
         self.run.close()
+        self.run.stop_requests.close()
 
     def _train(self, num_steps: int) -> None:
         self.run.halt_step = self.state.step + num_steps

@@ -10,7 +10,7 @@ from dist_train.durable import replace_json, replace_text
 from dist_train.errors import UserError
 from dist_train.folds import view_of
 from dist_train.optim import lr_at
-from dist_train.run import refuse_other_shards, write_settings, written_settings
+from dist_train.run_folder import refuse_other_shards, write_settings, written_settings
 from dist_train.runtime import World
 from dist_train.settings import to_dict
 from dist_train.state import begun_anew

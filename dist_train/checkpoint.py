@@ -27,7 +27,7 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
-from dist_train.durable import put_in_place, replace_text, sync
+from dist_train.durable import put_in_place, replace_json, replace_text, sync
 from dist_train.errors import UserError
 from dist_train.index import file_checksum
 from dist_train.ranks import on_main
@@ -70,7 +70,7 @@ class Checkpoints:
     def save(self, saved: Saved, is_best: bool) -> None:
         """Copy now, write in the background; waits for the one before. Raises UserError if that one failed."""
         self.wait()
-        copies = {stem: {k: _host_copy(t) for k, t in named.items()} for stem, named in saved.tensors.items()}
+        copies = {stem: {k: t.detach().to("cpu", copy=True) for k, t in named.items()} for stem, named in saved.tensors.items()}
         saved = Saved(saved.step, copies, {**saved.state, "is_best": is_best})
         self._thread = threading.Thread(target=self._write, args=(saved, is_best), name="checkpoint")
         self._thread.start()
@@ -163,7 +163,7 @@ class Checkpoints:
 
     def name_best(self, path: Path) -> None:
         """Say which checkpoint is the best so far."""
-        replace_text(self.folder / "best.json", json.dumps({"checkpoint": path.name}) + "\n")
+        replace_json(self.folder / "best.json", {"checkpoint": path.name}, indent=None)
 
     def has_best(self, saved: Saved) -> bool:
         """Whether the best checkpoint, as of the one that `newest` has given, is there."""
@@ -344,8 +344,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict, values: d
         if isinstance(value, torch.Tensor):
             # step counters stay on the host unless the optimizer is fused or capturable, as torch itself keeps them
             value = value.to(parameter.device) if value.dim() or parameter in counts_on_device else value
-            if value.shape == parameter.shape and parameter.dim() == 4:
-                value = value.contiguous(memory_format=_memory_format(parameter))
         optimizer.state[parameter][entry] = value
 
 
@@ -365,13 +363,3 @@ def _place(path: Path) -> tuple[int, int]:
 def _manifest(checksums: dict[str, str]) -> str:
     own = xxhash.xxh3_128_hexdigest(json.dumps(checksums, sort_keys=True).encode())
     return json.dumps({"files": checksums, "checksum": own}, indent=1) + "\n"
-
-
-def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
-    channels_last = tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    # safetensors stores plain contiguous tensors: channels-last kernels are laid out anew here and back on loading
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()

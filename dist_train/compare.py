@@ -89,9 +89,7 @@ def read_finished(folder: Path) -> Finished:
         figures = {split: values for split, values in result.items() if isinstance(values, dict) and "top1" in values}
     except FileNotFoundError as error:
         what = f"it has no {Path(error.filename).name}" if folder.is_dir() else "there is no such folder"
-        raise UserError(
-            f"{folder}: not a finished run: {what}; expected the folder of one, such as runs/NAME."
-        ) from None
+        raise UserError(f"{folder}: not a finished run: {what}; expected the folder of one, such as runs/NAME.") from None
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{folder}: the run cannot be read: {error}") from None
     lines = read_metrics(folder / "metrics.jsonl")
@@ -164,25 +162,16 @@ def write_comparison(out: Path, groups: list[Group], table: Table) -> None:
                 for group in groups if (values := group.values(split, "top1"))]  # fmt: skip
         best = max(bars, key=lambda bar: bar.value)
         finding = f": highest with {best.name}" if len(bars) > 1 else ""
-        charts.append(
-            Chart(f"Accuracy, {split} split{finding}", bar_chart(bars, lambda y: f"{y * 100:g}%", zero=False))
-        )
+        charts.append(Chart(f"Accuracy, {split} split{finding}", bar_chart(bars, lambda y: f"{y * 100:g}%", zero=False)))
     times = [Bar(group.name, _seconds(group), _spread([run.seconds for run in group.runs]), duration(_seconds(group)), "two")
              for group in groups]  # fmt: skip
     charts.append(Chart("Running time, seconds", bar_chart(times, lambda s: f"{s:g}")))
-    curves = [
-        plots.Curve(group.runs[0].name, *group.runs[0].curve, colour) for colour, group in enumerate(groups[: len(_COLOURS)])
-    ]
+    curves = [plots.Curve(group.runs[0].name, *group.runs[0].curve, colour) for colour, group in enumerate(groups[: len(_COLOURS)])]
     if svg := plots.line_chart(curves, "epoch", lambda y: f"{y * 100:g}%"):
         names = [(group.runs[0].name, colour) for group, colour in zip(groups, _COLOURS, strict=False)]
-        charts.append(
-            Chart("Validation accuracy" + (" of the first three" if len(groups) > len(_COLOURS) else ""), svg, names)
-        )
+        charts.append(Chart("Validation accuracy" + (" of the first three" if len(groups) > len(_COLOURS) else ""), svg, names))
     note = "Lines show one standard deviation to both sides, where there are several runs."
-    sections = [
-        Section("Figures", note, charts),
-        Section("Table", "Settings are shown where the runs differ.", table=table),
-    ]
+    sections = [Section("Figures", note, charts), Section("Table", "Settings are shown where the runs differ.", table=table)]
     num_runs = sum(len(group.runs) for group in groups)
     write_page(out, "Runs compared", f"{num_runs} runs · {time.strftime('%Y-%m-%d %H:%M')}", [], sections)
 

@@ -30,6 +30,10 @@ class DataConfig:
     eval_size: int = 0
     """the same in evaluation, predict and exported files, for networks that take any size: 224 after a training at 176 is usual
     (FixRes); 0 is image_size"""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """how pictures are resized, antialiased, in training, evaluation, predict and exported files; many weights for model.pretrained
+    are from bicubic. Rotation, the moves of augment.trivial and augment.rand_ops, and the random box that the device cuts out of
+    pictures of one size are sampled bilinearly all the same"""
     crop: Literal["auto", "random_resized", "resize"] = "auto"
     """what the decoder cuts out for training: a random box (keyed by the sample) or the whole picture; auto takes the
     random box where augment.crop asks for one and pictures differ in size, and leaves one-size sets to the device"""

@@ -4,6 +4,7 @@ import numpy as np
 
 MAX_MATRIX_CLASSES = 40  # a larger matrix shows the most confused of them
 SHOWN_CLASSES = 30
+SHOWN_PAIRS = 8
 
 
 def class_table(counts: np.ndarray, names: list[str]) -> list[dict]:
@@ -36,9 +37,9 @@ def most_confused(counts: np.ndarray, most: int = SHOWN_CLASSES) -> np.ndarray:
     return np.sort(np.argsort(-(wrong.sum(axis=0) + wrong.sum(axis=1)), kind="stable")[:most])
 
 
-def confused_pairs(counts: np.ndarray, names: list[str], most: int = 8) -> list[tuple[str, str, int, float]]:
+def confused_pairs(counts: np.ndarray, names: list[str]) -> list[tuple[str, str, int, float]]:
     """(true class, predicted class, samples, share of the true class) of the most frequent mistakes, most first."""
     wrong = counts - np.diag(np.diag(counts))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
+    order = np.argsort(-wrong, axis=None, kind="stable")[:SHOWN_PAIRS]
     places = [divmod(int(flat), len(names)) for flat in order]
     return [(names[i], names[j], int(wrong[i, j]), wrong[i, j] / counts[i].sum()) for i, j in places if wrong[i, j]]

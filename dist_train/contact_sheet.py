@@ -6,7 +6,7 @@ import numpy as np
 
 from dist_train.index import ShardIndex, SplitIndex
 from dist_train.page import Section, write_page
-from dist_train.picture_plots import draw_gallery, histogram_chart, sample_gallery, save_png
+from dist_train.picture_plots import draw_gallery, figure_image, histogram_chart, sample_gallery, save_png
 from dist_train.plots import without_formulas
 from dist_train.table_plots import read_rows, table_section
 
@@ -58,10 +58,7 @@ def _write_page(index: ShardIndex, split: SplitIndex, path: Path) -> None:
 
 def _feature_spread(index: ShardIndex, split: SplitIndex):
     """Each feature's values by class, as box plots; the first 24 features."""
-    import io
-
     from matplotlib.figure import Figure
-    from PIL import Image
 
     values, labels = read_rows(split, len(index.features))
     by_class = [values[labels == label] for label in range(min(index.num_classes, _CLASSES))]
@@ -72,6 +69,4 @@ def _feature_spread(index: ShardIndex, split: SplitIndex):
         axes.boxplot([values[~np.isnan(values[:, k]), k] for values in by_class], sym=".")
         axes.set_xticks(range(1, len(by_class) + 1), [without_formulas(name[:12]) for name in index.classes[: len(by_class)]])
         axes.set_title(without_formulas(feature), fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=80)
-    return Image.open(buffer)
+    return figure_image(figure, dpi=80)

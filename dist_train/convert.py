@@ -17,16 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_train.durable import sync
+from dist_train.durable import sync, writing
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex, SplitIndex, holds_foreign_index, load_index, save_index, save_table
 from dist_train.partition import TRAIN, assign_splits, cut_into_shards, name_draws, test_share, told_splits
 from dist_train.settings import to_dict
-from dist_train.shard import check_settings
-from dist_train.shard_config import FREE_SHARD_SETTINGS, ShardConfig
+from dist_train.shard_config import FREE_SHARD_SETTINGS, ShardConfig, check_settings
 from dist_train.sources import SPLITS, Source, open_source
-from dist_train.tables import column_statistics, empty_columns
-from dist_train.tars import writing
+from dist_train.tables import column_statistics, untaught_columns
 from dist_train.workers import num_cores, run_tasks
 from dist_train.write_shard import ShardResult, ShardTask, write_shard, written_result
 
@@ -94,7 +92,7 @@ def plan_conversion(config: ShardConfig) -> tuple[Source, list[PlannedShard]]:
     """The opened source, and every shard to be written of it."""
     source = open_source(config)
     for note in source.notes:
-        print(f"{config.path or config.dataset}: {note}")
+        print(f"{config.raw}: {note}")
     plan = _plan(config, source)
     return source, [PlannedShard(split, number, rows) for split, shards in plan.items() for number, rows in enumerate(shards)]
 
@@ -116,7 +114,7 @@ def _plan(config: ShardConfig, source: Source) -> dict[int, list[np.ndarray]]:
     draws, test = name_draws(source.names, config.seed), test_share(config.split, source.preset)
     splits = assign_splits(source.labels, source.preset, draws, config.split.val, test, source.groups)
     if told := told_splits(config.split, source.preset, splits):
-        print(f"{config.path or config.dataset}: {told}.")
+        print(f"{config.raw}: {told}.")
     sizes = source.sizes
     if config.resize:  # a JPEG of quality 90 takes about 0.4 bytes a pixel
         sizes = np.minimum(sizes, int(0.6 * config.resize**2) + 512)
@@ -164,7 +162,7 @@ def _gather(
         kept = np.concatenate([shard.rows[result.kept] for shard, result in mine])
         table = np.concatenate([result.rows for _, result in mine])
         if not len(kept):
-            raise UserError(f"{config.path or config.dataset}: no sample of the {SPLITS[split]} split can be read.")
+            raise UserError(f"{config.raw}: no sample of the {SPLITS[split]} split can be read.")
         left_out += [{"name": source.names[shard.rows[place]], "why": why} for shard, result in mine for place, why in result.bad]
         sizes |= set(map(tuple, np.unique(table[["height", "width"]]).tolist()))
         train_rows = kept if split == TRAIN else train_rows
@@ -185,14 +183,13 @@ def _gather(
         of_train = [result.totals for shard, result in zip(planned, results, strict=True) if shard.split == TRAIN]
         totals = [sum(column) for column in zip(*of_train, strict=True)]
         if len(train_rows) and not totals[0]:
-            what = config.path or config.dataset
-            raise UserError(f"{what}: of the pictures that --check sample decodes none is good.\n  Use --check all.")
+            raise UserError(f"{config.raw}: of the pictures that --check sample decodes none is good.\n  Use --check all.")
         mean, std = mean_and_std(totals)
     else:
         rows = source.store.rows[train_rows]
         mean, std = column_statistics(rows)
-        for note in empty_columns(rows, source.features):
-            print(f"{config.path or config.dataset}: {note}")
+        for note in untaught_columns(rows, source.features):
+            print(f"{config.raw}: {note}")
     settings = to_dict(config)
     for free in FREE_SHARD_SETTINGS:
         settings.pop(free)
@@ -223,7 +220,7 @@ def _check_bad(config: ShardConfig, bad: list[tuple[str, str]]) -> None:
     if len(bad) > config.max_bad:
         few = "".join(f"\n  {name}: {why}" for name, why in sorted(bad)[:5])
         raise UserError(
-            f"{config.path or config.dataset}: {len(bad)} samples so far cannot be read; max_bad allows {config.max_bad}.{few}\n"
+            f"{config.raw}: {len(bad)} samples so far cannot be read; max_bad allows {config.max_bad}.{few}\n"
             f"  Mend or remove them, or leave them out with --max-bad {max(10, 2 * len(bad))}. "
             f"What is finished is kept for the next start."
         )
@@ -261,9 +258,7 @@ def _staging_folder(out: Path, config: ShardConfig, shared: bool = False):
             raise UserError(f"{staging}: another process is writing this set.\n  Wait for it, or end it.") from None
         if not (staging.exists() and os.path.samestat(os.fstat(lock), os.stat(staging))):  # renamed before it was locked
             raise UserError(f"{out}: another process has just finished this set.\n  Look at it, then start again if need be.")
-        if (
-            replaced.exists() and not shared
-        ):  # a swap was cut short: before its second step the old set is still the set
+        if replaced.exists() and not shared:  # a swap was cut short: before its second step the old set is still the set
             shutil.rmtree(replaced) if out.exists() else os.rename(replaced, out)
         _check_target(out, config.overwrite)
         yield staging

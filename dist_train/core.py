@@ -1,6 +1,6 @@
 """The native core, _native.c, as it was built for these sources; `native` is None where there is none, and `missing` says why."""
 
-CORE_VERSION = 1  # as in _native.c: raise both when a function there takes or gives something else
+CORE_VERSION = 2  # as in _native.c: raise both when a function there takes or gives something else
 try:
     from dist_train import _native as native
 

@@ -17,6 +17,7 @@ import torch
 from dist_train import boxes as crop_boxes
 from dist_train.bad_samples import BadSamples, Undecodable
 from dist_train.cache import DecodedCache
+from dist_train.decode import INTERPOLATIONS
 from dist_train.errors import UserError
 from dist_train.gpu_decode import GpuDecoder
 from dist_train.index import ShardIndex, load_index
@@ -49,13 +50,15 @@ def open_stream(
     cache: str | DecodedCache = "auto",
     bad_samples: BadSamples | None = None,
     gpu_decoder: GpuDecoder | None = None,
+    interpolation: str = "bilinear",
 ) -> Iterator[Batch]:
     """The shuffled, endless stream of batches of a split: every sample exactly once an epoch, any step at once.
 
     shards: a folder with an index.json, or a loaded index. batch_size: the global batch, over all ranks. world: (rank,
     world_size), this rank's equal part, and how many ranks share this machine. image_size: height and width, pixels; 0 keeps
     the stored size, which must then be the same for all. crop: "random_resized" cuts the random box of the sample's key
-    (scale, ratio: share of the area and aspect, Szegedy et al. 2015), "resize" takes the whole picture. Steps start_step,
+    (scale, ratio: share of the area and aspect, Szegedy et al. 2015), "resize" takes the whole picture; interpolation: "bilinear"
+    or "bicubic", antialiased. Steps start_step,
     start_step + 1, ... come until stop_step, or without end; the state of the stream is that number.
     cache: where decoded samples are kept from epoch to epoch (cache.DecodedCache, or one of its modes); it changes no pixel;
     with "device" the images come on its device. bad_samples: takes note of pictures that cannot be decoded, and says what comes
@@ -73,6 +76,8 @@ def open_stream(
     size = picture_size(index, image_size)
     if crop not in ("random_resized", "resize"):
         raise UserError(f"crop is {crop!r}; expected random_resized or resize.")
+    if interpolation not in INTERPOLATIONS:
+        raise UserError(f"interpolation is {interpolation!r}; expected {' or '.join(INTERPOLATIONS)}.")
 
     def random_boxes(rows, keys):
         return crop_boxes.random_resized_boxes(keys, rows["height"], rows["width"], scale, ratio)
@@ -86,7 +91,7 @@ def open_stream(
         )
     load = Loader(
         index, split, size, random_boxes if is_random else None, verify, pin_memory, _num_threads(threads), prefetch_mb,
-        gpu_decoder if is_random else None,
+        gpu_decoder if is_random else None, interpolation,
     )  # fmt: skip
     if not is_random:
         load.keep(cache, "whole")
@@ -129,12 +134,14 @@ def open_evaluation(
     verify: bool = True,
     pin_memory: bool = False,
     cache: str | DecodedCache = "none",
+    interpolation: str = "bilinear",
 ) -> Iterator[Batch]:
     """This rank's part of one pass over a split, in shard order: every sample on exactly one rank, nothing padded.
 
     batch_size: samples per batch of this rank; the last batch may be smaller. Where pictures differ in size, the
     central crop that keeps `eval_crop` of the shorter side is decoded to image_size (0: the whole picture, squeezed);
-    one-size pictures come whole and as they are. cache: as in `open_stream`; it pays for passes after the first.
+    one-size pictures come whole and as they are. cache, interpolation: as in `open_stream`; a cache pays for passes after the
+    first.
     """
     size = picture_size(index, image_size)
     source = index.split(split)
@@ -145,7 +152,8 @@ def open_evaluation(
 
     boxes = central_boxes if eval_crop and not index.image_size else None
     load = Loader(
-        index, split, index.image_size or size, boxes, verify, pin_memory, _num_threads(threads), prefetch_mb
+        index, split, index.image_size or size, boxes, verify, pin_memory, _num_threads(threads), prefetch_mb,
+        interpolation=interpolation,
     )  # fmt: skip
     cache = DecodedCache(cache) if isinstance(cache, str) else cache
     load.keep(cache, f"central {eval_crop}" if boxes else "whole")
@@ -207,9 +215,7 @@ def picture_size(index: ShardIndex, image_size: int) -> tuple[int, int] | None:
         raise UserError(f"data.image_size is {image_size}; expected pixels, or 0 for the stored size.")
     size = (image_size, image_size) if image_size else index.image_size
     if size is None:
-        raise UserError(
-            f"{index.folder}: the pictures differ in size, so a size is needed: --data.image_size 224, say."
-        )
+        raise UserError(f"{index.folder}: the pictures differ in size, so a size is needed: --data.image_size 224, say.")
     return size
 
 

@@ -26,7 +26,7 @@ from dist_train.core import missing, native
 from dist_train.picture_header import DecodeError, Header, png_chunks, read_header
 from dist_train.store import READ_FAILED
 
-REDUCED_BEFORE_SCALING = 4  # the resize still halves a scaled picture at least, which keeps it above 45 dB
+REDUCED_BEFORE_SCALING = 4  # the resize still halves a scaled picture at least, which keeps it above 45 dB, bicubic or not
 SPARE_ROWS = 8  # below the last one needed: the decoder's upsampling of colour looks at most two ahead
 KEPT_BYTES = 1 << 24  # of a thread, so that pictures up to 5 megapixels take no fresh memory
 SCALED_FROM = 512  # pixels of the longer side; smaller pictures gain nothing from it
@@ -39,21 +39,23 @@ _FAULTS = [None, None, SHORT_READ, READ_FAILED, CHECKSUM_DIFFERS]  # by the nati
 _ERRNO_FROM = 64  # statuses from here on are READ_FAILED, with the system's error number behind it
 _LEFT = 1
 
+INTERPOLATIONS = {"bilinear": 1, "bicubic": 2}  # and how far each reaches, in pixels, or of what is reduced in pixels of the result
+
 Failures = list[tuple[int, str]]  # (place in the batch, reason)
 
 
-def decode_into(payload: bytes, out: np.ndarray, box: tuple | None = None) -> None:
+def decode_into(payload: bytes, out: np.ndarray, box: tuple | None = None, interpolation: str = "bilinear") -> None:
     """Decode a JPEG, PNG, WebP or BMP, cut out `box`, and resize it antialiased into `out`.
 
     out: (h, w, 3) uint8, C-contiguous. box: (top, left, height, width) in pixels of the displayed picture, fractions
     allowed; None takes the whole picture. A box of whole pixels is cut out and resized as torchvision's crop and
-    antialiased resize do it; the pixels of any other are those of Pillow's `resize((w, h), BILINEAR, box)`, which looks
-    at what lies around the box. A large JPEG's box is decoded at a half, a quarter or an eighth first, where
-    REDUCED_BEFORE_SCALING says so. Grey is
-    expanded, CMYK converted, 16 bits become 8, EXIF orientation is applied, transparency is dropped as Pillow's
-    `convert("RGB")` drops it. Raises DecodeError with the reason. Heavy parts run without the GIL.
+    antialiased resize do it; the pixels of any other are those of Pillow's `resize((w, h), BILINEAR, box)`, or BICUBIC,
+    which looks at what lies around the box. interpolation: a key of INTERPOLATIONS. A large JPEG's box is decoded at a
+    half, a quarter or an eighth first, where REDUCED_BEFORE_SCALING says so. Grey is expanded, CMYK converted, 16 bits
+    become 8, EXIF orientation is applied, transparency is dropped as Pillow's `convert("RGB")` drops it. Raises
+    DecodeError with the reason. Heavy parts run without the GIL.
     """
-    failures = decode_batch([payload], out[None], None if box is None else np.asarray(box, np.float64)[None])
+    failures = decode_batch([payload], out[None], None if box is None else np.asarray(box, np.float64)[None], interpolation)
     if failures:
         raise DecodeError(failures[0][1])
 
@@ -66,24 +68,26 @@ def _reused(num_bytes: int) -> np.ndarray:
     return _room(num_bytes, "payloads")[:num_bytes]
 
 
-def decode_batch(payloads: list[bytes], out: np.ndarray, boxes: np.ndarray | None = None) -> Failures:
+def decode_batch(
+    payloads: list[bytes], out: np.ndarray, boxes: np.ndarray | None = None, interpolation: str = "bilinear"
+) -> Failures:
     """Decode each payload into its row of `out` as `decode_into` does; return the failures, others are done.
 
     out: (N, h, w, 3) uint8, C-contiguous; boxes: (N, 4) float64 or None.
     """
     sizes = np.fromiter(map(len, payloads), np.uint32, len(payloads))
     status = np.zeros(len(payloads), np.uint8)
-    return _decode(b"".join(payloads), _starts(sizes), sizes, boxes, out, status)
+    return _decode(b"".join(payloads), _starts(sizes), sizes, boxes, out, status, interpolation)
 
 
-def decode_from_files(fds, offsets, sizes, checksums, boxes, out: np.ndarray) -> Failures:
+def decode_from_files(fds, offsets, sizes, checksums, boxes, out: np.ndarray, interpolation: str = "bilinear") -> Failures:
     """Read, check and decode a batch of samples that lie in open files; return the failures, others are done.
 
     fds: (N,) int32 descriptors; offsets: (N,) uint64 and sizes: (N,) uint32, bytes; checksums: (N,) uint64 xxh3_64,
-    or None to trust the bytes; boxes, out: as in `decode_batch`. A reason that begins with one of SHARD_FAULTS is the shard's.
+    or None to trust the bytes; the others: as in `decode_batch`. A reason that begins with one of SHARD_FAULTS is the shard's.
     """
     source, starts, status = read_from_files(fds, offsets, sizes, checksums, _reused)
-    return _decode(source, starts, np.ascontiguousarray(sizes, np.uint32), boxes, out, status)
+    return _decode(source, starts, np.ascontiguousarray(sizes, np.uint32), boxes, out, status, interpolation)
 
 
 def read_from_files(
@@ -148,14 +152,14 @@ def decoders() -> dict[str, str]:
     }
 
 
-def _decode(source, starts, sizes, boxes, out, status) -> Failures:
+def _decode(source, starts, sizes, boxes, out, status, interpolation: str) -> Failures:
     """Decode source[starts[i] :][: sizes[i]] into out[i] where status[i] is 0; others failed already, and say how."""
     assert out.dtype == np.uint8 and out.shape[1:] == (*out.shape[1:3], 3) and out.flags.c_contiguous, out.shape
     failures = [(int(i), _fault(int(status[i]))) for i in np.flatnonzero(status)]
     if boxes is not None:
         boxes = np.ascontiguousarray(boxes, np.float64)
     if native:
-        native.decode(source, starts, sizes, boxes, out, *out.shape[1:3], status)
+        native.decode(source, starts, sizes, boxes, out, *out.shape[1:3], status, interpolation == "bicubic")
         rest = np.flatnonzero(status == _LEFT)
     else:
         rest = np.flatnonzero(status == 0)
@@ -163,7 +167,7 @@ def _decode(source, starts, sizes, boxes, out, status) -> Failures:
         try:
             start = int(starts[i])
             payload = bytes(memoryview(source)[start : start + int(sizes[i])])
-            decode_portable(payload, out[i], None if boxes is None else boxes[i])
+            decode_portable(payload, out[i], None if boxes is None else boxes[i], interpolation)
         except DecodeError as error:
             failures.append((i, str(error)))
     return sorted(failures)
@@ -199,7 +203,7 @@ def _checksum(source, starts, sizes, into) -> None:
     into[:] = [xxhash.xxh3_64_intdigest(memoryview(source)[start:end]) for start, end in bounds]
 
 
-def decode_portable(payload: bytes, out: np.ndarray, box=None) -> None:
+def decode_portable(payload: bytes, out: np.ndarray, box=None, interpolation: str = "bilinear") -> None:
     """`decode_into` from wheels alone."""
     header = read_header(payload)
     shown = (header.width, header.height) if header.orientation >= 5 else (header.height, header.width)
@@ -211,7 +215,7 @@ def decode_portable(payload: bytes, out: np.ndarray, box=None) -> None:
     area = tuple(side / scale for side in box)
     rows = header.height
     if header.frame and header.orientation == 1:
-        reach = max(area[2] / out.shape[0], 1.0) + SPARE_ROWS
+        reach = INTERPOLATIONS[interpolation] * max(area[2] / out.shape[0], 1.0) + SPARE_ROWS
         rows = min(rows, math.ceil(area[0] + area[2] + reach) * scale)
     try:
         if header.format == "jpeg":
@@ -229,17 +233,17 @@ def decode_portable(payload: bytes, out: np.ndarray, box=None) -> None:
     if out.shape[:2] == shown and box == (0, 0, *shown):
         out[:] = pixels[:, :, :3]
     else:
-        _resize(pixels, area, out)
+        _resize(pixels, area, out, interpolation)
 
 
-def _resize(pixels: np.ndarray, box: tuple[float, float, float, float], out: np.ndarray) -> None:
+def _resize(pixels: np.ndarray, box: tuple[float, float, float, float], out: np.ndarray, interpolation: str = "bilinear") -> None:
     """Across, then down; rounded to 8 bits between."""
     if native and pixels.shape[2] == 3:
-        native.resize(np.ascontiguousarray(pixels), *pixels.shape[:2], box, out, *out.shape[:2])
+        native.resize(np.ascontiguousarray(pixels), *pixels.shape[:2], box, out, *out.shape[:2], interpolation == "bicubic")
     elif _is_cut(box, out):
-        _resize_cut(pixels, box, out)
+        _resize_cut(pixels, box, out, interpolation)
     else:
-        _resize_around(np.ascontiguousarray(pixels), box, out)
+        _resize_around(np.ascontiguousarray(pixels), box, out, interpolation)
 
 
 def _is_cut(box: tuple[float, float, float, float], out: np.ndarray) -> bool:
@@ -247,30 +251,28 @@ def _is_cut(box: tuple[float, float, float, float], out: np.ndarray) -> bool:
     return all(side == int(side) for side in box) and out.shape[1] > 1
 
 
-def _resize_cut(pixels: np.ndarray, box: tuple[float, float, float, float], out: np.ndarray) -> None:
+def _resize_cut(pixels: np.ndarray, box: tuple[float, float, float, float], out: np.ndarray, interpolation: str) -> None:
     import torch  # only here: conversion starts many processes, and most of them never resize
 
     top, left, height, width = map(int, box)
     cut = torch.from_numpy(np.array(pixels[top : top + height, left : left + width, :3], order="C"))
-    resized = torch.nn.functional.interpolate(
-        cut.permute(2, 0, 1)[None], out.shape[:2], mode="bilinear", antialias=True
-    )
+    resized = torch.nn.functional.interpolate(cut.permute(2, 0, 1)[None], out.shape[:2], mode=interpolation, antialias=True)
     out[:] = resized[0].permute(1, 2, 0).numpy()
 
 
-def _resize_around(pixels: np.ndarray, box: tuple[float, float, float, float], out: np.ndarray) -> None:
+def _resize_around(pixels: np.ndarray, box: tuple[float, float, float, float], out: np.ndarray, interpolation: str) -> None:
     """In two steps, because Pillow 13 began to choose the order by the picture's shape."""
     top, left, height, width = box
-    reach = max(height / out.shape[0], 1.0)
+    resample, reach = Image.Resampling[interpolation.upper()], INTERPOLATIONS[interpolation] * max(height / out.shape[0], 1.0)
     first, last = max(int(top - reach), 0), min(math.ceil(top + height + reach), len(pixels))
     rows = pixels[first:last]
     if pixels.shape[2] == 4:
         strip = Image.frombuffer("RGBX", rows.shape[1::-1], rows, "raw", "RGBX", 0, 1)  # mapped, not copied
     else:
         strip = Image.fromarray(rows)
-    strip = strip.resize((out.shape[1], last - first), Image.Resampling.BILINEAR, (left, 0, left + width, last - first))
+    strip = strip.resize((out.shape[1], last - first), resample, (left, 0, left + width, last - first))
     area = (0, top - first, out.shape[1], top - first + height)
-    result = strip.resize((out.shape[1], out.shape[0]), Image.Resampling.BILINEAR, area)
+    result = strip.resize((out.shape[1], out.shape[0]), resample, area)
     out[:] = np.frombuffer(result.tobytes("raw", "RGB"), np.uint8).reshape(out.shape)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from dist_train.shard_cache import ShardCache
-from dist_train.tars import writing
+from dist_train.durable import writing
+from dist_train.file_locks import locked
 from dist_train.wanted import Wanted, too_large
 
 _CHUNK_BYTES, _DIGEST_BYTES = 1 << 26, 32
@@ -29,7 +29,7 @@ def open_decoded(wanted: Wanted, folder: Path, verify: bool, limit: int) -> np.n
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / f"decoded-{wanted.key}.npy"
     while True:
-        with ShardCache(folder, 0).locked(f"{path.stem}.lock"):  # one process decodes; the others wait for its file
+        with locked(path.with_suffix(".lock")):  # one process decodes; the others wait for its file
             if not _is_whole(path, wanted, verify):
                 with writing(path):
                     for old in (path, path.with_suffix(".partial")):  # damaged, or left by a crash: their room is needed

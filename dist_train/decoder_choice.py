@@ -67,17 +67,17 @@ def rates(config: RunConfig, gpu: GpuDecoder, num_threads: int = 0) -> dict[str,
     samples = np.arange(min(TRIAL_PICTURES, store.split.num_samples))
     shapes, keys = store.table[samples], sample_keys(config.seed, np.zeros_like(samples), samples)
     boxes = random_resized_boxes(keys, shapes["height"], shapes["width"], config.augment.scale, config.augment.ratio)
-    at, num_threads = store.locate(samples), num_threads or num_cores()
+    at, num_threads, how = store.locate(samples), num_threads or num_cores(), config.data.interpolation
     share = max(-(-len(samples) // num_threads), min(LEAST_OF_A_THREAD, len(samples)))
     parts = [(np.arange(share) + i * share) % len(samples) for i in range(num_threads)]
     rows = np.empty((num_threads, share, *size, 3), np.uint8)
 
     def decode(part: np.ndarray, out: np.ndarray) -> None:
-        decode_from_files(at.fds[part], at.offsets[part], at.sizes[part], None, boxes[part], out)
+        decode_from_files(at.fds[part], at.offsets[part], at.sizes[part], None, boxes[part], out, how)
 
     with ThreadPoolExecutor(num_threads) as pool:
         ways = {"cpu": (num_threads * share, lambda: list(pool.map(decode, parts, rows))),
-                "gpu": (len(samples), lambda: gpu(at.fds, at.offsets, at.sizes, None, boxes, size))}  # fmt: skip
+                "gpu": (len(samples), lambda: gpu(at.fds, at.offsets, at.sizes, None, boxes, size, how))}  # fmt: skip
         found = {way: [] for way in ways}
         for _ in range(TRIAL_ROUNDS + 1):
             for way, (num_pictures, work) in ways.items():

@@ -16,25 +16,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from dist_train.control_groups import cpu_quota, memory_limit
+from dist_train.control_groups import cpu_quota, memory_limit, text_of
 from dist_train.shard_cache import DEFAULT_GB, default_folder
 from dist_train.store import MAX_OPEN
 from dist_train.workers import cores_to_run_on
 
-_NETWORK_DISKS = (
-    "nfs",
-    "nfs4",
-    "lustre",
-    "gpfs",
-    "beegfs",
-    "cifs",
-    "smb3",
-    "ceph",
-    "glusterfs",
-    "9p",
-    "afs",
-    "fuse.sshfs",
-)
+_NETWORK_DISKS = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "ceph", "glusterfs", "9p", "afs", "fuse.sshfs")
 _SOFTWARE = ("torch", "torchvision", "accelerate")
 
 
@@ -48,15 +35,9 @@ class Finding(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """`dist-train doctor [--accelerate FILE] [--cache-dir DIR]`: print every finding as it is made; 1 if anything is broken."""
-    parser = argparse.ArgumentParser(
-        "dist-train doctor", description="What this machine has, lacks, and what costs speed."
-    )
-    parser.add_argument(
-        "--accelerate", metavar="FILE", help="accelerate's settings to look at; default accelerate_config.yaml"
-    )
-    parser.add_argument(
-        "--cache-dir", default="", metavar="DIR", help="where shards behind URLs would be kept, as data.cache_dir"
-    )
+    parser = argparse.ArgumentParser("dist-train doctor", description="What this machine has, lacks, and what costs speed.")
+    parser.add_argument("--accelerate", metavar="FILE", help="accelerate's settings to look at; default accelerate_config.yaml")
+    parser.add_argument("--cache-dir", default="", metavar="DIR", help="where shards behind URLs would be kept, as data.cache_dir")
     options = parser.parse_args(argv)
     states = []
     for finding in look_around(options.accelerate, options.cache_dir):
@@ -80,16 +61,16 @@ def look_around(accelerate_file: str | None, cache_dir: str) -> Iterator[Finding
     yield from versions(installed, _requirements("dist-train"), _requirements("torchvision"), _tested_versions())
     quota = cpu_quota()
     yield cores(len(cores_to_run_on()), quota)
-    yield processor(_read("/proc/cpuinfo"))
-    yield memory(_read("/proc/meminfo"), memory_limit())
-    yield allocator(hasattr(_libc(), "mallopt"), _read("/sys/kernel/mm/transparent_hugepage/enabled"))
+    yield processor(text_of("/proc/cpuinfo"))
+    yield memory(text_of("/proc/meminfo"), memory_limit())
+    yield allocator(hasattr(_libc(), "mallopt"), text_of("/sys/kernel/mm/transparent_hugepage/enabled"))
     yield open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     yield from decoding()
-    yield cache_folder(default_folder(cache_dir), _read("/proc/mounts"))
+    yield cache_folder(default_folder(cache_dir), text_of("/proc/mounts"))
     yield from optional_packages(lambda name: importlib.util.find_spec(name) is not None)
     yield tracking(os.environ)
     yield slurm(os.environ, bool(shutil.which("sbatch")))
-    gpus = list(devices(_read("/proc/driver/nvidia/version")))
+    gpus = list(devices(text_of("/proc/driver/nvidia/version")))
     yield from gpus
     num_gpus = sum(finding.found.startswith("GPU ") for finding in gpus)
     if num_gpus > 1:
@@ -124,9 +105,7 @@ def versions(
     have = ", ".join(f"{name} {installed[name]}" for name in _SOFTWARE if name in installed)
     other = [f"{name} {installed[name]} (tested: {version})" for name, version in tested.items()
              if name in installed and installed[name].partition("+")[0] != version]  # fmt: skip
-    yield (
-        Finding("good", have) if not other else Finding("note", f"{have}; not the tested versions: {', '.join(other)}")
-    )
+    yield Finding("good", have) if not other else Finding("note", f"{have}; not the tested versions: {', '.join(other)}")
 
 
 def cores(num_cores: int, quota: float | None) -> Finding:
@@ -149,9 +128,7 @@ def processor(cpuinfo: str) -> Finding:
     vectors = next((name for name in ("avx512f", "avx2", "asimd") if name in flags), "")
     if not vectors:
         return Finding("slow", f"{name}: neither AVX2 nor AVX-512 nor NEON", "train on another machine; keep fp32 here")
-    return Finding(
-        "note", f"{name}: {vectors} without bf16 units, so on this CPU train.precision bf16 is far slower than fp32"
-    )
+    return Finding("note", f"{name}: {vectors} without bf16 units, so on this CPU train.precision bf16 is far slower than fp32")
 
 
 def memory(meminfo: str, limit_bytes: int | None) -> Finding:
@@ -198,9 +175,7 @@ def decoding() -> Iterator[Finding]:
 
 
 def _native_advice(compiler: str | None) -> str:
-    header = any(
-        Path(folder, "jpeglib.h").exists() for folder in ("/usr/include", "/usr/local/include", f"{sys.prefix}/include")
-    )
+    header = any(Path(folder, "jpeglib.h").exists() for folder in ("/usr/include", "/usr/local/include", f"{sys.prefix}/include"))
     has_python = Path(sysconfig.get_path("include"), "Python.h").exists()
     lacking = ["a C compiler"] * (not compiler) + ["Python.h"] * (not has_python)
     lacking += ["jpeglib.h of libjpeg-turbo, 2.0.6 or newer"] * (not header)
@@ -229,11 +204,8 @@ def cache_folder(folder: Path, mounts: str) -> Finding:
     if kind in _NETWORK_DISKS:
         return Finding("slow", f"{what}; it lies on a network disk ({kind})", "data.cache_dir: a disk of this machine")
     if free < DEFAULT_GB * 1e9:
-        return Finding(
-            "note",
-            what,
-            f"sets behind URLs: data.cache_gb {max(1, int(free / 1e9 * 0.9))} at most (default {DEFAULT_GB:g})",
-        )
+        most = max(1, int(free / 1e9 * 0.9))
+        return Finding("note", what, f"sets behind URLs: data.cache_gb {most} at most (default {DEFAULT_GB:g})")
     return Finding("good", what)
 
 
@@ -265,13 +237,8 @@ def tracking(env: Mapping[str, str]) -> Finding:
     try:
         mode = wandb_mode("auto", env)
     except UserError as error:
-        return Finding(
-            "broken", f"Weights & Biases: {error.args[0].splitlines()[0]}", "wandb login, or WANDB_MODE=offline"
-        )
-    says = {
-        "online": "online, an API key is there",
-        "offline": "recorded in the run folder (no API key, or WANDB_MODE says so)",
-    }
+        return Finding("broken", f"Weights & Biases: {error.args[0].splitlines()[0]}", "wandb login, or WANDB_MODE=offline")
+    says = {"online": "online, an API key is there", "offline": "recorded in the run folder (no API key, or WANDB_MODE says so)"}
     return Finding("good", f"Weights & Biases: {says.get(mode, mode)}")
 
 
@@ -279,14 +246,10 @@ def slurm(env: Mapping[str, str], has_sbatch: bool) -> Finding:
     """Whether SLURM is there, and whether this is one of its jobs."""
     if "SLURM_JOB_ID" in env:
         tasks = env.get("SLURM_NTASKS") or env.get("SLURM_NPROCS") or "1"
-        return Finding(
-            "good",
-            f"SLURM: inside job {env['SLURM_JOB_ID']}, {env.get('SLURM_JOB_NUM_NODES', '1')} nodes, {tasks} tasks",
-        )
-    return Finding(
-        "good",
-        "SLURM: sbatch is there; launch/train.sbatch starts jobs" if has_sbatch else "SLURM: not on this machine",
-    )
+        nodes = env.get("SLURM_JOB_NUM_NODES", "1")
+        return Finding("good", f"SLURM: inside job {env['SLURM_JOB_ID']}, {nodes} nodes, {tasks} tasks")
+    found = "sbatch is there; launch/train.sbatch starts jobs" if has_sbatch else "not on this machine"
+    return Finding("good", f"SLURM: {found}")
 
 
 def devices(driver: str) -> Iterator[Finding]:
@@ -296,9 +259,7 @@ def devices(driver: str) -> Iterator[Finding]:
     import torch
 
     version = driver.split("Kernel Module")[-1].split()[0] if "Kernel Module" in driver else ""
-    built = (
-        f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else ""
-    )
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else ""
     if not torch.cuda.is_available():
         if version and not built:
             yield Finding("broken", f"driver {version}, but torch {torch.__version__} is built for CPUs alone",
@@ -314,20 +275,15 @@ def devices(driver: str) -> Iterator[Finding]:
         about = torch.cuda.get_device_properties(k)
         has_bf16 = (about.major, about.minor) >= (8, 0)
         precision = "bf16 and TF32" if has_bf16 else "fp16, no fast bf16"
-        yield Finding(
-            "good",
-            f"GPU {k}: {about.name}, {about.total_memory / 1e9:,.0f} GB, {precision} ({built}, driver {version or '?'})",
-        )
+        yield Finding("good", f"GPU {k}: {about.name}, {about.total_memory / 1e9:,.0f} GB, {precision} "
+                              f"({built}, driver {version or '?'})")  # fmt: skip
 
 
 def shared_memory(num_bytes: int) -> Finding:
     """/dev/shm: NCCL passes data between the GPUs of a machine through it."""
     if num_bytes < 1e9:
-        return Finding(
-            "slow",
-            f"/dev/shm has {num_bytes / 1e6:,.0f} MB; NCCL wants it for several GPUs",
-            "docker run --shm-size=8g",
-        )
+        return Finding("slow", f"/dev/shm has {num_bytes / 1e6:,.0f} MB; NCCL wants it for several GPUs",
+                       "docker run --shm-size=8g")  # fmt: skip
     return Finding("good", f"/dev/shm has {num_bytes / 1e9:,.1f} GB")
 
 
@@ -341,9 +297,7 @@ def accelerate_settings(file: Path, num_gpus: int, env: Mapping[str, str]) -> It
         settings = yaml.safe_load(file.read_text()) or {}
         traps = launch_traps(settings, num_gpus, env)
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        yield Finding(
-            "broken", f"{file}: cannot be read: {str(error).splitlines()[0]}", "compare launch/accelerate/gpu-1.yaml"
-        )
+        yield Finding("broken", f"{file}: cannot be read: {str(error).splitlines()[0]}", "compare launch/accelerate/gpu-1.yaml")
         return
     for found, advice in traps:
         yield Finding("broken", f"{file}: {found}", advice)
@@ -361,16 +315,8 @@ def _requirements(name: str) -> list[str]:
 
 def _tested_versions() -> dict[str, str]:
     """constraints.txt beside the package, where it lies in its repository."""
-    lines = _read(Path(__file__).parents[1] / "constraints.txt").splitlines()
+    lines = text_of(Path(__file__).parents[1] / "constraints.txt").splitlines()
     return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
-
-
-def _read(path: str | Path) -> str:
-    """A file's text; empty where it is not there or not for us."""
-    try:
-        return Path(path).read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 def _disk_bytes(path: str) -> int:

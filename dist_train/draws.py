@@ -31,10 +31,14 @@ def uniforms(keys: Tensor, first_draw: int, num_draws: int) -> Tensor:
     """Draws first_draw, first_draw + 1, ... of each key at once: (N, num_draws) float32 in [0, 1)."""
     # the shift is for torch.compile: to it a bare range is an index, whose product with a large number must not overflow
     numbers = torch.arange(2 * (first_draw + 1), 2 * (first_draw + 1 + num_draws), 2, device=keys.device) >> 1
-    x = keys[:, None] + numbers * _GOLDEN
+    return _shifted(mix64(keys[:, None] + numbers * _GOLDEN), 40).to(torch.float32) * 2.0**-24
+
+
+def mix64(x: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64, equal to `order.mix` bit for bit."""
     x = (x ^ _shifted(x, 30)) * _MULTIPLY_1
     x = (x ^ _shifted(x, 27)) * _MULTIPLY_2
-    return _shifted(x ^ _shifted(x, 31), 40).to(torch.float32) * 2.0**-24
+    return x ^ _shifted(x, 31)
 
 
 def between(keys: Tensor, draw: int, low: float, high: float) -> Tensor:

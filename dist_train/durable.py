@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from dist_train.errors import UserError
+
 
 def replace_text(path: Path, text: str) -> None:
     """Put a text file in place of another, whole or not at all. Raises OSError."""
@@ -22,6 +24,18 @@ def replace_text(path: Path, text: str) -> None:
 def replace_json(path: Path, value, indent: int | None = 1) -> None:
     """Put a JSON file in place of another, whole or not at all. Raises OSError."""
     replace_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """Turns an OSError in its body into a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror or error}.\n"
+            f"  What was finished before is untouched. Make room or pick another place, then run the same command again."
+        ) from error
 
 
 def put_in_place(partial: Path, path: Path) -> None:

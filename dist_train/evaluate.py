@@ -16,7 +16,7 @@ from dist_train.data import Batch, open_evaluation, picture_size, to_device
 from dist_train.durable import replace_json
 from dist_train.index import ShardIndex
 from dist_train.metrics import EvalResult, Sums
-from dist_train.ranks import meet
+from dist_train.ranks import from_every_rank, meet
 from dist_train.runtime import World
 
 MAX_MISTAKES = 64  # worst mistakes kept for the report
@@ -62,6 +62,7 @@ def evaluate(
     batches = open_evaluation(
         index, split, batch_size, data.side_evaluated, crop, threads=data.threads or world.num_cores, world=world.place,
         prefetch_mb=data.prefetch_mb, verify=data.verify, pin_memory=world.device.type == "cuda", cache=cache,
+        interpolation=data.interpolation,
     )  # fmt: skip
     meet(world)  # a rank may have had to decode the split to its disk
     largest_share = -(-num_samples // world.world_size)
@@ -119,18 +120,18 @@ def predict_logits(
         inputs = [(1.0, standardised(values, index))]
     else:
         size = picture_size(index, config.data.side_evaluated)
-        pictures = central_pixels(values, size, index.mean, index.std, crop)
+        pictures = central_pixels(values, size, index.mean, index.std, crop, config.data.interpolation)
         inputs = views(pictures, config.train.flip_test, config.train.shift_test)
     with accelerator.autocast():
         return sum(weight * network(view).float() for weight, view in inputs)
 
 
 def central_pixels(
-    values: torch.Tensor, size: tuple[int, int], mean: list[float], std: list[float], crop: float
+    values: torch.Tensor, size: tuple[int, int], mean: list[float], std: list[float], crop: float, interpolation: str
 ) -> torch.Tensor:
     """`augment.evaluation_pixels` of what `centred` leaves of each picture. values: uint8 (N, 3, H, W); crop: share, 0 for all."""
     whole, (top, left) = centred(tuple(values.shape[2:]), size, crop)
-    pictures = evaluation_pixels(values, whole, mean, std)[:, :, top : top + size[0], left : left + size[1]]
+    pictures = evaluation_pixels(values, whole, mean, std, interpolation)[:, :, top : top + size[0], left : left + size[1]]
     return pictures.contiguous(memory_format=torch.channels_last)
 
 
@@ -191,8 +192,5 @@ def _worst(per_sample: list, world: World) -> list[dict]:
         for i in wrong[losses[wrong].argsort(descending=True, stable=True)][:MAX_MISTAKES].tolist():
             mine.append({"sample": int(samples[i]), "label": int(labels[i]), "predicted": int(predicted[i]),
                          "probability": float(probability[i]), "loss": float(losses[i])})  # fmt: skip
-    if world.world_size > 1:
-        gathered = [None] * world.world_size
-        torch.distributed.all_gather_object(gathered, mine)
-        mine = [mistake for part in gathered for mistake in part]
-    return sorted(mine, key=lambda m: (-m["loss"], m["sample"]))[:MAX_MISTAKES]
+    found = [mistake for part in from_every_rank(world, mine) for mistake in part]
+    return sorted(found, key=lambda m: (-m["loss"], m["sample"]))[:MAX_MISTAKES]

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_train import __version__
+from dist_train.augment import resize
 from dist_train.checkpoint import write_tensors
 from dist_train.config import ModelConfig, RunConfig, conflicts
 from dist_train.data import open_evaluation
@@ -109,14 +109,15 @@ class Deployed(nn.Module):
 
     mean, std: per channel of pixels in 0..1, or per column of a table. size: (height, width) that enters the network;
     None for tables. seen: (False, 0) for the picture alone. crop: share of larger pictures that is seen, 0 for all of them.
+    interpolation: how they are resized.
     """
 
     def __init__(
         self, network: nn.Module, mean: list[float], std: list[float], size: tuple[int, int] | None, seen: Seen = (False, 0),
-        crop: float = 0.0,
+        crop: float = 0.0, interpolation: str = "bilinear",
     ):  # fmt: skip
         super().__init__()
-        self.network, self.size, self.seen, self.crop = network, size, seen, crop
+        self.network, self.size, self.seen, self.crop, self.interpolation = network, size, seen, crop, interpolation
         shape = (1, -1, 1, 1) if size else (1, -1)
         self.register_buffer("mean", torch.tensor(mean).view(shape))
         self.register_buffer("std", torch.tensor(std).view(shape))
@@ -128,7 +129,7 @@ class Deployed(nn.Module):
             values = values.to(torch.float32) / 255
             whole, (top, left) = centred(tuple(values.shape[2:]), self.size, self.crop)
             if tuple(values.shape[2:]) != whole:
-                values = F.interpolate(values, whole, mode="bilinear", antialias=True, align_corners=False)
+                values = resize(values, whole, self.interpolation)
             if whole != self.size:
                 values = values[:, :, top : top + self.size[0], left : left + self.size[1]]
         normalised = (values - self.mean) / self.std
@@ -177,8 +178,8 @@ def describe(trained: Trained, kind: str, input_size: tuple[int, int] | None, se
         "input": {"name": "pictures", "dtype": "uint8" if is_graph else "float32", "shape": ["batch", 3, height, width],
                   "values": "RGB, 0 to 255" if is_graph else "RGB, normalised"},
         "preprocessing": {
-            "resize": {"rule": rule, "shorter_side": shorter, "size": [height, width], "interpolation": "bilinear, antialiased",
-                       "is_in_the_file": False},
+            "resize": {"rule": rule, "shorter_side": shorter, "size": [height, width],
+                       "interpolation": f"{trained.config.data.interpolation}, antialiased", "is_in_the_file": False},
             **({"crop": inside} if cuts else {}),
             "normalise": {"rule": "(value / 255 - mean) / std", "mean": trained.mean, "std": trained.std,
                           "is_in_the_file": is_graph},
@@ -215,9 +216,7 @@ def _views_rule(seen: Seen) -> str:
     return f"weighted mean of the logits of {moved}{mirrored}"
 
 
-def write_model(
-    path: Path, kind: str, trained: Trained, input_size: tuple[int, int] | None, seen: Seen, about: dict
-) -> None:
+def write_model(path: Path, kind: str, trained: Trained, input_size: tuple[int, int] | None, seen: Seen, about: dict) -> None:
     """Write the file of one format, with the description inside it. input_size: see `describe`."""
     about = json.dumps(about)
     if kind == "safetensors":
@@ -226,7 +225,8 @@ def write_model(
     from torch.export import Dim
     from torch.export import export as trace
 
-    module = Deployed(trained.network, trained.mean, trained.std, trained.image_size, seen, trained.eval_crop)
+    how = trained.config.data.interpolation
+    module = Deployed(trained.network, trained.mean, trained.std, trained.image_size, seen, trained.eval_crop, how)
     if trained.features is None:
         name, example = "pictures", torch.zeros(2, 3, *input_size, dtype=torch.uint8)
     else:
@@ -263,8 +263,10 @@ def load_exported(path: Path) -> Callable[[Tensor], Tensor]:
     network = build_model(model, len(about["classes"]), built_for, columns and len(columns), 0)
     put_weights(network, weights)
     seen = about["preprocessing"].get("views", {"flip": False, "shift": 0})  # tables have none, nor had files of before
-    shorter = about["preprocessing"].get("resize", {}).get("shorter_side")
-    return Deployed(network, rule["mean"], rule["std"], size, (seen["flip"], seen["shift"]), size[0] / shorter if shorter else 0.0)
+    resizing = about["preprocessing"].get("resize", {})
+    shorter, how = resizing.get("shorter_side"), resizing.get("interpolation", "bilinear").partition(",")[0]
+    crop = size[0] / shorter if shorter else 0.0
+    return Deployed(network, rule["mean"], rule["std"], size, (seen["flip"], seen["shift"]), crop, how)
 
 
 @torch.no_grad()
@@ -278,7 +280,7 @@ def compare(trained: Trained, config: RunConfig, index: ShardIndex, split: str, 
     batch_size = max(1, data.global_batch_size // _num_views(seen))  # the file takes all views of a batch at once
     batches = open_evaluation(
         index, split, batch_size, data.side_evaluated, trained.eval_crop, data.threads, (0, 1), data.prefetch_mb,
-        data.verify,
+        data.verify, interpolation=data.interpolation,
     )  # fmt: skip
     labels, ours, theirs = [], [], []
     for batch in batches:
@@ -305,7 +307,8 @@ def _logits(trained: Trained, values: Tensor, seen: Seen) -> Tensor:
     """What evaluation computes, by its own functions and a view at a time, not by those of the exported graph."""
     if trained.features is not None:
         return trained.network(standardised(values, trained))
-    pictures = central_pixels(values, trained.image_size, trained.mean, trained.std, trained.eval_crop)
+    how = trained.config.data.interpolation
+    pictures = central_pixels(values, trained.image_size, trained.mean, trained.std, trained.eval_crop, how)
     return sum(weight * trained.network(view) for weight, view in views(pictures, *seen))
 
 
@@ -347,9 +350,7 @@ def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _need_packages(kind: str) -> None:
-    missing = [
-        package for package in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(package) is None
-    ]
+    missing = [package for package in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(package) is None]
     if kind == "onnx" and missing:
         raise UserError(f"export to onnx: {' and '.join(missing)} cannot be imported.\n"
                         f"  Install what it needs with: pip install 'dist_train[export]'")  # fmt: skip

@@ -1,6 +1,5 @@
 """The pictures of a finished run as files, for Weights & Biases: what the report shows, where a page cannot go."""
 
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +13,12 @@ from dist_train.errors import UserError
 from dist_train.index import ShardIndex, SplitIndex
 from dist_train.mistakes import worst_mistakes
 from dist_train.page import Cell, Gallery
-from dist_train.picture_plots import draw_gallery, filter_gallery, first_filters, sample_gallery, save_png
+from dist_train.picture_plots import draw_gallery, figure_image, filter_gallery, first_filters, sample_gallery, save_png
 from dist_train.plots import without_formulas
 from dist_train.settings import from_dict
 from dist_train.table_plots import read_rows, separation, telling_correlations
+
+_DPI = 110
 
 
 def draw_figures(run: Path, index: ShardIndex) -> tuple[dict[str, Path], list[str]]:
@@ -102,7 +103,7 @@ def draw_confusion(counts: np.ndarray, classes: list[str]):
             if count:
                 ink = "white" if share[i, j] > 0.5 else "black"
                 axes.text(j, i, f"{count:,}", ha="center", va="center", fontsize=8, color=ink)
-    return _as_image(figure)
+    return figure_image(figure, _DPI)
 
 
 def draw_ranking(run: Path, index: ShardIndex, split: str):
@@ -125,7 +126,7 @@ def draw_ranking(run: Path, index: ShardIndex, split: str):
         axes.set_xlabel(ranking.x_name)
         if ranking.legend:
             axes.legend(fontsize=8)
-    return _as_image(figure)
+    return figure_image(figure, _DPI)
 
 
 def draw_correlations(index: ShardIndex, split: SplitIndex):
@@ -145,15 +146,7 @@ def draw_correlations(index: ShardIndex, split: SplitIndex):
     figure.colorbar(picture, ax=axes, shrink=0.7)
     if num_holes := int(np.isnan(values).sum()):
         axes.set_title(f"{num_holes:,} of {values.size:,} values are missing, and left out", fontsize=9)
-    return _as_image(figure)
-
-
-def _as_image(figure):
-    from PIL import Image
-
-    file = io.BytesIO()
-    figure.savefig(file, dpi=110)
-    return Image.open(file)
+    return figure_image(figure, _DPI)
 
 
 def _in_rows(title: str, cells: list[Cell], width: int) -> Gallery:

@@ -1,13 +1,34 @@
 """Files that processes share: locked with flock while they are in use, and removed by nobody meanwhile."""
 
+import contextlib
 import fcntl
 import os
 import time
 from pathlib import Path
 
+from dist_train.durable import writing
 from dist_train.errors import UserError
 
 POLL_S = 0.02
+
+
+@contextlib.contextmanager
+def locked(path: Path):
+    """Hold the lock of a file, made if it is not there, against all other processes and threads. Raises UserError."""
+    fd = create(path)
+    try:
+        while not try_lock(fd, fcntl.LOCK_EX, path):
+            time.sleep(POLL_S)
+        yield
+    finally:
+        os.close(fd)
+
+
+def create(path: Path) -> int:
+    """A descriptor of a file for its user alone, made if it is not there, as is its folder. Raises UserError."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def open_whole(path: Path, num_bytes: int) -> int | None:

@@ -4,8 +4,6 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from dist_train.messages import average_over_ranks
-
 
 def freeze_below_head(model: nn.Module, head: str, is_frozen: bool) -> None:
     """Let only the layer named head be trained, or all of them again; to be called after `model.train()`.
@@ -20,15 +18,6 @@ def freeze_below_head(model: nn.Module, head: str, is_frozen: bool) -> None:
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
-
-
-def average_gradients(model: nn.Module) -> None:
-    """Give every rank the mean of all ranks' gradients of the trained weights, in one message.
-
-    For the frozen part of a run. DistributedDataParallel is made for the same weights in every step, and would have to
-    be made anew when they change; it reduces megabytes in buckets during the pass, which a head does not need.
-    """
-    average_over_ranks([p.grad for p in model.parameters() if p.grad is not None])
 
 
 def layer_depths(model: nn.Module, head: str) -> dict[str, int]:

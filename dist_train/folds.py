@@ -18,7 +18,7 @@ from dist_train.index import ShardIndex, SplitIndex, load_index
 from dist_train.order import hash_words, mix
 from dist_train.pictures import PixelSums, mean_and_std
 from dist_train.store import Store
-from dist_train.tables import column_statistics, empty_columns
+from dist_train.tables import column_statistics, untaught_columns
 from dist_train.workers import num_cores
 
 _FOLDS = 0x464F4C44  # what the hash is for, so that folds share no random bits with the order or the augmentation
@@ -29,9 +29,7 @@ class Part(SplitIndex):
     """Some samples of a split, numbered 0..num_samples-1 in shard order."""
 
     whole: SplitIndex | None = None
-    members: np.ndarray = field(
-        default_factory=lambda: np.zeros(0, np.int64)
-    )  # (N,) int64, ascending numbers in the whole
+    members: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (N,) int64, ascending numbers in the whole
 
     @property
     def stored(self) -> SplitIndex:
@@ -94,9 +92,7 @@ def fold_view(index: ShardIndex, config: RunConfig) -> ShardIndex:
     if not 0 <= data.fold < data.folds:
         problems.append(f"data.fold is {data.fold}; expected 0 to {data.folds - 1}, since data.folds is {data.folds}.")
     if data.val_split in ("", data.train_split):
-        problems.append(
-            f"data.val_split is {data.val_split!r}; with data.folds the fold takes its place: name it val, say."
-        )
+        problems.append(f"data.val_split is {data.val_split!r}; with data.folds the fold takes its place: name it val, say.")
     whole = index.split(data.train_split)
     if whole.num_samples < data.folds:
         problems.append(
@@ -120,9 +116,7 @@ def fold_of(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
     """
     draws = mix(np.arange(len(labels), dtype=np.uint64) ^ hash_words(seed, _FOLDS))
     folds = np.empty(len(labels), np.int64)
-    folds[np.lexsort((draws, labels))] = (
-        np.arange(len(labels)) % num_folds
-    )  # dealt class by class, shuffled inside a class
+    folds[np.lexsort((draws, labels))] = np.arange(len(labels)) % num_folds  # dealt class by class, shuffled inside a class
     return folds
 
 
@@ -144,9 +138,8 @@ def statistics(index: ShardIndex, split: SplitIndex, num_threads: int = 0) -> tu
     num_threads = num_threads or num_cores()
     store, samples = Store(split.stored, 2 * num_threads), split.stored_numbers(np.arange(split.num_samples))
     if index.features is not None:
-        count = len(index.features)
-        rows = np.stack([np.frombuffer(payload[-4 * count :], "<f4") for payload in store.payloads(samples)])
-        for note in empty_columns(rows, index.features):
+        rows = store.read_vectors(samples, np.empty((len(samples), len(index.features)), np.float32))
+        for note in untaught_columns(rows, index.features):
             print(f"{index.folder}: {note}", file=sys.stderr)
         return column_statistics(rows)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dist_train.durable import writing
 from dist_train.errors import UserError
 from dist_train.foreign_tar import Parsed
 from dist_train.index import ShardIndex, SplitIndex, holds_foreign_index, load_index, save_index, save_table
@@ -16,9 +17,8 @@ from dist_train.read_foreign import Sums, read_tars
 from dist_train.remote import is_remote, shown
 from dist_train.shard_cache import DEFAULT_GB, ShardCache, default_folder
 from dist_train.sources import SPLIT_WORDS, SPLITS, printable
-from dist_train.tables import column_statistics, empty_columns
+from dist_train.tables import column_statistics, untaught_columns
 from dist_train.tar_lists import NamedTar, named_tars
-from dist_train.tars import writing
 
 _STATISTICS_SAMPLES = 20_000  # decoded a split for mean and std: the third digit is settled far earlier
 
@@ -31,9 +31,7 @@ def main(argv: list[str]) -> None:
                              "wids lists of shards (.json)")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="where the index goes; default beside the tars; needed for URLs")
     parser.add_argument("--classes", metavar="FILE", help="a class name a line; default DIR/classes.txt, else numbers")
-    parser.add_argument(
-        "--max-bad", type=int, default=0, help="unusable samples left out before it gives up; default 0"
-    )
+    parser.add_argument("--max-bad", type=int, default=0, help="unusable samples left out before it gives up; default 0")
     parser.add_argument("--cache-dir", default="", help="where tars behind URLs are kept, as data.cache_dir")
     parser.add_argument("--cache-gb", type=float, default=DEFAULT_GB, help="most they take there, as data.cache_gb")
     options = parser.parse_args(argv)
@@ -85,13 +83,9 @@ def index_tars(
     if twice:
         print(f"{what}: {twice:,} names occur more than once in their tar; each is a sample of its own.")
     if any(shown(file) != file for file in files):
-        print(
-            f"{folder}: its index.json holds the password or signature of the URLs; show it to nobody who may not have it."
-        )
+        print(f"{folder}: its index.json holds the password or signature of the URLs; show it to nobody who may not have it.")
 
-    classes = _class_names(
-        what, _classes_path(classes_file, home, folder), [label for tar in parsed for label in tar.labels]
-    )
+    classes = _class_names(what, _classes_path(classes_file, home, folder), [label for tar in parsed for label in tar.labels])
     number = {name: k for k, name in enumerate(classes)}
     for tar in parsed:
         tar.rows["label"] = [label if isinstance(label, int) else number[label] for label in tar.labels]
@@ -122,9 +116,7 @@ def _folders(names: list[str], tars: list[NamedTar], out: str | Path | None) -> 
     """(the folder that holds all tars, or None behind URLs; the folder of the index)."""
     if is_remote(tars[0].place):
         if not out:
-            raise UserError(
-                f"{shown(names[0])}: an index cannot be written there; name a folder for it with --out DIR."
-            )
+            raise UserError(f"{shown(names[0])}: an index cannot be written there; name a folder for it with --out DIR.")
         return None, Path(out)
     is_one_folder = len(names) == 1 and os.path.isdir(names[0])
     home = Path(names[0] if is_one_folder else os.path.commonpath([os.path.dirname(tar.place) for tar in tars]))
@@ -228,7 +220,7 @@ def _statistics(what: str, sums: list[Sums], vectors: bool) -> tuple[list[float]
         if num_holes := int(np.isnan(values).sum()):
             print(f"{what}: {num_holes:,} of the {values.size:,} values read for mean and std are missing (NaN): they count as "
                   f"their column's mean.")  # fmt: skip
-        for note in empty_columns(values, features):
+        for note in untaught_columns(values, features):
             print(f"{what}: {note}")
         return *column_statistics(values, weights), features
     from dist_train.pictures import mean_and_std

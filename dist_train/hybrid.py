@@ -104,7 +104,7 @@ class LastSplitLinear(SplitLinear):
 class _GatherLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, group, world_size):
-        everyone = _all_gather(x, group)
+        everyone = messages.all_gathered(x, group)
         ctx.save_for_backward(everyone, weight)
         ctx.group, ctx.world_size = group, world_size
         with torch.autocast(x.device.type, enabled=False):
@@ -133,7 +133,7 @@ class _LinearScatterUnits(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        dy = _all_gather(dy.t(), ctx.group)
+        dy = messages.all_gathered(dy.t(), ctx.group)
         dx = dy.t() @ weight if ctx.needs_input_grad[0] else None
         return dx, dy @ x if ctx.needs_input_grad[1] else None, None
 
@@ -150,17 +150,9 @@ class _LinearScatterSamples(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        dy = _all_gather(dy / ctx.world_size, ctx.group)
+        dy = messages.all_gathered(dy / ctx.world_size, ctx.group)
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         return dx, dy.t() @ x if ctx.needs_input_grad[1] else None, None, None
-
-
-def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """(n, ...) of each rank -> (G n, ...) of all, in the order of the ranks."""
-    everyone = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
-    with messages.clock.waiting():
-        dist.all_gather_into_tensor(everyone, x.contiguous(), group)
-    return everyone
 
 
 def _reduce_scatter(x: Tensor, group: dist.ProcessGroup | None) -> Callable[[], Tensor]:

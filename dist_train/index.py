@@ -178,9 +178,7 @@ def load_index(folder: str | os.PathLike, cache_dir: str = "", cache_gb: float =
         found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
         raise UserError(f"{path}: format is {found!r}; this version reads {FORMAT!r}.\n  {_advice(folder)}")
     if raw.pop("checksum", None) != _json_checksum(raw):
-        raise UserError(
-            f"{path}: its own checksum does not match: the file was changed or damaged.\n  {_advice(folder)}"
-        )
+        raise UserError(f"{path}: its own checksum does not match: the file was changed or damaged.\n  {_advice(folder)}")
     splits = {
         name: SplitIndex(
             name=name, folder=str(folder), files=s["files"], shard_checksums=s["checksums"],
@@ -245,12 +243,12 @@ def save_index(index: ShardIndex) -> None:
     replace_text(Path(index.folder, "index.json"), json.dumps(raw, indent=1))
 
 
-def simulated_split(num_samples: int, num_shards: int, sample_bytes: int = 100_000) -> SplitIndex:
-    """A made-up split of evenly filled shards, for planning without data."""
+def simulated_split(num_samples: int, num_shards: int) -> SplitIndex:
+    """A made-up split of evenly filled shards, of samples of 100 kB, for planning without data."""
     counts = np.full(num_shards, num_samples // num_shards, np.int64)
     counts[: num_samples % num_shards] += 1
     files = [f"train-{k:06d}.tar" for k in range(num_shards)]
-    return SplitIndex("train", "", files, counts, counts * sample_bytes, [""] * num_shards, np.array([num_samples]))
+    return SplitIndex("train", "", files, counts, counts * 100_000, [""] * num_shards, np.array([num_samples]))
 
 
 def file_checksum(path: str | os.PathLike | int) -> str:

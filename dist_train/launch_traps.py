@@ -29,12 +29,8 @@ def launch_traps(settings: dict, num_gpus: int, env: Mapping[str, str]) -> list[
         traps.append((f"mixed_precision is {settings['mixed_precision']}, which changes results, so a run with another refuses",
                       "'no' here, and train.precision in the recipe"))  # fmt: skip
     if machines > 1 and not settings.get("main_process_ip"):
-        traps.append(
-            (f"{machines} machines, but no main_process_ip: they would not meet", "the first machine's address")
-        )
+        traps.append((f"{machines} machines, but no main_process_ip: they would not meet", "the first machine's address"))
     backend = str((settings.get("dynamo_config") or {}).get("dynamo_backend") or "NO").upper()
     if backend not in ("NO", "FALSE"):
-        traps.append(
-            (f"dynamo_backend {backend} compiles what the recipe did not ask for", "leave it out; use train.compile")
-        )
+        traps.append((f"dynamo_backend {backend} compiles what the recipe did not ask for", "leave it out; use train.compile"))
     return traps

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_train import messages
+from dist_train.draws import mix64
 from dist_train.errors import UserError
 
 _STREAM = 0x5DEECE66D1CE4E5B  # tells dropout's random bits from those that augmentation draws from the same keys
@@ -41,15 +42,9 @@ def set_dropout_keys(model: nn.Module, keys: Tensor) -> None:
         if isinstance(module, KeyedDropout):
             shared_by = module.is_split, module.group
             if shared_by not in fresh:
-                fresh[shared_by] = _in_place_of(module.keys, _everyones(keys, module.group) if module.is_split else keys)
+                shared = messages.all_gathered(keys, module.group) if module.is_split else keys
+                fresh[shared_by] = _in_place_of(module.keys, shared)
             module.keys = fresh[shared_by]
-
-
-def _everyones(keys: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    everyone = keys.new_empty(dist.get_world_size(group) * len(keys))
-    with messages.clock.waiting():
-        dist.all_gather_into_tensor(everyone, keys.contiguous(), group)
-    return everyone
 
 
 def _in_place_of(before: Tensor | None, keys: Tensor) -> Tensor:
@@ -71,16 +66,13 @@ class KeyedDropout(nn.Module):
     that are dropped.
     """
 
-    is_split, group = False, None
+    is_split, group, first_unit = False, None, 0
 
-    def __init__(
-        self, p: float = 0.5, layer: int = 0, units: str = "all", first_unit: int = 0, is_scaled: bool = True
-    ):
+    def __init__(self, p: float = 0.5, layer: int = 0, units: str = "all", is_scaled: bool = True):
         super().__init__()
-        if not 0 <= p <= 1 or first_unit % 2 or units not in ("all", "channels", "samples"):
-            raise ValueError(f"dropout with p={p}, units={units!r}, first_unit={first_unit}: expected 0 <= p <= 1, "
-                             "units all, channels or samples, and an even first unit")  # fmt: skip
-        self.p, self.layer, self.units, self.first_unit, self.is_scaled = p, layer, units, first_unit, is_scaled
+        if not 0 <= p <= 1 or units not in ("all", "channels", "samples"):
+            raise ValueError(f"dropout with p={p}, units={units!r}: expected 0 <= p <= 1 and units all, channels or samples")
+        self.p, self.layer, self.units, self.is_scaled = p, layer, units, is_scaled
         self.keys: Tensor | None = None  # no buffer: DistributedDataParallel would overwrite it with rank zero's
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,9 +84,7 @@ class KeyedDropout(nn.Module):
             return x * 0
         if self.keys is None or len(self.keys) != len(x):
             found = "none" if self.keys is None else len(self.keys)
-            raise RuntimeError(
-                f"dropout keys: {found} for {len(x)} samples; call set_dropout_keys(model, keys) before the pass"
-            )
+            raise RuntimeError(f"dropout keys: {found} for {len(x)} samples; call set_dropout_keys(model, keys) before the pass")
         shape = {"all": x.shape, "channels": x.shape[:2], "samples": x.shape[:1]}[self.units]
         bits = random_bits(self.keys, self.layer, shape[1:].numel(), self.first_unit)
         keep = (bits >= dropped - 32768).view(*shape, *(1 for _ in x.shape[len(shape) :]))
@@ -112,7 +102,7 @@ def random_bits(keys: Tensor, layer: int, num_units: int, first_unit: int = 0) -
     2) array: that is what makes it several times faster than a generator on the CPU, and one fused kernel when
     compiled.
     """
-    words = _mix64((keys ^ _STREAM) + ((layer + 1) * _GOLDEN + 2**63) % 2**64 - 2**63)
+    words = mix64((keys ^ _STREAM) + ((layer + 1) * _GOLDEN + 2**63) % 2**64 - 2**63)
     offset, odd = words.to(torch.int32)[:, None], (words >> 32).to(torch.int32)[:, None] | 1
     pair = torch.arange(first_unit // 2, (first_unit + num_units + 1) // 2, dtype=torch.int32, device=keys.device)
     # lowbias32 (Wellons, "Prospecting for hash functions", 2018); the masks make int32's shift a logical one
@@ -124,7 +114,7 @@ def random_bits(keys: Tensor, layer: int, num_units: int, first_unit: int = 0) -
     return word.view(torch.int16)[:, :num_units]
 
 
-def use_sync_batchnorm(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
+def use_sync_batchnorm(model: nn.Module) -> nn.Module:
     """Replace every BatchNorm below model by one over all ranks of group (None: all ranks of the job).
 
     Changes model and returns it (a new module if model is itself a BatchNorm). Parameters and buffers are taken over,
@@ -135,7 +125,7 @@ def use_sync_batchnorm(model: nn.Module, group: dist.ProcessGroup | None = None)
     if has_act or type(model) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
         kind = GlobalBatchNormAct if has_act else GlobalBatchNorm
         new = kind(model.num_features, model.eps, model.momentum, model.affine, model.track_running_stats)
-        new._parameters, new._buffers, new._modules, new.group = model._parameters, model._buffers, model._modules, group
+        new._parameters, new._buffers, new._modules = model._parameters, model._buffers, model._modules
         return new.train(model.training)
     for name, child in model.named_children():
         if _keeps_own_statistics(child):
@@ -144,7 +134,7 @@ def use_sync_batchnorm(model: nn.Module, group: dist.ProcessGroup | None = None)
                 "from all ranks; BatchNorm1d, 2d, 3d and timm's BatchNormAct2d can.\n"
                 "  Set train.sync_batchnorm: false, train on one rank, or take another network."
             )
-        setattr(model, name, use_sync_batchnorm(child, group))
+        setattr(model, name, use_sync_batchnorm(child))
     return model
 
 
@@ -156,20 +146,18 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     those of one process on the whole batch.
     """
 
-    group: dist.ProcessGroup | None = None
-
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2:
             raise ValueError(f"BatchNorm expects (N, C, ...), got {tuple(x.shape)}")
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, ...). Returns the same shape and dtype."""
-        if not self.training or not dist.is_initialized() or dist.get_world_size(self.group) == 1:
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
         self._check_input_dim(x)
         weight = self.weight if self.affine else x.new_ones(x.shape[1], dtype=_statistics_dtype(x))
         bias = self.bias if self.affine else torch.zeros_like(weight)
-        y, mean, var, count = _Normalise.apply(x, weight, bias, self.eps, self.group)
+        y, mean, var, count = _Normalise.apply(x, weight, bias, self.eps)
         if self.track_running_stats:
             self._keep(mean, var * (count / (count - 1).clamp(min=1)))
         return y
@@ -192,17 +180,16 @@ class GlobalBatchNormAct(GlobalBatchNorm):
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, group):
+    def forward(ctx, x, weight, bias, eps):
         mean, var, count = _local_moments(x)
         # One message a layer, in float64: there E[x^2] - E[x]^2 loses nothing that float32 could show.
-        sums = torch.cat([mean * count, (var + mean * mean) * count, count])
-        sums = messages.sum_over_ranks(sums, group)
+        sums = messages.sum_over_ranks(torch.cat([mean * count, (var + mean * mean) * count, count]))
         count = sums[-1]
         mean, square = (sums[:-1] / count).chunk(2)
         var = (square - mean * mean).clamp_(min=0).to(weight.dtype)
         mean, count = mean.to(weight.dtype), count.to(weight.dtype)
         ctx.save_for_backward(x, weight, mean, var, count)
-        ctx.eps, ctx.group = eps, group
+        ctx.eps = eps
         ctx.mark_non_differentiable(mean, var, count)
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), mean, var, count
 
@@ -215,14 +202,14 @@ class _Normalise(torch.autograd.Function):
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             dy, x, weight, mean, var, *unsaved, False, ctx.eps, [True, True, True]
         )
-        sums = messages.sum_over_ranks(torch.cat([dweight, dbias]), ctx.group)
+        sums = messages.sum_over_ranks(torch.cat([dweight, dbias]))
         by_scale, by_shift = (sums / count).chunk(2)
         invstd = torch.rsqrt(var + ctx.eps)
         slope = weight * invstd * invstd * by_scale
         level = weight * invstd * by_shift - slope * mean
         shape = (1, -1) + (1,) * (x.dim() - 2)
         dx = (dx - torch.addcmul(level.view(shape), x.to(slope.dtype), slope.view(shape))).to(x.dtype)
-        return dx, dweight, dbias, None, None
+        return dx, dweight, dbias, None
 
 
 def _local_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,9 +233,7 @@ def _units(module: nn.Module) -> str | None:
         return "all"
     if type(module) in (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d):
         return "channels"
-    if (
-        type(module).__name__ == "StochasticDepth" and getattr(module, "mode", "") == "row"
-    ):  # torchvision's, not imported
+    if type(module).__name__ == "StochasticDepth" and getattr(module, "mode", "") == "row":  # torchvision's, not imported
         return "samples"
     return "samples" if is_timms(module, "DropPath") else None
 
@@ -263,10 +248,3 @@ def _keeps_own_statistics(module: nn.Module) -> bool:
     has_statistics = isinstance(module, nn.modules.batchnorm._BatchNorm) or module._buffers.get("running_var") is not None
     is_frozen = "Frozen" in type(module).__name__  # torchvision's and timm's, whose statistics are constants
     return has_statistics and not is_frozen and type(module) not in known and not is_timms(module, "BatchNormAct2d")
-
-
-def _mix64(x: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64, equal to `order.mix` bit for bit."""
-    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * (0xBF58476D1CE4E5B9 - 2**64)
-    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * (0x94D049BB133111EB - 2**64)
-    return x ^ (x >> 31 & 0x1FFFFFFFF)

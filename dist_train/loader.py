@@ -59,18 +59,19 @@ class Loader:
     """Numbers in the stored split -> Batch. Called by many threads at once.
 
     size: (height, width) of what comes, pixels; None for tables. boxes(rows, keys): what is cut out of each picture, (n, 4); None
-    for the whole picture. num_threads decode at a time, batches of at most prefetch_mb MiB ahead.
+    for the whole picture; interpolation: how it is resized. num_threads decode at a time, batches of at most prefetch_mb MiB ahead.
     """
 
     def __init__(
         self, index: ShardIndex, split: str, size: tuple[int, int] | None, boxes, verify: bool, pin_memory: bool,
-        num_threads: int, prefetch_mb: int, gpu_decoder: GpuDecoder | None = None,
+        num_threads: int, prefetch_mb: int, gpu_decoder: GpuDecoder | None = None, interpolation: str = "bilinear",
     ):  # fmt: skip
         self.boxes, self.verify, self.pin_memory = boxes, verify, pin_memory
         self.num_threads, self.prefetch_mb, self.gpu_decoder = num_threads, prefetch_mb, gpu_decoder
         self.store = Store(index.split(split).stored)
         self.split = self.store.split.name
         self.is_table = index.features is not None
+        self.interpolation, self.is_resized = interpolation, boxes is not None or index.image_size != size
         self.shape = (len(index.features),) if self.is_table else (*size, 3)
         self.dtype = torch.float32 if self.is_table else torch.uint8
         self.kept = self.helpers = None
@@ -85,7 +86,9 @@ class Loader:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def keep(self, cache: DecodedCache, how: str) -> None:
-        """Keep what is decoded from now on. how: the rule by which it is, in words."""
+        """Keep what is decoded from now on. how: the rule by which it is, in words, but for the interpolation."""
+        if self.is_resized and self.interpolation != "bilinear":  # which files from before there was a choice are
+            how += f", {self.interpolation}"
 
         def in_order() -> Iterator[np.ndarray]:
             at_once = max(1, 2**22 // self.sample_bytes)
@@ -147,7 +150,31 @@ class Loader:
         return self._gathered(made) if isinstance(self.kept, DeviceRows) else made
 
     def _ahead(self, make, steps, bytes_of) -> Iterator:
-        return _ahead(make, steps, self.num_threads, self.prefetch_mb, bytes_of, self._begin)
+        """make(step) for each step, in order, run by threads as far ahead as the memory allows. bytes_of(step): what it takes."""
+        pool = ThreadPoolExecutor(self.num_threads, "decode", self._begin)
+        pending, held = collections.deque(), 0
+        steps = iter(steps)
+        step = next(steps, None)
+
+        def start_one() -> None:
+            nonlocal held, step
+            pending.append((pool.submit(make, step), bytes_of(step)))
+            held += bytes_of(step)
+            step = next(steps, None)
+
+        try:
+            while step is not None or pending:
+                while step is not None and len(pending) < _DEPTH * self.num_threads:
+                    if pending and held + bytes_of(step) > self.prefetch_mb * 2**20:
+                        break
+                    start_one()
+                future, num_bytes = pending.popleft()
+                held -= num_bytes
+                if step is not None and not pending:  # memory for one alone: the next is made while this one is used
+                    start_one()
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _gathered(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         with contextlib.closing(batches):
@@ -167,12 +194,11 @@ class Loader:
             at = self.store.locate(samples)
             boxes = self.boxes(self.store.table.take(samples), keys) if self.boxes else None
             return self._proven(samples, *self.gpu_decoder(at.fds, at.offsets, at.sizes, at.checksums if self.verify else None,
-                                                           boxes, self.shape[:2]))  # fmt: skip
+                                                           boxes, self.shape[:2], self.interpolation))  # fmt: skip
         out = self.recycled.tensor((len(samples), *self.shape), self.dtype, self.pin_memory)
         rows = out.numpy()
         if self.is_table:
-            for i, payload in enumerate(self.store.payloads(samples, self.verify)):
-                rows[i] = np.frombuffer(payload, np.float32, offset=len(payload) - 4 * self.shape[0])
+            self.store.read_vectors(samples, rows, self.verify)
             return out
         if self.num_parts == 1 or len(samples) < self.num_parts:
             return self._proven(samples, out, self._decode_rows(samples, keys, rows))
@@ -190,7 +216,8 @@ class Loader:
     def _decode_rows(self, samples: np.ndarray, keys: np.ndarray, rows: np.ndarray) -> Failures:
         at = self.store.locate(samples)
         boxes = self.boxes(self.store.table.take(samples), keys) if self.boxes else None
-        return decode_from_files(at.fds, at.offsets, at.sizes, at.checksums if self.verify else None, boxes, rows)
+        checksums = at.checksums if self.verify else None
+        return decode_from_files(at.fds, at.offsets, at.sizes, checksums, boxes, rows, self.interpolation)
 
     def _proven(self, samples: np.ndarray, out: torch.Tensor, failures) -> torch.Tensor:
         for i, reason in failures:
@@ -210,34 +237,3 @@ def _in_turn(groups: Iterator[list]) -> Iterator:
     with contextlib.closing(groups):
         for group in groups:
             yield from group
-
-
-def _ahead(make, steps, num_threads: int, prefetch_mb: int, bytes_of, begin=None) -> Iterator:
-    """make(step) for each step, in order, run by threads as far ahead as the memory allows.
-
-    bytes_of(step): what it takes. begin: what each thread does first.
-    """
-    pool = ThreadPoolExecutor(num_threads, "decode", begin)
-    pending, held = collections.deque(), 0
-    steps = iter(steps)
-    step = next(steps, None)
-
-    def start_one() -> None:
-        nonlocal held, step
-        pending.append((pool.submit(make, step), bytes_of(step)))
-        held += bytes_of(step)
-        step = next(steps, None)
-
-    try:
-        while step is not None or pending:
-            while step is not None and len(pending) < _DEPTH * num_threads:
-                if pending and held + bytes_of(step) > prefetch_mb * 2**20:
-                    break
-                start_one()
-            future, num_bytes = pending.popleft()
-            held -= num_bytes
-            if step is not None and not pending:  # memory for one alone: the next is made while this one is used
-                start_one()
-            yield future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,7 +1,5 @@
 """The loss where classes are unbalanced: cross-entropy with a weight for each class."""
 
-import functools
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,16 +12,10 @@ def class_weights(counts: np.ndarray, power: float, device: torch.device) -> Ten
     counts: (K,) samples of each class in what is trained on; a class without any has weight 0. With power 1 they are
     scikit-learn's class_weight="balanced".
     """
-    return _class_weights(np.asarray(counts, np.int64).tobytes(), power, device)
-
-
-@functools.lru_cache(maxsize=16)  # each copy to the device makes the host wait
-def _class_weights(counts: bytes, power: float, device: torch.device) -> Tensor:
-    num_samples = np.frombuffer(counts, np.int64)
-    weights = np.zeros(len(num_samples))
-    is_there = num_samples > 0
-    weights[is_there] = (num_samples[is_there] / num_samples.sum()) ** -float(power)
-    weights *= num_samples.sum() / (weights @ num_samples)
+    weights = np.zeros(len(counts))
+    is_there = counts > 0
+    weights[is_there] = (counts[is_there] / counts.sum()) ** -float(power)
+    weights *= counts.sum() / (weights @ counts)
     return torch.tensor(weights, dtype=torch.float32, device=device)
 
 

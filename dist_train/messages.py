@@ -10,21 +10,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def all_gathered(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """(n, ...) of each rank -> (G n, ...) of all, in the order of the ranks. group None: of all ranks."""
+    everyone = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
+    with clock.waiting():
+        dist.all_gather_into_tensor(everyone, x.contiguous(), group)
+    return everyone
+
+
 def average_over_ranks(tensors: list[Tensor]) -> None:
     """Give every rank the mean of all ranks' tensors, of one type, in one message."""
     message = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(message)
+    with clock.waiting():
+        dist.all_reduce(message)
     message /= dist.get_world_size()
     for tensor, mean in zip(tensors, message.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
 
 
-def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The sum of all ranks' tensors, in this one's memory; in a new one inside a compiled network. group None: of all ranks."""
-    if group is None and torch.compiler.is_compiling():
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of all ranks' tensors, in this one's memory; in a new one inside a compiled network."""
+    if torch.compiler.is_compiling():
         return torch.ops.dist_train.sum_over_ranks(tensor)
     with clock.waiting():
-        dist.all_reduce(tensor, group=group)
+        dist.all_reduce(tensor)
     return tensor
 
 

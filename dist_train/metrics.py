@@ -93,9 +93,9 @@ class Sums:
             cells = labels * self.num_classes + logits.argmax(1)
             self._table.index_add_(0, cells, torch.ones_like(cells))
 
-    def reduce(self, group: dist.ProcessGroup | None = None) -> None:
+    def reduce(self) -> None:
         """Add up over the ranks, in one message; every rank then holds the whole. Call it once, before `result`."""
-        dist.all_reduce(self._all, group=group)
+        dist.all_reduce(self._all)
 
     def result(self) -> EvalResult:
         """Read the figures: waits for the device. Without samples the shares are nan."""

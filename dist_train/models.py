@@ -17,20 +17,17 @@ _WITH_DROP_PATH = ("convnext", "efficientnet", "maxvit", "swin")
 
 def build_model(
     config: ModelConfig, num_classes: int, image_size: tuple[int, int] | None, num_features: int | None, seed: int,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda line: None, is_trained: bool = True,
 ) -> nn.Module:
     """Build the network, with weights drawn from seed or loaded.
 
     image_size: (height, width) of what enters, None where it varies; num_features: columns of a table, None for
-    pictures; say: takes lines about the weights that are loaded. The network takes (N, 3, H, W) or (N, num_features) float
-    and returns logits (N, num_classes). torch's generator is left as it was. Raises UserError for an unknown name, a picture
-    that is too small, and weights that do not fit.
+    pictures; say: takes lines about the weights that are loaded; is_trained: whether a training follows, as a last layer for
+    other classes than those of the weights needs. The network takes (N, 3, H, W) or (N, num_features) float and returns logits
+    (N, num_classes). torch's generator is left as it was. Raises UserError for an unknown name, a picture that is too small,
+    and weights that do not fit.
     """
-    if (config.name == "mlp") != (num_features is not None):
-        kind = "pictures" if num_features is None else "a table"
-        raise UserError(
-            f"model.name is {config.name}, but the set holds {kind}; mlp is for tables, all others for pictures."
-        )
+    assert (config.name == "mlp") == (num_features is not None), "mlp is for tables, all others for pictures"
     if config.init == "dirac" and (config.name == "mlp" or config.name not in OWN):
         raise UserError(f"model.init is dirac, which is for alexnet and vgg, not {config.name}; leave it out.")
     if num_features is None:
@@ -46,7 +43,7 @@ def build_model(
     if config.pretrained:
         from dist_train.pretrained import load_pretrained
 
-        load_pretrained(model, config, head_name(model, num_classes), image_size, say)
+        load_pretrained(model, config, head_name(model, num_classes), image_size, say, is_trained)
     return model
 
 
@@ -69,12 +66,8 @@ def uses_small_stem(config: ModelConfig, image_size: tuple[int, int] | None) -> 
 
 def head_name(model: nn.Module, num_classes: int) -> str:
     """Name of the last layer, the one with an output for each class."""
-    names = [
-        name
-        for name, m in model.named_modules()
-        if num_classes == (getattr(m, "out_features", None) or getattr(m, "out_channels", None))
-    ]
-    return names[-1]
+    num_outputs = {name: getattr(m, "out_features", None) or getattr(m, "out_channels", None) for name, m in model.named_modules()}
+    return [name for name, number in num_outputs.items() if number == num_classes][-1]
 
 
 def _check_size(config: ModelConfig, image_size: tuple[int, int] | None) -> None:
@@ -97,9 +90,7 @@ def _own(config: ModelConfig, num_classes: int, image_size, num_features) -> nn.
     name, batchnorm = config.name.removesuffix("_bn"), config.name.endswith("_bn")
     with torch.device("meta"):  # the layers' own first draw would be thrown away: a second for AlexNet
         if name == "mlp":
-            model = networks.mlp(
-                num_classes, num_features, config.hidden, config.activation, config.batchnorm, config.dropout
-            )
+            model = networks.mlp(num_classes, num_features, config.hidden, config.activation, config.batchnorm, config.dropout)
         elif name == "alexnet":
             model = networks.alexnet(num_classes, stem, image_size, batchnorm, config.width, config.dropout)
         else:
@@ -143,9 +134,7 @@ def _torchvision(config: ModelConfig, num_classes: int, image_size) -> nn.Module
         options["stochastic_depth_prob"] = config.drop_path
     residual = config.name.startswith(("resnet", "resnext", "wide_resnet"))
     if config.stem == "small" and not residual:
-        raise UserError(
-            f"model.stem is small, which is not defined for {config.name}; it is for alexnet, vgg and resnets."
-        )
+        raise UserError(f"model.stem is small, which is not defined for {config.name}; it is for alexnet, vgg and resnets.")
     try:
         model = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **options)
         if has_drop_path and "stochastic_depth_prob" not in options:

@@ -11,7 +11,7 @@ _COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the quintic that drives singular v
 _ITERATIONS = 3  # enough for image classifiers (Jordan 2024, airbench); language models take 5
 
 
-def is_moved(p: nn.Parameter, name: str, head: str, moves: str) -> bool:
+def takes_muon(p: nn.Parameter, name: str, head: str, moves: str) -> bool:
     """Whether Muon moves the parameter: kernels and matrices of several inputs, but for the last layer's.
 
     head: name of the last layer; moves: "matrices", or "kernels" for these alone.

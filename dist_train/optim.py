@@ -8,14 +8,12 @@ from torch import Tensor, nn
 
 from dist_train.config import OptimConfig
 from dist_train.finetune import layer_depths
-from dist_train.muon import Orthogonalize, is_moved
+from dist_train.muon import Orthogonalize, takes_muon
 
 RMSPROP_ALPHA, RMSPROP_EPS = 0.9, 0.0316  # as in torchvision's references, for MobileNetV3 and EfficientNet
 
 
-def build_optimizer(
-    model: nn.Module, config: OptimConfig, head: str = "", precision: str = "fp32"
-) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig, head: str = "", precision: str = "fp32") -> torch.optim.Optimizer:
     """The optimizer over model's trainable parameters, at the peak rate. head: name of the last layer; precision: bf16 lets
     muon compute in it, too.
 
@@ -32,7 +30,7 @@ def build_optimizer(
             # what thaws must not share a group with the head: torch's fused SGD wants all first steps at once
             group = depth if config.layer_decay != 1 else min(depth, 1)
             kind = "decay" if _is_decayed(name, p) else "no_decay"
-            if config.name == "muon" and kind == "decay" and is_moved(p, name, head, config.muon_moves):
+            if config.name == "muon" and kind == "decay" and takes_muon(p, name, head, config.muon_moves):
                 kind = "hidden"
             split.setdefault((group, kind), []).append(p)
     groups = [
@@ -160,33 +158,26 @@ class WeightAverage:
         for name in self.weights.keys() - floats:
             self.weights[name].copy_(new[name])
 
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Overwrite model's weights with the average."""
-        for name, t in state_tensors(model).items():
-            t.copy_(self.weights[name])
-
     @contextlib.contextmanager
     def swapped(self, model: nn.Module):
         """Let model hold the average within the block; afterwards its own weights are back, bit for bit."""
         own = {name: t.detach().clone() for name, t in state_tensors(model).items()}
-        self.copy_to(model)
+        _overwrite(state_tensors(model), self.weights)
         try:
             yield model
         finally:
-            with torch.no_grad():
-                for name, t in state_tensors(model).items():
-                    t.copy_(own[name])
+            _overwrite(state_tensors(model), own)
 
-    def state_dict(self) -> dict:
-        return {"num_updates": self.num_updates, "weights": self.weights}
+    def restore(self, weights: dict[str, Tensor], num_updates: int) -> None:
+        """Continue from the weights and the number of updates of another average of the same model."""
+        _overwrite(self.weights, weights)
+        self.num_updates = num_updates
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict) -> None:
-        """Continue from a state_dict of the same model."""
-        self.num_updates = state["num_updates"]
-        for name, t in self.weights.items():
-            t.copy_(state["weights"][name])
+
+@torch.no_grad()
+def _overwrite(tensors: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    for name, t in tensors.items():
+        t.copy_(new[name])
 
 
 def _match_layouts(optimizer: torch.optim.Optimizer, args, kwargs) -> None:

@@ -25,6 +25,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 BLOCK_SAMPLES = 8_192  # worked out together: many enough to hide numpy's cost a call, few enough for the CPU's cache
 _SHARDS, _WINDOWS, _KEYS = 1, 2, 3  # what a hash is for, so that no two uses share random bits
 _SIGN = np.uint64(1 << 63)
+_ROUNDS = 6  # of the Feistel network in `permute`
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,7 @@ class Order:
                              f"{self.window_shards} shards and {self.lanes} lanes")  # fmt: skip
         object.__setattr__(self, "first", first)
         if not self.lanes:
-            object.__setattr__(
-                self, "lanes", _default_lanes(self.num_shards, self.global_batch_size, self.window_shards)
-            )
+            object.__setattr__(self, "lanes", _default_lanes(self.num_shards, self.global_batch_size, self.window_shards))
 
     @property
     def num_samples(self) -> int:
@@ -149,9 +148,7 @@ def rank_share(global_batch_size: int, rank: int, world_size: int) -> slice:
     Raises ValueError if the batch cannot be cut evenly.
     """
     if global_batch_size % world_size or not 0 <= rank < world_size:
-        raise ValueError(
-            f"rank {rank} of {world_size} cannot take an equal part of a global batch of {global_batch_size}"
-        )
+        raise ValueError(f"rank {rank} of {world_size} cannot take an equal part of a global batch of {global_batch_size}")
     share = global_batch_size // world_size
     return slice(rank * share, (rank + 1) * share)
 
@@ -179,7 +176,7 @@ def sample_keys(seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarra
 
 
 def uniform(keys: np.ndarray, draw: int) -> np.ndarray:
-    """Draw number `draw` of each key: (n,) float32 in [0, 1), 24 random bits; equal to augment.uniform bit for bit."""
+    """Draw number `draw` of each key: (n,) float32 in [0, 1), 24 random bits; equal to draws.uniform bit for bit."""
     bits = mix(keys.view(np.uint64) + np.uint64((draw + 1) * _GOLDEN & MASK))
     return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 
@@ -212,7 +209,7 @@ def hash_words(*words: int) -> np.uint64:
     return key[0]
 
 
-def permute(x: np.ndarray, size: np.ndarray | np.int64, key: np.ndarray | np.uint64, rounds: int = 6) -> np.ndarray:
+def permute(x: np.ndarray, size: np.ndarray | np.int64, key: np.ndarray | np.uint64) -> np.ndarray:
     """Where a keyed permutation of 0..size-1 takes x. All (n,), int64 but key uint64; size and key may be scalars.
 
     A Feistel network on the next even power of two, walked until it lands below size (cycle walking; Black and
@@ -221,23 +218,23 @@ def permute(x: np.ndarray, size: np.ndarray | np.int64, key: np.ndarray | np.uin
     size, key = np.asarray(size, np.uint64), np.asarray(key, np.uint64)
     if hasattr(native, "permute"):
         out = np.empty(len(x), np.int64)
-        native.permute(np.ascontiguousarray(x), size, key, rounds, out)
+        native.permute(np.ascontiguousarray(x), size, key, _ROUNDS, out)
         return out
     half = ((np.ceil(np.log2(np.maximum(size, 2).astype(np.float64))) + 1) // 2).astype(np.uint64)
-    out = _feistel(x.astype(np.uint64), half, key, rounds)
+    out = _feistel(x.astype(np.uint64), half, key)
     todo = np.flatnonzero(out >= size)
     while len(todo):
-        walked = _feistel(out[todo], *(a if a.ndim == 0 else a[todo] for a in (half, key)), rounds)
+        walked = _feistel(out[todo], *(a if a.ndim == 0 else a[todo] for a in (half, key)))
         out[todo] = walked
         todo = todo[walked >= (size if size.ndim == 0 else size[todo])]
     return out.astype(np.int64)
 
 
-def _feistel(x: np.ndarray, half: np.ndarray, key: np.ndarray, rounds: int) -> np.ndarray:
+def _feistel(x: np.ndarray, half: np.ndarray, key: np.ndarray) -> np.ndarray:
     low_bits = (np.uint64(1) << half) - np.uint64(1)
     left, right = x >> half, x & low_bits
     mixed, scratch = np.empty_like(x), np.empty_like(x)
-    for r in range(rounds):
+    for r in range(_ROUNDS):
         np.bitwise_xor(right, key + np.uint64(r * _GOLDEN & MASK), out=mixed)
         _mix_in_place(mixed, scratch)
         np.bitwise_and(mixed, low_bits, out=mixed)

@@ -34,11 +34,6 @@ def parallelize(network: nn.Module, config: RunConfig, accelerator, world: World
             f"train.parallel is {kind} and train.precision fp16: its loss scale is not agreed on by ranks that hold "
             f"different weights.\n  Use bf16, or train.parallel: ddp."
         )
-    if kind != "ddp" and config.optim.freeze_epochs:
-        raise UserError(
-            f"train.parallel is {kind} and optim.freeze_epochs {config.optim.freeze_epochs}: layers can be frozen where each "
-            f"rank holds the whole network.\n  Use train.parallel: ddp."
-        )
     return {"ddp": Replicated, "hybrid": Hybrid, "fsdp": FullySharded}[kind](network, config, accelerator, world)
 
 
@@ -93,8 +88,7 @@ class Replicated:
             return
         buffers = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
         if buffers:
-            with messages.clock.waiting():
-                messages.average_over_ranks(buffers)
+            messages.average_over_ranks(buffers)
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale the gradients down to this norm over all weights; returns the norm before, () on the device."""
@@ -112,7 +106,7 @@ class Replicated:
         """
         return tensors if self.world.is_main else None
 
-    def parts(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    def scattered(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         """Whole tensors -> what this rank holds of them: the inverse of `gathered`, without a message."""
         return tensors
 
@@ -133,7 +127,11 @@ class _Parted(Replicated):
         put_weights(network, {name: self._everywhere(name, t.detach()) for name, t in state.items()}, assign=True)
         yield network
 
-    def parts(self, tensors):
+    def gathered(self, tensors):
+        whole = {stem: {name: self._on_main(name, t) for name, t in named.items()} for stem, named in tensors.items()}
+        return whole if self.world.is_main else None
+
+    def scattered(self, tensors):
         return {stem: {name: self._part(name, t) for name, t in named.items()} for stem, named in tensors.items()}
 
 
@@ -194,8 +192,7 @@ class Hybrid(_Parted):
     def gathered(self, tensors):
         if self.replicas is not None and dist.get_rank(self.replicas) > 0:
             return None  # the first group alone holds everything
-        whole = {stem: {k: self._on_main(k, t) for k, t in named.items()} for stem, named in tensors.items()}
-        return whole if self.world.is_main else None
+        return super().gathered(tensors)
 
     def _split_parameters(self) -> list[nn.Parameter]:
         return [p for name, p in self.network.named_parameters() if name in self.cut]
@@ -223,10 +220,8 @@ class Hybrid(_Parted):
     def _everywhere(self, name: str, tensor: Tensor) -> Tensor:
         if (dim := self._dim(name, tensor)) is None:
             return tensor
-        size = dist.get_world_size(self.group)
-        rows = tensor.new_empty(size * len(tensor), *tensor.shape[1:])
-        dist.all_gather_into_tensor(rows, tensor.contiguous(), self.group)
-        return rows if dim == 0 else torch.cat(rows.chunk(size), dim)
+        rows = messages.all_gathered(tensor, self.group)
+        return rows if dim == 0 else torch.cat(rows.chunk(dist.get_world_size(self.group)), dim)
 
 
 class FullySharded(_Parted):
@@ -280,14 +275,9 @@ class FullySharded(_Parted):
     def clip_gradients(self, max_norm):
         return torch.nn.utils.clip_grad_norm_(self.network.parameters(), max_norm).full_tensor()
 
-    def gathered(self, tensors):
-        whole = {}
-        for stem, named in tensors.items():
-            for name, t in named.items():
-                everyone = self._everywhere(name, t)
-                if self.world.is_main:
-                    whole.setdefault(stem, {})[name] = everyone.cpu()
-        return whole if self.world.is_main else None
+    def _on_main(self, name: str, tensor: Tensor) -> Tensor | None:
+        everyone = self._everywhere(name, tensor)
+        return everyone.cpu() if self.world.is_main else None
 
     def _everywhere(self, name: str, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -46,9 +46,7 @@ def read_header(payload: bytes) -> Header:
     if header.height < 1 or header.width < 1:
         raise DecodeError(f"the header says {header.height} x {header.width} pixels")
     if header.height * header.width > MAX_PIXELS:
-        raise DecodeError(
-            f"the header says {header.height} x {header.width} pixels; more than {MAX_PIXELS:,} are refused"
-        )
+        raise DecodeError(f"the header says {header.height} x {header.width} pixels; more than {MAX_PIXELS:,} are refused")
     return header
 
 

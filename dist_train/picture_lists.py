@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_train.errors import UserError, did_you_mean
+from dist_train.csv_files import NO_CLASS, named_columns, read_csv
+from dist_train.errors import UserError
 from dist_train.shard_config import ShardConfig
 from dist_train.sources import PICTURES, Files, Source, printable
-from dist_train.tables import NO_CLASS, NUM_TOLD, class_numbers, left_out_rows, listed_splits, read_csv, told
+from dist_train.tables import NUM_TOLD, class_numbers, left_out_rows, listed_splits, told
 
 
 class Listed(NamedTuple):
@@ -28,14 +29,14 @@ def list_source(config: ShardConfig) -> Source:
 
     config.ending is added to names that do not end as a picture's. config.split_column holds train, val or test (training, valid,
     ... are taken, too). Pictures alike in config.group never come into different splits. A row without a picture, or without one of
-    the others (an empty cell, NA, N/A, NaN, null or ?), is by config.missing left out or refused. A file that is not there is a
+    the others (a cell of NO_CLASS), is by config.missing left out or refused. A file that is not there is a
     sample that cannot be read (config.max_bad). Raises UserError with all that is wrong in the rows, and where: names that lead out
     of the root or are no picture's, pictures named twice, other words for a split, groups in two splits, classes that no row of
     the training split has.
     """
     path, root = Path(config.path), Path(config.root or Path(config.path).parent)
     header, rows, lines = read_csv(path)
-    columns = _columns(path, config, header)
+    columns = named_columns(path, config, header, picture=config.picture, target=config.target)
     if not root.is_dir():
         found = "is a file" if root.exists() else "does not exist"
         raise UserError(f"{root}: {found}; expected the folder below which the pictures of {path} lie.\n  Set `root` to it.")
@@ -76,23 +77,6 @@ def list_source(config: ShardConfig) -> Source:
         left_out=left_out_rows(reasons, lines),
         notes=[f"{len(reasons):,} of {len(rows):,} rows were left out: {why}"] if reasons else [],
     )
-
-
-def _columns(path: Path, config: ShardConfig, header: list[str]) -> dict[str, int]:
-    """{setting: column} of the columns that are set. Raises UserError with all that are not there or are set twice."""
-    wanted = {"picture": config.picture, "target": config.target}
-    wanted |= {setting: name for setting in ("split_column", "group") if (name := getattr(config, setting))}
-    problems, setting_of = [], {}
-    for setting, name in wanted.items():
-        if not name or name not in header:
-            found = f"{setting} is {name!r}, and there is no such column" if name else f"`{setting}` is not set"
-            hint = did_you_mean(name, header, f"The columns are {', '.join(header)}.")
-            problems.append(f"{path}: {found}; expected the name of a column. {hint}")
-        elif (other := setting_of.setdefault(name, setting)) != setting:
-            problems.append(f"{path}: {other} and {setting} are both {name!r}; expected a column for each.")
-    if problems:
-        raise UserError("\n".join(problems))
-    return {setting: header.index(name) for setting, name in wanted.items()}
 
 
 def _lack(cells: dict[str, str], columns: dict[str, int], header: list[str]) -> str:

@@ -24,6 +24,7 @@ HARD_PIXELS = 64  # smaller pictures are shown with every pixel a square
 MAX_MEASURED = 256  # pictures of a histogram
 MAX_MEASURED_SIDE = 256  # pixels
 MAX_FILTERS = 128
+_BINS = 64  # of a histogram
 
 
 def sample_gallery(index: ShardIndex, split: SplitIndex, num_classes: int = 12, per_class: int = 8) -> Gallery:
@@ -121,6 +122,15 @@ def draw_gallery(gallery: Gallery, tile: int = 96):
     return sheet
 
 
+def figure_image(figure, dpi: int):
+    """A drawing of matplotlib's as a picture: PIL's Image."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    figure.savefig(file, dpi=dpi)
+    return Image.open(file)
+
+
 def save_png(image, path: Path) -> None:
     """Write PIL's Image as PNG, whole or not at all. Raises UserError if it cannot be written."""
     partial = path.with_name(f".{path.name}.partial")
@@ -159,13 +169,13 @@ def histogram_chart(split: SplitIndex) -> Chart:
     return Chart(title, draw_histogram(counts[:1] if is_grey else counts), legend, note)
 
 
-def draw_histogram(counts: np.ndarray, bins: int = 64) -> str:
+def draw_histogram(counts: np.ndarray) -> str:
     """Draw counts (1 or 3, 256) as shares of the pixels, channels over one another. Returns an <svg> element."""
-    shares = counts.reshape(len(counts), bins, -1).sum(axis=2) / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    shares = counts.reshape(len(counts), _BINS, -1).sum(axis=2) / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     inner = shares[:, 1:-1][shares[:, 1:-1] > 0]  # both ends often hold half of all pixels
     top = 1.1 * float(min(shares.max(), 1.5 * inner.max())) if len(inner) else 1.1 * float(shares.max())
     left, right, roof, floor = 14, WIDTH - 14, 8, HEIGHT - 30
-    step = (right - left) / bins
+    step = (right - left) / _BINS
     view = f'viewBox="0 0 {WIDTH} {HEIGHT}"'
     parts = [f'<svg class="chart" {view} role="img" aria-label="share of pixels by value">']
     colours = ("red", "green", "blue") if len(shares) == 3 else ("faint",)

@@ -19,9 +19,7 @@ def main(argv: list[str]) -> None:
     options = _parse(argv)
     split = _split(options)
     try:
-        order = Order(
-            split.shard_samples, options.global_batch_size, options.seed, options.window_shards, options.lanes
-        )
+        order = Order(split.shard_samples, options.global_batch_size, options.seed, options.window_shards, options.lanes)
         rank_share(options.global_batch_size, 0, options.world_size)
     except ValueError as error:
         raise UserError(f"dist-train plan: {error}.") from None
@@ -67,9 +65,7 @@ def _print_summary(order: Order, split: SplitIndex, options) -> None:
           f"{split.shard_bytes.sum() / 1e9:,.2f} GB")  # fmt: skip
     print(f"global batch {batch:,} on {world:,} ranks ({nodes:,} nodes): {batch // world:,} samples a rank and step, "
           f"{split.num_samples / batch:,.2f} steps an epoch")  # fmt: skip
-    print(
-        f"order: seed {options.seed}, {order.lanes:,} lanes, windows of {min(order.window_shards, split.num_shards):,} shards"
-    )
+    print(f"order: seed {options.seed}, {order.lanes:,} lanes, windows of {min(order.window_shards, split.num_shards):,} shards")
     print(f"steps {first}:{stop}: {(stop - first) * batch // nodes:,} samples and "
           f"{(stop - first) * batch // nodes * mean_bytes / 1e6:,.1f} MB a node")  # fmt: skip
     is_full = order.window_shards >= split.num_shards
@@ -97,9 +93,7 @@ def _split(options) -> SplitIndex:
 
 
 def _parse(argv: list[str]):
-    parser = argparse.ArgumentParser(
-        prog="dist-train plan", description="Print what each rank reads, without reading it."
-    )
+    parser = argparse.ArgumentParser(prog="dist-train plan", description="Print what each rank reads, without reading it.")
     parser.add_argument("--shards", help="folder with an index.json")
     parser.add_argument("--simulate", help="instead of shards: a made-up split, samples=N,shards=S")
     parser.add_argument("--split", default="train")

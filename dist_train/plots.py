@@ -83,6 +83,11 @@ def fitted(width: float) -> str:
     return f"width:{width:.0f}px;max-width:max(100%,{0.85 * width:.0f}px)"
 
 
+def cut(text: str, most: int) -> str:
+    """The text, or its beginning and an ellipsis: at most `most` letters."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def without_formulas(text: str) -> str:
     """Text for matplotlib, which takes what stands between two dollars for mathematics."""
     return text.replace("$", r"\$")
@@ -95,7 +100,7 @@ def heat_map(counts: np.ndarray, names: list[str]) -> str:
     """
     k = len(names)
     cell = 76 if k <= 4 else 46 if k <= 6 else 34 if k <= 12 else 22 if k <= 24 else 16
-    labels = [name if len(name) <= 16 else name[:15] + "…" for name in names]
+    labels = [cut(name, 16) for name in names]
     margin = 14 + max(map(text_width, labels))
     left, top, size = margin + 18, margin + 18, cell * k
     width, height = left + size + 4, top + size + 4
@@ -106,9 +111,7 @@ def heat_map(counts: np.ndarray, names: list[str]) -> str:
     view = f'viewBox="0 0 {width:.0f} {height:.0f}" style="{fitted(width)}"'
     parts = [f'<svg class="matrix" {view} role="img" aria-label="confusion">']
     parts.append(text_at(left + size / 2, 13, "predicted", "middle"))
-    parts.append(
-        f'<g transform="rotate(-90 12 {top + size / 2:.0f})">{text_at(12, top + size / 2, "true", "middle")}</g>'
-    )
+    parts.append(f'<g transform="rotate(-90 12 {top + size / 2:.0f})">{text_at(12, top + size / 2, "true", "middle")}</g>')
     for i, label in enumerate(labels):
         middle = i * cell + cell / 2
         parts.append(text_at(left - 7, top + middle + 4, label, "end"))
@@ -140,17 +143,15 @@ def smooth(y: list[float], span: int) -> list[float]:
     at = np.arange(len(y))
     low, high = np.maximum(at - span // 2, 0), np.minimum(at + span // 2 + 1, len(y))
     with np.errstate(invalid="ignore"):
-        return (
-            (total[high] - total[low]) / np.where(count[high] > count[low], count[high] - count[low], np.nan)
-        ).tolist()
+        return ((total[high] - total[low]) / np.where(count[high] > count[low], count[high] - count[low], np.nan)).tolist()
 
 
-def thin(x: list[float], y: list[float], most: int = MAX_POINTS) -> tuple[list[float], list[float]]:
-    """At most `most` points of a curve, among them both ends and the lowest and highest of each stretch."""
-    if len(x) <= most:
+def thin(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
+    """At most MAX_POINTS of a curve, among them both ends and the lowest and highest of each stretch."""
+    if len(x) <= MAX_POINTS:
         return x, y
     kept = {0, len(x) - 1}
-    for stretch in np.array_split(np.arange(1, len(x) - 1), most // 2 - 1):
+    for stretch in np.array_split(np.arange(1, len(x) - 1), MAX_POINTS // 2 - 1):
         values = [y[i] for i in stretch]
         kept |= {int(stretch[np.argmin(values)]), int(stretch[np.argmax(values)])}
     kept = sorted(kept)
@@ -180,9 +181,7 @@ def _y_range(curves: list[Curve], zero: bool) -> tuple[float, float]:
 
 
 def _finite(curve: Curve) -> Curve:
-    kept = [
-        (x, y) for x, y in zip(curve.x, curve.y, strict=True) if x is not None and y is not None and math.isfinite(y)
-    ]
+    kept = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if x is not None and y is not None and math.isfinite(y)]
     return Curve(curve.name, [x for x, _ in kept], [y for _, y in kept], curve.colour, curve.band, curve.dots)
 
 

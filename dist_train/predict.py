@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from dist_train import boxes, runtime
 from dist_train.config import RunConfig, conflicts
 from dist_train.confusion import class_table
+from dist_train.csv_files import NO_CLASS, numbers_in, read_csv, refuse_decimal_commas, text_in
 from dist_train.decode import DecodeError, decode_into, picture_size
 from dist_train.errors import UserError
 from dist_train.evaluate import Evaluation, evaluate, predict_logits, write_evaluation
@@ -31,17 +32,7 @@ from dist_train.pretrained import put_weights
 from dist_train.settings import from_dict, read_config, to_dict
 from dist_train.sizes import check_eval_size, range_problems, shift_problems
 from dist_train.sources import PICTURES, files_below, printable
-from dist_train.tables import (
-    NO_CLASS,
-    NUM_TOLD,
-    feature_places,
-    most,
-    numbers_in,
-    read_csv,
-    refuse_decimal_commas,
-    text_in,
-    text_places,
-)
+from dist_train.tables import NUM_TOLD, feature_places, most, text_places
 from dist_train.watch import Watch
 
 BATCH_SIZE = 64
@@ -97,9 +88,7 @@ def load_run(folder: str | Path) -> Trained:
 
 def main(argv: list[str]) -> int:
     """`dist-train predict RUN PATH... [--top 5] [--json]`: returns 2 if some files could not be read, else 0."""
-    parser = argparse.ArgumentParser(
-        prog="dist-train predict", description="Classify picture files, or all in a folder."
-    )
+    parser = argparse.ArgumentParser(prog="dist-train predict", description="Classify picture files, or all in a folder.")
     parser.add_argument("run", help="run folder")
     parser.add_argument("paths", nargs="+", help="picture files or folders; a CSV file for a run on a table")
     parser.add_argument("--top", type=int, default=5, help="classes shown per picture")
@@ -129,9 +118,7 @@ def main(argv: list[str]) -> int:
             if not names:
                 continue
             with torch.no_grad():
-                logits = predict_logits(
-                    trained.config, trained, trained.network, values.to(accelerator.device), accelerator
-                )
+                logits = predict_logits(trained.config, trained, trained.network, values.to(accelerator.device), accelerator)
             probabilities, labels = logits.softmax(1).topk(min(options.top, len(trained.classes)))
             for name, ps, ks in zip(names, probabilities.tolist(), labels.tolist(), strict=True):
                 top = [{"class": trained.classes[k], "probability": round(p, 6)} for p, k in zip(ps, ks, strict=True)]
@@ -279,7 +266,7 @@ def picture_batches(trained: Trained, paths: list[str], num_threads: int) -> Ite
             if trained.eval_crop:
                 rows, columns = (np.array([side]) for side in picture_size(payload))
                 box = tuple(boxes.central_boxes(rows, columns, (height, width), trained.eval_crop)[0])
-            decode_into(payload, out, box)
+            decode_into(payload, out, box, trained.config.data.interpolation)
         except (OSError, DecodeError) as error:
             return getattr(error, "strerror", None) or str(error)
         return None

@@ -23,16 +23,17 @@ _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 def load_pretrained(
     model: nn.Module, config: ModelConfig, head: str, image_size: tuple[int, int] | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda line: None, is_trained: bool = True,
 ) -> None:
     """Load config.pretrained into model. head: name of the last layer, which stays as drawn if its class count differs.
 
     image_size: what the model was built for, which timm's published tables of positions are fitted to. say: takes
-    a line about each choice that was made among the weights or change that was made to them.
+    a line about each choice that was made among the weights or change that was made to them. is_trained: whether a training
+    follows, as a last layer that is as drawn needs.
 
     Raises UserError if the weights cannot be had or fit the network nowhere but there.
     """
-    if config.pretrained.endswith(_FILES):
+    if is_file := config.pretrained.endswith(_FILES):
         weights, where = _read(config.pretrained, say), config.pretrained
     else:
         is_timms, where = config.name.startswith(timm_models.PREFIX), f"model.pretrained: {config.pretrained}"
@@ -44,11 +45,14 @@ def load_pretrained(
     _fit_positions(model, weights, where, say)
     fresh, faults = set(), []
     for name, t in own.items():
+        is_of_head = name.rpartition(".")[0] == head
         if name not in weights:
-            if not name.endswith("num_batches_tracked"):
+            if is_of_head and not is_file:  # some are published without
+                fresh.add(name)
+            elif not name.endswith("num_batches_tracked"):
                 faults.append(f"{name} is missing")
         elif t.shape != weights[name].shape:
-            if name.rpartition(".")[0] == head and t.shape[1:] == weights[name].shape[1:]:
+            if is_of_head and t.shape[1:] == weights[name].shape[1:]:
                 fresh.add(name)
             else:
                 faults.append(f"{name} is {tuple(weights[name].shape)}, expected {tuple(t.shape)}")
@@ -60,6 +64,9 @@ def load_pretrained(
             f"{where}: these are not the weights of this {config.name}:\n  " + "\n  ".join(faults[:6]) + more
             + "\n  Set model.name, model.width and model.stem as they were in training (torchvision's: stem imagenet)" + sized + "."
         )  # fmt: skip
+    if fresh and not is_trained:
+        raise UserError(f"train.epochs is 0, and {config.pretrained} has no last layer for the {len(own[fresh.pop()])} classes of "
+                        f"these shards.\n  Set train.epochs, or take shards with the weights' classes.")  # fmt: skip
     put_weights(model, {**own, **{name: t for name, t in weights.items() if name not in fresh}})
 
 
@@ -97,21 +104,21 @@ def published_statistics(config: ModelConfig) -> tuple[list[float], list[float]]
     return list(rule.mean), list(rule.std)
 
 
-def evaluated_otherwise(config: ModelConfig, image_size: tuple[int, int] | None, crop: float) -> list[str]:
+def evaluated_otherwise(config: ModelConfig, image_size: tuple[int, int] | None, crop: float, interpolation: str) -> list[str]:
     """A line where published weights were evaluated at another size, crop or interpolation than this run evaluates at.
 
-    image_size: (height, width) that enters the network; crop: share of the shorter side, 0 for the whole picture. Nothing is
-    known of files but torchvision's own.
+    image_size: (height, width) that enters the network; crop: share of the shorter side, 0 for the whole picture; interpolation:
+    data.interpolation. Nothing is known of files but torchvision's own.
     """
     if (theirs := _published_evaluation(config)) is None:
         return []
-    size, share, interpolation = theirs
-    is_alike = image_size == (size, size) and abs(share - (crop or 1)) < 0.005 and interpolation == "bilinear"
+    size, share, how = theirs
+    is_alike = image_size == (size, size) and abs(share - (crop or 1)) < 0.005 and how == interpolation
     here = "the stored size" if image_size is None else f"{image_size[0]} x {image_size[1]} px"
-    there = f"{size} x {size} px with data.eval_crop {share:.3g}, {interpolation}"
+    there = f"{size} x {size} px with data.eval_crop {share:.3g} and data.interpolation {how}"
     crop_here = f"data.eval_crop {crop:.3g}" if crop else "the whole picture"
     return [] if is_alike else [f"model.pretrained {config.pretrained}: these weights were evaluated at {there}; "
-                                f"this run evaluates at {here} with {crop_here}, bilinear."]  # fmt: skip
+                                f"this run evaluates at {here} with {crop_here} and {interpolation}."]  # fmt: skip
 
 
 def normalised_otherwise(config: ModelConfig, mean: list[float], std: list[float]) -> list[str]:
@@ -271,9 +278,7 @@ def _published(config: ModelConfig) -> dict[str, Tensor]:
     url = _version(config).url
     path = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     try:
-        return torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
-        )
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
         raise UserError(
             f"model.pretrained: {url} cannot be had: {error}\n  Bring the file to {path}, or name it there."

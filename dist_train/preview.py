@@ -8,7 +8,6 @@ import torch
 
 from dist_train.augment import Augment
 from dist_train.config import AugmentConfig, RunConfig
-from dist_train.data import open_stream
 from dist_train.errors import UserError
 from dist_train.folds import open_index, view_of
 from dist_train.index import ShardIndex
@@ -17,7 +16,7 @@ from dist_train.order import Order
 from dist_train.page import Cell, Gallery, Section, write_page
 from dist_train.picture_plots import THUMBNAIL, cell, draw_gallery, save_png, some_of_each_class, thumbnails
 from dist_train.settings import read_config
-from dist_train.sizes import decoder_crop, input_size, on_device_augment, statistics_problems
+from dist_train.sizes import decoder_crop, input_size, on_device_augment, statistics_problems, training_stream
 
 SHOWN_CLASSES = 10
 _CHUNK = 1 << 20  # places of an epoch that are looked through at once
@@ -95,8 +94,8 @@ def network_inputs(config: RunConfig, index: ShardIndex, samples: np.ndarray, ep
     """
     data, augment = config.data, config.augment
     split, batch_size = index.split(data.train_split), data.global_batch_size
-    crop, size = decoder_crop(config, index)
-    transform = Augment(on_device_augment(config, index), input_size(config, index), index.mean, index.std)
+    transform = Augment(on_device_augment(config, index), input_size(config, index), index.mean, index.std,
+                        interpolation=data.interpolation)  # fmt: skip
     is_mixing = bool(augment.mixup or augment.cutmix)
     if is_mixing and batch_size % 2:
         raise UserError(f"mixup and cutmix pair neighbours, so data.global_batch_size ({batch_size}) must be even.")
@@ -108,11 +107,8 @@ def network_inputs(config: RunConfig, index: ShardIndex, samples: np.ndarray, ep
     for sample, step in zip(samples.tolist(), steps_of(order, samples, epoch).tolist(), strict=True):
         batch_samples, batch_epochs = order.global_batch(step)
         row = int(np.flatnonzero((batch_samples == sample) & (batch_epochs == epoch))[0])
-        batches = open_stream(
-            index, data.train_split, batch_size, size, crop, config.seed, 1, (row // share, batch_size // share), step,
-            step + 1, augment.scale, augment.ratio, data.window_shards, data.lanes, data.prefetch_mb, data.verify,
-        )  # fmt: skip
-        (batch,) = batches
+        place = (row // share, batch_size // share)
+        (batch,) = training_stream(config, index, threads=1, world=place, start_step=step, stop_step=step + 1)
         pixels = transform(batch.images, batch.random_keys)
         targets = torch.nn.functional.one_hot(batch.labels, index.num_classes).float()
         if is_mixing:
@@ -158,9 +154,7 @@ def _note(config: RunConfig, index: ShardIndex) -> str:
              "contrast": "contrast", "saturation": "saturation", "hue": "hue", "grayscale": "grey", "erase": "a box erased",
              "mixup": "mixed with a neighbour", "cutmix": "a box of a neighbour pasted in"}  # fmt: skip
     done += [f"{text} ({name} {getattr(augment, name):g})" for name, text in words.items() if getattr(augment, name)]
-    return (
-        f"Drawn anew each epoch, keyed by seed, epoch and sample: {', '.join(done)}." if done else "Nothing is changed."
-    )
+    return f"Drawn anew each epoch, keyed by seed, epoch and sample: {', '.join(done)}." if done else "Nothing is changed."
 
 
 def _reduced(pixels: np.ndarray, side: int) -> np.ndarray:

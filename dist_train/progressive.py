@@ -19,10 +19,11 @@ class Progressive:
 
     full: size at the end; num_steps: of the run. The shorter side grows by eighths of its full length, each size for as
     many steps, and none is below config.start_size. So a compiled network is compiled for eight sizes at most.
+    interpolation: data.interpolation.
     """
 
-    def __init__(self, config: AugmentConfig, full: Size, num_steps: int):
-        self.full, self.growing_steps = full, config.full_size_from * num_steps
+    def __init__(self, config: AugmentConfig, full: Size, num_steps: int, interpolation: str = "bilinear"):
+        self.full, self.growing_steps, self.interpolation = full, config.full_size_from * num_steps, interpolation
         shorter = min(full)
         eighths = {max(1, round(shorter * k / 8)) for k in range(1, 9)}
         sides = sorted(side for side in eighths if side >= (config.start_size or shorter))
@@ -36,7 +37,12 @@ class Progressive:
     def __call__(self, inputs: Tensor, step: int) -> Tensor:
         """Bring a step's batch to its size. inputs: float (N, C, height, width) of full size, and so returned if that is it."""
         size = self.size_at(step)
-        return inputs if size == self.full else resize(inputs, size).contiguous(memory_format=torch.channels_last)
+        if size == self.full:
+            return inputs
+        limits = ()
+        if self.interpolation == "bicubic":  # these are normalised: no pixel is to leave the range of its own picture
+            limits = inputs.amin((2, 3), keepdim=True), inputs.amax((2, 3), keepdim=True)
+        return resize(inputs, size, self.interpolation, limits).contiguous(memory_format=torch.channels_last)
 
     def flops(self, network: nn.Module) -> dict[Size, int]:
         """Operations of a sample's training step at each size. Raises UserError where the network does not take one."""

@@ -63,18 +63,18 @@ def on_each_machine(world, function, *args) -> None:
     """Call function(*args) on one rank of every machine; every rank raises the UserError of the first that has one."""
     mine = _outcome(function, *args) if world.local_rank == 0 else [None, None]
     meet(world)
-    for outcome in _everyones(world, mine):
+    for outcome in from_every_rank(world, mine):
         _result(outcome)
 
 
 def cores_of_rank(world) -> int:
     """Cores for this rank: those it may run on, shared out among the ranks of its machine that may run on the same ones."""
     mine = platform.node(), sorted(cores_to_run_on())
-    return max(1, num_cores() // _everyones(world, mine).count(mine))
+    return max(1, num_cores() // from_every_rank(world, mine).count(mine))
 
 
-def _everyones(world, value) -> list:
-    """What each rank gives, in their order."""
+def from_every_rank(world, value) -> list:
+    """What each rank gives, in their order. world: runtime.World."""
     values = [value] * world.world_size
     if world.world_size > 1:
         import torch.distributed as dist

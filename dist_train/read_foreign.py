@@ -92,6 +92,4 @@ def _check_claims(tar: NamedTar, path: Path, parsed: Parsed) -> None:
             found = hashlib.file_digest(file, "md5").hexdigest()
         problem = f"its md5sum is {found}, not {tar.md5}" if found != tar.md5 else ""
     if problem:
-        raise UserError(
-            f"{path}: differs from {tar.list_name}: {problem}.\n  Fetch the tar again, or write the list again."
-        )
+        raise UserError(f"{path}: differs from {tar.list_name}: {problem}.\n  Fetch the tar again, or write the list again.")

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import functools
 import math
 import mmap
 import weakref
@@ -18,7 +17,6 @@ class Recycled:
 
     def __init__(self):
         self._free = collections.deque(maxlen=_KEPT)
-        self._given = {}
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype, pin_memory: bool = False) -> torch.Tensor:
         """A tensor of unknown content; pinned memory is recycled by torch itself."""
@@ -34,11 +32,10 @@ class Recycled:
         if memory is None or len(memory) != num_bytes:
             memory = _fresh(num_bytes)
         array = np.frombuffer(memory, np.uint8)
-        self._given[id(memory)] = weakref.ref(array, functools.partial(self._take_back, memory))
+        weakref.finalize(array, self._take_back, memory).atexit = False
         return array
 
-    def _take_back(self, memory: mmap.mmap, _) -> None:
-        self._given.pop(id(memory), None)
+    def _take_back(self, memory: mmap.mmap) -> None:
         with contextlib.suppress(IndexError):  # another thread has taken the last
             while (len(self._free) + 1) * len(memory) > _KEPT_BYTES:
                 self._free.popleft()

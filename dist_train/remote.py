@@ -23,8 +23,8 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
 import xxhash
 
+from dist_train.durable import writing
 from dist_train.errors import UserError
-from dist_train.tars import writing
 from dist_train.tries import Damaged, Server, Transient, server_of, tried
 
 SILENCE_S = 60  # a server that sends nothing for this long is taken to be gone

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import xxhash
 
-from dist_train.durable import put_in_place, sync
+from dist_train.durable import put_in_place, sync, writing
 from dist_train.errors import UserError
+from dist_train.file_locks import locked
 from dist_train.index import ShardIndex, SplitIndex, file_checksum, load_index
 from dist_train.remote import NotThere, download, join, shown
 from dist_train.shard_cache import DEFAULT_GB, RemoteShards, ShardCache, default_folder, is_full
-from dist_train.tars import writing
 
 _SAFE_NAME, _CHECKSUM = re.compile(r"\w[\w.-]*"), re.compile(r"[0-9a-f]{32}")
 
@@ -30,7 +30,7 @@ def load_remote_index(url: str, cache_dir: str = "", cache_gb: float = DEFAULT_G
     cache = _shard_cache(cache_dir, cache_gb)
     with writing(cache.folder):
         cache.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with cache.locked("index.lock"):
+    with locked(cache.folder / "index.lock"):
         scratch = cache.folder / "index.partial"
         shutil.rmtree(scratch, ignore_errors=True)
         with writing(scratch):
@@ -80,13 +80,9 @@ def _with_remote(index: ShardIndex, remote: RemoteShards) -> ShardIndex:
 def _check_names(url: str, index: ShardIndex) -> None:
     """Names from elsewhere become names of files here: raise UserError unless they are plain."""
     bad = [name for name in index.splits if not _SAFE_NAME.fullmatch(name)]
-    bad += [
-        text for split in index.splits.values() for text in split.shard_checksums if not _CHECKSUM.fullmatch(str(text))
-    ]
+    bad += [text for split in index.splits.values() for text in split.shard_checksums if not _CHECKSUM.fullmatch(str(text))]
     if bad:
-        raise UserError(
-            f"{shown(url)}: index.json names {json.dumps(bad[0])}; expected plain split names and checksums."
-        )
+        raise UserError(f"{shown(url)}: index.json names {json.dumps(bad[0])}; expected plain split names and checksums.")
 
 
 def _is_whole(folder: Path, index: ShardIndex, checksum: str) -> bool:

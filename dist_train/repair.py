@@ -5,17 +5,16 @@ import fcntl
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from dist_train.convert import plan_conversion, write_shards
-from dist_train.durable import put_in_place
+from dist_train.durable import put_in_place, writing
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex, file_checksum, load_index
 from dist_train.settings import flatten, to_dict
-from dist_train.shard import check_settings
-from dist_train.shard_config import FREE_SHARD_SETTINGS, ShardConfig
+from dist_train.shard_config import FREE_SHARD_SETTINGS, ShardConfig, check_settings
 from dist_train.sources import SPLITS
-from dist_train.tars import writing
 from dist_train.verify import find_damage
 from dist_train.workers import num_cores
 
@@ -26,8 +25,11 @@ def repair(config: ShardConfig) -> list[str]:
     A shard takes its place only when its checksum is the one in the index. Raises UserError where the raw data or the
     settings give other bytes, or something else than shards is damaged; what was whole stays as it was.
     """
-    check_settings(config)
     index = load_index(config.out)
+    if config.split.test < 0:  # the set's own share, which may be of another default
+        test = index.source.get("split", {}).get("test", config.split.test)
+        config = replace(config, split=replace(config.split, test=test))
+    check_settings(config)
     if index.is_foreign:
         raise UserError(f"{config.out}: is an index of tars made elsewhere; they cannot be written again from here.\n"
                         f"  See what is damaged, and what to do, with: dist-train verify {config.out}")  # fmt: skip
@@ -36,9 +38,7 @@ def repair(config: ShardConfig) -> list[str]:
         _rewrite(config, index, damaged)
     problems = find_damage(index)
     if problems:
-        raise UserError(
-            "\n".join([*problems, "  Shards alone can be repaired; write the set again with --overwrite true."])
-        )
+        raise UserError("\n".join([*problems, "  Shards alone can be repaired; write the set again with --overwrite true."]))
     return [index.splits[split].files[number] for split, number in damaged]
 
 
@@ -49,10 +49,7 @@ def damaged_shards(index: ShardIndex) -> list[tuple[str, int]]:
         split = index.splits[shard[0]]
         path = Path(index.folder, split.files[shard[1]])
         try:
-            return (
-                path.stat().st_size == split.shard_bytes[shard[1]]
-                and file_checksum(path) == split.shard_checksums[shard[1]]
-            )
+            return path.stat().st_size == split.shard_bytes[shard[1]] and file_checksum(path) == split.shard_checksums[shard[1]]
         except OSError:
             return False
 
@@ -65,14 +62,9 @@ def _rewrite(config: ShardConfig, index: ShardIndex, damaged: list[tuple[str, in
     with _scratch_folder(Path(f"{config.out}.repair")) as scratch:
         source, planned = plan_conversion(config)
         numbers = {(SPLITS[shard.split], shard.number): k for k, shard in enumerate(planned)}
-        if set(numbers) != {
-            (name, number) for name, split in index.splits.items() for number in range(split.num_shards)
-        }:
-            raise _differs(
-                config,
-                index,
-                f"{len(numbers)} shards come of it, the index lists {sum(s.num_shards for s in index.splits.values())}",
-            )
+        if set(numbers) != {(name, number) for name, split in index.splits.items() for number in range(split.num_shards)}:
+            num_listed = sum(split.num_shards for split in index.splits.values())
+            raise _differs(config, index, f"{len(numbers)} shards come of it, the index lists {num_listed}")
         wanted = {numbers[shard]: shard for shard in damaged}
         results = write_shards(config, source, planned, scratch, sorted(wanted))
         other = []

@@ -58,9 +58,8 @@ def read_run(run: Path) -> dict:
     index, note = _open_shards(run, config, inference)
     splits = [_evaluation(run, inference, index, path) for path in _evaluations(run)]
     return {
-        "name": run.resolve().name,
-        "written": time.strftime("%Y-%m-%d %H:%M"),
-        "state": _state(lines, result),
+        "title": run.resolve().name,
+        "subtitle": f"{_state(lines, result)} · report of {time.strftime('%Y-%m-%d %H:%M')}",
         "cards": _cards(lines, result),
         "charts": _charts(lines, config),
         "restarted": any(line["kind"] == "restart" for line in lines),

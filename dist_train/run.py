@@ -1,43 +1,42 @@
 """What a run is made of: its settings, shards, network, ranks and folder."""
 
 import dataclasses
-import json
 import math
-import shutil
 from pathlib import Path
 
 import torch
-import xxhash
-import yaml
 
 from dist_train import messages, plan, ranks, runtime, sizes
-from dist_train.augment import Augment, mix
+from dist_train.augment import Augment
 from dist_train.bad_samples import BadSamples, record
 from dist_train.cache import DecodedCache
-from dist_train.checkpoint import Checkpoints, Saved
-from dist_train.config import DataConfig, RunConfig, conflicts
-from dist_train.data import open_stream
-from dist_train.durable import replace_text
+from dist_train.checkpoint import Checkpoints
+from dist_train.config import RunConfig
 from dist_train.errors import UserError
 from dist_train.evaluate import Evaluation, evaluate, standardised
 from dist_train.folds import statistics_of, view_of
 from dist_train.gpu_decode import GpuDecoder
 from dist_train.guard import Guard
-from dist_train.index import ShardIndex
-from dist_train.layers import use_keyed_dropout, use_sync_batchnorm
+from dist_train.initial_network import initial_network
+from dist_train.layers import use_sync_batchnorm
+from dist_train.loss import class_weights
 from dist_train.metrics import flops_per_sample, peak_flops
-from dist_train.models import build_model, head_name
-from dist_train.optim import Plateau, WeightAverage, build_optimizer, lr_at
+from dist_train.mixing import mix
+from dist_train.models import head_name
+from dist_train.optim import Plateau, WeightAverage, build_optimizer
 from dist_train.parallel import parallelize
 from dist_train.pretrained import put_weights
 from dist_train.progressive import Progressive
-from dist_train.settings import from_dict, read_written, to_dict
+from dist_train.run_folder import data_facts, refuse_other_shards
 from dist_train.state import State, plain
 from dist_train.step_parts import StepParts
 
 
 class Run:
-    """One training run's fixed surroundings: settings, data, network, ranks, folder."""
+    """One training run's fixed surroundings: settings, data, network, ranks, folder.
+
+    stop_requests: None where nobody asks for a stop.
+    """
 
     def __init__(
         self, config: RunConfig, folder: Path, accelerator, world: runtime.World,
@@ -57,27 +56,17 @@ class Run:
         self.tracker = self._peak_flops = None
 
         self.input_size = sizes.input_size(config, self.index)
-        self.missing_weights, self.remarks = None, []  # of model.pretrained: why they cannot be had, and what is to be said of them
+        self.remarks = []  # what is to be said of the weights of model.pretrained
         is_begun = ranks.on_main(world, (folder / "checkpoints").is_dir)  # other machines may not see a new one yet
-        try:
-            network = build_network(config, self.index, self.remarks.append)
-        except UserError as error:
-            if not (is_begun and config.model.pretrained):
-                raise
-            self.missing_weights, fresh = error, dataclasses.replace(config.model, pretrained="")  # a checkpoint will do
-            network = build_network(dataclasses.replace(config, model=fresh), self.index)
-        if not is_begun:
-            sizes.check_new(config)
-            if not self.num_steps:
-                sizes.check_judged(config, self.index, network)
-        if config.data.eval_size:
-            sizes.check_eval_size(config, self.index, network)
-        self.progressive = Progressive(config.augment, self.input_size, self.num_steps) if self.input_size else None
+        network, self.missing_weights = initial_network(config, self.index, is_begun, self.remarks.append)
+        how = config.data.interpolation
+        self.progressive = Progressive(config.augment, self.input_size, self.num_steps, how) if self.input_size else None
         # size of what enters -> operations of a sample in training, of the whole network, before it is spread over the ranks
         self.sample_flops = (
             self.progressive.flops(network) if self.progressive else
             {None: flops_per_sample(network, (len(self.index.features),), training=True)}
         )  # fmt: skip
+        self.num_parameters = sum(p.numel() for p in network.parameters())
         if config.train.sync_batchnorm and world.world_size > 1:
             use_sync_batchnorm(network)
         if config.train.channels_last:
@@ -94,18 +83,26 @@ class Run:
         self.augment = self._new_augment()
         self.augmented = torch.compile(self._augmented, dynamic=False) if config.train.compile else self._augmented
         self.micro_batch_size = sizes.micro_batch_size(config, world.world_size)
+        counts, power = self.index.split(config.data.train_split).class_counts, config.optim.class_weights
+        self.class_weights = class_weights(counts, power, world.device) if power else None
         data = config.data
         if data.verify:
             ranks.on_each_machine(world, self.index.check_tables, {data.train_split, data.val_split, data.test_split})
         self.bad_samples = BadSamples(data.max_bad)
         self.gpu_decoder = GpuDecoder(world.device) if data.decode == "gpu" else None
         self.decoded = DecodedCache(data.cache, data.decoded_gb, data.cache_dir, world.device, data.verify, data.cache_gb)
-        self._owns_requests = stop_requests is None  # which is false until a stop is asked for
-        self.stop_requests = runtime.StopRequests(folder) if self._owns_requests else stop_requests
+        self.stop_requests = stop_requests
 
     def _new_augment(self) -> Augment | None:
-        on_device, index = sizes.on_device_augment(self.config, self.index), self.index
-        return None if index.features else Augment(on_device, self.input_size, index.mean, index.std, self.world.device)
+        on_device, index, how = sizes.on_device_augment(self.config, self.index), self.index, self.config.data.interpolation
+        return None if index.features else Augment(on_device, self.input_size, index.mean, index.std, self.world.device, how)
+
+    def summary(self) -> str:
+        """What is trained on what, where, in a line."""
+        config, split = self.config, self.index.split(self.config.data.train_split)
+        return (f"{self.folder}: {config.model.name}, {self.num_parameters:,} parameters, on {split.num_samples:,} samples of "
+                f"{self.index.num_classes} classes; {self.num_steps:,} steps of {config.data.global_batch_size}, "
+                f"{config.train.precision}; {runtime.where(self.world)}")  # fmt: skip
 
     def new_parts(self, num_steps: int) -> StepParts:
         """Clocks for a window of steps."""
@@ -121,14 +118,10 @@ class Run:
 
     def stream(self, first_step: int):
         """This rank's batches from first_step to the end of the run."""
-        data, augment = self.config.data, self.config.augment
-        crop, size = sizes.decoder_crop(self.config, self.index)
-        stream = open_stream(
-            self.index, data.train_split, data.global_batch_size, size, crop, seed=self.config.seed,
-            threads=data.threads or self.world.num_cores, world=self.world.place, start_step=first_step, stop_step=self.num_steps,
-            scale=augment.scale, ratio=augment.ratio, window_shards=data.window_shards, lanes=data.lanes,
-            prefetch_mb=data.prefetch_mb, verify=data.verify, pin_memory=self.world.device.type == "cuda",
-            cache=self.decoded, bad_samples=self.bad_samples, gpu_decoder=self.gpu_decoder,
+        stream = sizes.training_stream(
+            self.config, self.index, threads=self.config.data.threads or self.world.num_cores, world=self.world.place,
+            start_step=first_step, stop_step=self.num_steps, pin_memory=self.world.device.type == "cuda", cache=self.decoded,
+            bad_samples=self.bad_samples, gpu_decoder=self.gpu_decoder,
         )  # fmt: skip
         ranks.meet(self.world)  # one may have had to decode the split to its disk
         return stream
@@ -222,18 +215,11 @@ class Run:
 
     def name_bad_samples(self) -> None:
         """Name the pictures that any rank could not decode. Raises UserError, on every rank, where they are too many."""
-        everyone = [self.bad_samples.noted()]
-        if self.world.world_size > 1:
-            everyone *= self.world.world_size
-            torch.distributed.all_gather_object(everyone, everyone[0])
-        news = self.bad_samples.news(everyone)
+        news = self.bad_samples.news(ranks.from_every_rank(self.world, self.bad_samples.noted()))
         if news and self.world.is_main:
             record(self.folder / "bad-samples.txt", news)
         for line in news:
             self.tracker.message(f"{line}; the next good sample takes its place")
-
-    def lr_at(self, step: int) -> float:
-        return lr_at(step, self.config.optim, self.steps_per_epoch, self.num_steps)
 
     def epoch_of(self, step: int) -> float:
         return round(step / self.steps_per_epoch, 4)
@@ -294,13 +280,11 @@ class Run:
             self.name_bad_samples()  # afterwards: that they are too many loses no step
 
     def close(self) -> None:
-        """Let no checkpoint be half written when the process ends; then hand the signals back, if they were taken here."""
+        """Let no checkpoint be half written when the process ends."""
         try:
             self.checkpoints.wait()
         finally:
             self.decoded.close()
-            if self._owns_requests:
-                self.stop_requests.close()
 
     def resume(self, state: State) -> list[str]:
         """Bring state to the newest whole checkpoint, if there is one; return what is to be said of damaged ones."""
@@ -314,85 +298,15 @@ class Run:
             self.index = dataclasses.replace(self.index, mean=mean, std=std)
             self.augment = self._new_augment()
             has_best = ranks.on_main(self.world, self.checkpoints.has_best, saved)
-            parts = self.parallel.parts(saved.tensors)
-            state.restore(dataclasses.replace(saved, tensors=parts), self.accelerator.scaler)
+            tensors = self.parallel.scattered(saved.tensors)
+            state.restore(dataclasses.replace(saved, tensors=tensors), self.accelerator.scaler)
             if not has_best:
                 state.best_value = None  # the next that is judged is the best
         return complaints
 
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Give the network these weights; whole tensors by name."""
-        put_weights(self.network, self.parallel.parts({"model": weights})["model"])
-
-
-def build_network(config: RunConfig, index: ShardIndex, say=lambda line: None) -> torch.nn.Module:
-    """The network of a recipe on a set of shards, with keyed dropout; on the CPU, weights drawn from config.seed."""
-    num_features = len(index.features) if index.features else None
-    network = build_model(config.model, index.num_classes, sizes.input_size(config, index), num_features, config.seed, say)
-    use_keyed_dropout(network)
-    return network
-
-
-def data_facts(index: ShardIndex, data: DataConfig) -> dict[str, str]:
-    """What a run's figures follow from, besides its settings: hashes, by what they are of."""
-    what = json.dumps([index.classes, index.image_size, index.features])
-    facts = {"classes or size": xxhash.xxh3_64_hexdigest(what.encode())}
-    for name in (data.train_split, data.val_split):
-        if split := index.splits.get(name):
-            facts[f"split {name}"] = f"{split.fingerprint()} {split.rows_checksum}"
-    return facts
-
-
-def refuse_other_shards(saved: Saved, index: ShardIndex, data: DataConfig, run: Path) -> None:
-    """Raise UserError where a checkpoint of a run comes from other shards than those of the index."""
-    facts, before, trained = data_facts(index, data), saved.state.get("data"), f"split {data.train_split}"
-    if before is None:  # written by an earlier version
-        table = saved.state.get("table", facts[trained].partition(" ")[2])
-        before = {trained: f"{saved.state['shards']} {table}"}
-    differing = [what for what, value in before.items() if facts.get(what) != value]
-    if differing:
-        raise UserError(f"{index.folder}: these are not the shards that {run} was trained on: other "
-                        f"{', '.join(differing)}.\n  Put data.shards back, or begin another run with --run.")  # fmt: skip
-
-
-def written_settings(folder: Path) -> RunConfig:
-    """The settings in a run folder. Raises UserError where they cannot be read."""
-    old = read_written(folder / "config.yaml")
-    old.setdefault("data", {}).setdefault("decode", "cpu")  # runs from before there was a choice
-    return from_dict(RunConfig, old)
-
-
-def write_settings(config: RunConfig, folder: Path) -> None:
-    """Put the settings into a run folder, unless they are there."""
-    text, path = yaml.safe_dump(to_dict(config), sort_keys=False), folder / "config.yaml"
-    if not path.exists() or path.read_text() != text:
-        replace_text(path, text)
-
-
-def open_run_folder(config: RunConfig, folder: Path, resume: bool) -> None:
-    """Write the settings into the run folder, or accept those there. Raises UserError where it holds another run."""
-    if (folder / "config.yaml").exists():
-        differing = conflicts(to_dict(written_settings(folder)), to_dict(config))
-        if differing:
-            raise UserError(f"{folder}: the folder holds a run with other settings:\n  " + "\n  ".join(differing)
-                            + f"\n  Take the same settings, or another folder with --run, where --from {folder} begins "
-                            "with others from a checkpoint of this run.")  # fmt: skip
-        if not resume:
-            raise UserError(f"{folder}: the folder already holds this run. Go on with --resume, or take another --run.")
-    (folder / "stop").unlink(missing_ok=True)  # it was for the process before
-    for unfinished in (folder / "checkpoints").glob("*.partial"):
-        shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
-    write_settings(config, folder)
-
-
-def inference(config: RunConfig, index: ShardIndex, size: tuple[int, int] | None) -> dict:
-    """All that predict needs besides the weights and config.yaml."""
-    return {
-        "classes": index.classes, "mean": index.mean, "std": index.std, "features": index.features,
-        "image_size": size and list(size), "eval_size": size and list(sizes.eval_size(config, index)),
-        "one_size": index.image_size is not None, "stored_size": index.image_size and list(index.image_size),
-        "eval_crop": sizes.eval_crop(config, index), "missing": index.source.get("missing") if index.features else None,
-    }  # fmt: skip
+        put_weights(self.network, self.parallel.scattered({"model": weights})["model"])
 
 
 def can_skip_updates(optimizer) -> bool:

@@ -52,6 +52,19 @@ def is_slow(precision: str, device) -> bool:
     return precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def where(world: World) -> str:
+    """Ranks and device in words, "8 ranks on NVIDIA H100"; and what to look at where a GPU's driver is there and not in use."""
+    import torch
+
+    on_gpu = world.device.type == "cuda"
+    words = f"{world.world_size} {'rank' if world.world_size == 1 else 'ranks'} on "
+    words += torch.cuda.get_device_name(world.device) if on_gpu else "the CPU"
+    is_missed = not on_gpu and not _asks_for_cpu(os.environ) and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    if is_missed and Path("/proc/driver/nvidia/version").exists():
+        words += ", though this machine has a driver of GPUs: dist-train doctor says why"
+    return words
+
+
 def start(precision: str, threads: int, timeout_s: int, deterministic: bool = False):
     """Start Accelerate and the process group; return (accelerator, world).
 
@@ -83,9 +96,7 @@ def start(precision: str, threads: int, timeout_s: int, deterministic: bool = Fa
             f"  Use launch/local.sh --cpu {world_size}, or put ACCELERATE_USE_CPU=true before the command."
         )
     if use_cpu and precision == "fp16":
-        raise UserError(
-            "train.precision is fp16, which needs a GPU; on the CPU use fp32, or bf16 where the CPU has it."
-        )
+        raise UserError("train.precision is fp16, which needs a GPU; on the CPU use fp32, or bf16 where the CPU has it.")
     asked = env.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", precision.replace("fp32", "no")):
         raise UserError(
@@ -290,9 +301,7 @@ def environment(world: World) -> dict:
     import torch
 
     packages = ("torch", "torchvision", "accelerate", "webdataset", "wandb", "numpy", "pillow", "simplejpeg")
-    gpus = (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if world.device.type == "cuda" else []
-    )
+    num_gpus = torch.cuda.device_count() if world.device.type == "cuda" else 0
     return {
         "command": " ".join(shown(word) for word in sys.argv),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -303,7 +312,7 @@ def environment(world: World) -> dict:
         "cpu": _cpu_name(),
         "cores": num_cores(),
         "threads": torch.get_num_threads(),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(num_gpus)],
         "world_size": world.world_size,
         "device": str(world.device),
         "revision": _git_revision(),
@@ -373,12 +382,8 @@ def _cpu_name() -> str:
 def _git_revision() -> str | None:
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
+            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5,
+        )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None

@@ -18,7 +18,7 @@ import yaml
 
 from dist_train.config import RunConfig, changes_results
 from dist_train.errors import UserError
-from dist_train.settings import from_dict, read_config, setting_names, to_dict, which_setting
+from dist_train.settings import flatten, from_dict, read_config, setting_names, to_dict, unflatten, which_setting
 
 FIXED = ("data.shards", "data.fold", "train.precision", "train.monitor")  # the same for the whole study, or the study's own
 VARIANT = "variant"
@@ -34,16 +34,20 @@ class Space:
     choices: dict[str, dict] = field(default_factory=dict)
     variants: dict[str, dict] = field(default_factory=dict)
 
-    def draw(self, trial) -> dict:
-        """Ask an Optuna trial for a value of everything; returns what it was given, by name."""
-        drawn = {VARIANT: trial.suggest_categorical(VARIANT, list(self.variants))} if self.variants else {}
-        for name, texts in self.choices.items():
-            drawn[name] = trial.suggest_categorical(name, list(texts))
+    @property
+    def categories(self) -> dict[str, list]:
+        """What is not a range: its name -> what Optuna chooses from."""
+        variants = {VARIANT: list(self.variants)} if self.variants else {}
+        return variants | {name: list(texts) for name, texts in self.choices.items()}
+
+    def draw(self, trial) -> None:
+        """Ask an Optuna trial for a value of everything."""
+        for name, texts in self.categories.items():
+            trial.suggest_categorical(name, texts)
         for name, limits in self.ranges.items():
             suggest = trial.suggest_int if _is_whole(limits) else trial.suggest_float
             more = {key: limits[key] for key in ("log", "step") if limits.get(key)}
-            drawn[name] = suggest(name, limits["low"], limits["high"], **more)
-        return drawn
+            suggest(name, limits["low"], limits["high"], **more)
 
     def settings(self, drawn: dict) -> dict:
         """Setting -> value of what was drawn."""
@@ -52,9 +56,8 @@ class Space:
         return settings | {name: drawn[name] for name in self.ranges}
 
     def grid(self) -> list[dict]:
-        """Every combination, as `draw` would return it. Ranges need a step."""
-        axes = {VARIANT: list(self.variants)} if self.variants else {}
-        axes |= {name: list(texts) for name, texts in self.choices.items()}
+        """Every combination, as `draw` would set it. Ranges need a step."""
+        axes = self.categories
         for name, limits in self.ranges.items():
             num_steps = int((limits["high"] - limits["low"]) / limits["step"] + 1e-9)
             axes[name] = [round(limits["low"] + i * limits["step"], 12) for i in range(num_steps + 1)]
@@ -65,9 +68,7 @@ def read_space(path: str, search: dict, variants: dict, sampler: str) -> Space:
     """The space that a study's file describes. Raises UserError, all faults at once."""
     problems, space = [], Space()
     if not isinstance(search, dict) or not isinstance(variants, dict):
-        raise UserError(
-            f"{path}: search and variants are expected to hold `setting: choices` and `name: settings` lines."
-        )
+        raise UserError(f"{path}: search and variants are expected to hold `setting: choices` and `name: settings` lines.")
     for name, values in search.items():
         values = _with_numbers(name, values)
         problems += _name_problems(f"{path}: search", name)
@@ -102,14 +103,7 @@ def read_space(path: str, search: dict, variants: dict, sampler: str) -> Space:
 
 def changed(config: RunConfig, settings: dict) -> RunConfig:
     """A recipe with some settings, by dotted name, of values that `check_values` has passed."""
-    tree = to_dict(config)
-    for name, value in settings.items():
-        *sections, last = name.split(".")
-        branch = tree
-        for section in sections:
-            branch = branch[section]
-        branch[last] = value
-    return from_dict(RunConfig, tree)
+    return from_dict(RunConfig, unflatten(flatten(to_dict(config)) | settings))
 
 
 def recipe_with(recipe: str, settings: dict) -> RunConfig:

@@ -18,6 +18,7 @@ ALSO_CALLED = {
     "data.eval_crop": "crop_pct val_resize_size",
     "data.eval_size": "val_crop_size test_size",
     "data.image_size": "img_size imgsz input_size resolution crop_size",
+    "data.interpolation": "train_interpolation resample",
     "data.threads": "workers num_workers",
     "data.prefetch_mb": "prefetch_factor",
     "augment.flip": "hflip",
@@ -92,7 +93,6 @@ NO_SETTINGS = {
         "output_dir out_dir save_dir log_dir",
     "The launcher sets processes and devices: accelerate launch, or launch/local.sh --gpus N|all, --cpu N.":
         "gpus num_gpus gpu_ids device devices cuda cpu nodes num_nodes num_processes nproc_per_node world_size rank local_rank",
-    "Pictures are resized bilinearly, with antialiasing.": "interpolation train_interpolation",
     "An epoch holds every sample once.": "ra_sampler ra_reps aug_repeats",
     "RandAugment is augment.rand_ops, TrivialAugment augment.trivial; AutoAugment's own policies are not here.":
         "auto_augment autoaugment aa",
@@ -154,6 +154,18 @@ def flatten(tree: dict, prefix: str = "") -> dict:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def unflatten(flat: dict) -> dict:
+    """The inverse of `flatten`."""
+    tree = {}
+    for name, value in flat.items():
+        *sections, last = name.split(".")
+        branch = tree
+        for section in sections:
+            branch = branch.setdefault(section, {})
+        branch[last] = value
+    return tree
 
 
 def read_written(path: Path) -> dict:
@@ -302,10 +314,7 @@ def _mistyped(kind: type, settings: list) -> list[str]:
             if where == "command line":
                 parser.parse_args([f"--{name}={value}"])
             else:
-                tree = value
-                for part in reversed(name.split(".")):
-                    tree = {part: tree}
-                parser.parse_object(tree)
+                parser.parse_object(unflatten({name: value}))
         except Exception:
             problems.append(f"{where}: {name} is {value!r}; expected {_expected(known[name])}.")
     return problems

@@ -1,4 +1,4 @@
-"""`dist-train shard`: the settings of a conversion read and checked, the conversion started, its outcome shown."""
+"""`dist-train shard`: the settings of a conversion read, the conversion started, its outcome shown."""
 
 import dataclasses
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dist_train.errors import UserError
 from dist_train.settings import read_config
-from dist_train.shard_config import USUAL_TEST, ShardConfig
+from dist_train.shard_config import ShardConfig
 from dist_train.streams import outlive_readers
 
 _FLAGS = ("--join", "--repair", "--overwrite", "--download", "--extra")  # may stand alone, meaning true
@@ -22,16 +22,14 @@ def main(argv: list[str]) -> None:
     if config.repair:
         from dist_train.repair import repair
 
-        names = repair(as_converted(config))
+        names = repair(config)
         print(f"{config.out}: whole; written again: {', '.join(names) or 'nothing, for nothing was damaged'}.")
         return
     from dist_train.convert import convert, convert_part  # after the settings, so that `--help` answers at once
 
     if config.part:
         num_shards = convert_part(config)
-        print(
-            f"{config.out}: part {config.part} is written, {num_shards} shards. When all parts are: the same with --join."
-        )
+        print(f"{config.out}: part {config.part} is written, {num_shards} shards. When all parts are: the same with --join.")
         return
     index = convert(config)
     print_summary(index)
@@ -53,47 +51,6 @@ def read_shard_config(argv: list[str]) -> ShardConfig:
     if not files:
         raise UserError("out: not set; expected the folder to write, such as --out shards/NAME.")
     return dataclasses.replace(config, out=str(Path("shards", Path(files[-1]).stem)))
-
-
-def as_converted(config: ShardConfig) -> ShardConfig:
-    """The settings of a repair: a share of the test split that is not given is that of the set, which may be of another default."""
-    from dist_train.index import load_index
-
-    was = load_index(config.out).source.get("split", {}).get("test", config.split.test)
-    return config if config.split.test >= 0 else dataclasses.replace(config, split=dataclasses.replace(config.split, test=was))
-
-
-def check_settings(config: ShardConfig) -> None:
-    """Raise UserError with every setting that makes no sense."""
-    val, test = config.split.val, config.split.test
-    both = val + (USUAL_TEST if test == -1 else test)
-    limits = {
-        "split.val": (val, 0 <= val < 1, "a share from 0 to below 1"),
-        "split.test": (test, 0 <= test < 1 or test == -1, "a share from 0 to below 1, or -1 to go by the source"),
-        "split.val + split.test": (both, both < 1, "less than 1, so that something is left to train on"),
-        "resize": (config.resize, config.resize >= 0, "pixels, or 0 to keep the size"),
-        "quality": (config.quality, 1 <= config.quality <= 100, "1 to 100"),
-        "shard_mb": (config.shard_mb, config.shard_mb > 0, "more than 0 MB"),
-        "min_shards": (config.min_shards, config.min_shards >= 1, "1 or more"),
-        "workers": (config.workers, config.workers >= 0, "processes, or 0 for one per core"),
-        "max_bad": (config.max_bad, config.max_bad >= 0, "0 or more samples"),
-        "part, join, repair": ((config.part, config.join, config.repair),
-                               bool(config.part) + config.join + config.repair <= 1, "one of them at a time"),
-    }  # fmt: skip
-    problems = [f"{name} is {value}; expected {what}." for name, (value, good, what) in limits.items() if not good]
-    usual, hint = ShardConfig(), {"classes": "; merge picks and joins classes of any source"}
-    sources = {
-        "classes": "folder", "target": "csv or list", "drop": "csv", "missing": "csv or list", "extra": "torchvision",
-        "download": "torchvision", "split_column": "csv or list",
-        **dict.fromkeys(("picture", "root", "ending", "group"), "list"),
-    }  # fmt: skip
-    for name, source in sources.items():
-        if getattr(config, name) != getattr(usual, name) and config.source not in source.split(" or "):
-            problems.append(f"{name} is for source: {source}, and this is {config.source}{hint.get(name, '')}.")
-    if config.source == "list" and config.missing == "mean":
-        problems.append("missing is mean, and a class or a group has none; expected drop or error for source: list.")
-    if problems:
-        raise UserError("\n".join(problems))
 
 
 def print_summary(index, most_classes: int = 30) -> None:

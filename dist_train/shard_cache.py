@@ -21,26 +21,18 @@ from pathlib import Path
 
 import numpy as np
 
+from dist_train.durable import writing
 from dist_train.errors import UserError
-from dist_train.file_locks import POLL_S, is_at, open_whole, remove_unused, try_lock
+from dist_train.file_locks import POLL_S, create, is_at, locked, open_whole, remove_unused, try_lock
 from dist_train.index import SplitIndex
 from dist_train.order import Order
 from dist_train.remote import download, file_size, join, read_range, shown
-from dist_train.tars import writing
 
 DEFAULT_GB = 100.0
 PATIENCE_S = 30.0  # batches in the making let go of their shards sooner, on a busy machine as well
 _DISK_SHARE = 0.9  # of what the disk has: the rest is left to checkpoints and others, unless shards in use need it
 _IDLE_BATCHES = 1_000  # looked at ahead of the reading where all of their samples are kept
 _SOON_S = 0.2  # in which batches in the making usually let go of a shard
-
-
-def _always() -> bool:
-    return True
-
-
-def _none() -> None:
-    """There is nothing to let go of."""
 
 
 def default_folder(cache_dir: str = "") -> Path:
@@ -60,8 +52,9 @@ class RemoteShards:
         return f"{shown(join(self.url, split.files[shard]))} (kept as {self.cache.folder}/{split.shard_checksums[shard]}.tar)"
 
     def open(
-        self, split: SplitIndex, shard: int, is_wanted: Callable[[], bool] = _always, let_go: Callable[[], None] = _none
-    ) -> int:
+        self, split: SplitIndex, shard: int, is_wanted: Callable[[], bool] = lambda: True,
+        let_go: Callable[[], None] = lambda: None,
+    ) -> int:  # fmt: skip
         """A descriptor of the whole shard, as `ShardCache.open`."""
         url, num_bytes = join(self.url, split.files[shard]), int(split.shard_bytes[shard])
         return self.cache.open(url, split.shard_checksums[shard], num_bytes, is_wanted, let_go)
@@ -89,8 +82,8 @@ class ShardCache:
         self._full_bytes = sys.maxsize  # of shards, with which the disk was full: quotas show in no other way
 
     def open(
-        self, url: str, checksum: str, num_bytes: int, is_wanted: Callable[[], bool] = _always,
-        let_go: Callable[[], None] = _none,
+        self, url: str, checksum: str, num_bytes: int, is_wanted: Callable[[], bool] = lambda: True,
+        let_go: Callable[[], None] = lambda: None,
     ) -> int:  # fmt: skip
         """A descriptor of the whole shard, fetched if it is not there; it is not removed until the descriptor is closed.
 
@@ -104,7 +97,7 @@ class ShardCache:
             fd = open_whole(whole, num_bytes)
             if fd is not None:
                 return fd
-            fd = self._create(partial)
+            fd = create(partial)
             try:
                 if try_lock(fd, fcntl.LOCK_EX, partial) and is_at(fd, partial):
                     if not whole.exists():
@@ -132,10 +125,10 @@ class ShardCache:
         """
         partial = self.folder / f"{secrets.token_hex(16)}.tar.partial"
         num_bytes = file_size(url)
-        fd = self._create(partial)
+        fd = create(partial)
         while not (try_lock(fd, fcntl.LOCK_EX, partial) and is_at(fd, partial)):  # taken for another's leavings
             os.close(fd)
-            fd = self._create(partial)
+            fd = create(partial)
         try:
             # whoever indexes beside us lets go of its tar when it is read, however long that takes
             checksum = self._fetch(fd, partial, url, num_bytes, is_patient=True)
@@ -162,29 +155,13 @@ class ShardCache:
 
     def drop_one(self) -> bool:
         """Remove the shard whose last use is longest ago of those that nobody reads; says whether there was one."""
-        with self.locked("room.lock"), writing(self.folder):
+        with locked(self.folder / "room.lock"), writing(self.folder):
             return any(remove_unused(path) for *_, path in self._others())
 
-    @contextlib.contextmanager
-    def locked(self, name: str):
-        """Hold one of the cache's own locks against all other processes and threads."""
-        path = self.folder / name
-        fd = self._create(path)
-        try:
-            while not try_lock(fd, fcntl.LOCK_EX, path):
-                time.sleep(POLL_S)
-            yield
-        finally:
-            os.close(fd)
-
-    def _create(self, path: Path) -> int:
-        with writing(path):
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
     def _fetch(
-        self, fd: int, partial: Path, url: str, num_bytes: int | None, is_wanted=_always, let_go=_none, is_patient=False, **how
-    ) -> str:
+        self, fd: int, partial: Path, url: str, num_bytes: int | None, is_wanted=lambda: True, let_go=lambda: None,
+        is_patient=False, **how,
+    ) -> str:  # fmt: skip
         """Write the file, once there is room for it; return its checksum. Where the disk is full all the same, others make way."""
         room = num_bytes or 0  # where the server does not say, the next file makes room for this one
         while True:
@@ -202,7 +179,7 @@ class ShardCache:
             room = self._note_full(fd, partial, room)
 
     def _keep(self, fd: int, partial: Path, whole: Path) -> None:
-        with self.locked("room.lock"), writing(whole):  # whoever adds up the files must not miss it between its two names
+        with locked(self.folder / "room.lock"), writing(whole):  # whoever adds up the files must not miss it between its two names
             os.replace(partial, whole)
         fcntl.flock(fd, fcntl.LOCK_SH)  # should it be removed between the two locks, it can still be read through fd
 
@@ -215,7 +192,7 @@ class ShardCache:
             os.ftruncate(fd, 0)  # what a crash has left
         began, is_said = time.monotonic(), False
         while is_wanted():
-            with self.locked("room.lock"), writing(partial):
+            with locked(self.folder / "room.lock"), writing(partial):
                 others = self._others(partial)
                 taken, arriving = num_bytes + sum(size for _, size, *_ in others), False
                 limit, most = self._limit(others), self._limit(others, share=1.0)
@@ -248,7 +225,7 @@ class ShardCache:
 
     def _note_full(self, fd: int, partial: Path, num_bytes: int) -> int:
         """Empty a file that the disk does not take, and note how much it does take; how many bytes to make room for now."""
-        with self.locked("room.lock"), writing(partial):
+        with locked(self.folder / "room.lock"), writing(partial):
             others, written = self._others(partial), 512 * os.fstat(fd).st_blocks
             num_bytes = num_bytes or written + 1
             on_disk = written + sum(num_written for _, _, num_written, _ in others)

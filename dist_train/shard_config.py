@@ -1,7 +1,9 @@
-"""Every knob of a conversion, with its meaning and unit: what `dist-train shard` and a dataset's YAML file take."""
+"""Every knob of a conversion, with its meaning, unit and limits: what `dist-train shard` and a dataset's YAML file take."""
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from dist_train.errors import UserError
 
 USUAL_TEST = 0.1  # where split.test is left to the source
 
@@ -86,6 +88,44 @@ class ShardConfig:
     repair: bool = False
     """write the missing and damaged shards of a finished set again"""
 
+    @property
+    def raw(self) -> str:
+        """Where the raw samples lie, or what their set is called, for messages."""
+        return self.path or self.dataset
+
 
 # Settings of a conversion that no byte of the set depends on.
 FREE_SHARD_SETTINGS = ("out", "workers", "max_bad", "overwrite", "download", "part", "join", "repair")
+
+
+def check_settings(config: ShardConfig) -> None:
+    """Raise UserError with every setting that makes no sense."""
+    val, test = config.split.val, config.split.test
+    both = val + (USUAL_TEST if test == -1 else test)
+    limits = {
+        "split.val": (val, 0 <= val < 1, "a share from 0 to below 1"),
+        "split.test": (test, 0 <= test < 1 or test == -1, "a share from 0 to below 1, or -1 to go by the source"),
+        "split.val + split.test": (both, both < 1, "less than 1, so that something is left to train on"),
+        "resize": (config.resize, config.resize >= 0, "pixels, or 0 to keep the size"),
+        "quality": (config.quality, 1 <= config.quality <= 100, "1 to 100"),
+        "shard_mb": (config.shard_mb, config.shard_mb > 0, "more than 0 MB"),
+        "min_shards": (config.min_shards, config.min_shards >= 1, "1 or more"),
+        "workers": (config.workers, config.workers >= 0, "processes, or 0 for one per core"),
+        "max_bad": (config.max_bad, config.max_bad >= 0, "0 or more samples"),
+        "part, join, repair": ((config.part, config.join, config.repair),
+                               bool(config.part) + config.join + config.repair <= 1, "one of them at a time"),
+    }  # fmt: skip
+    problems = [f"{name} is {value}; expected {what}." for name, (value, good, what) in limits.items() if not good]
+    usual, hint = ShardConfig(), {"classes": "; merge picks and joins classes of any source"}
+    sources = {
+        "classes": "folder", "target": "csv or list", "drop": "csv", "missing": "csv or list", "extra": "torchvision",
+        "download": "torchvision", "split_column": "csv or list",
+        **dict.fromkeys(("picture", "root", "ending", "group"), "list"),
+    }  # fmt: skip
+    for name, source in sources.items():
+        if getattr(config, name) != getattr(usual, name) and config.source not in source.split(" or "):
+            problems.append(f"{name} is for source: {source}, and this is {config.source}{hint.get(name, '')}.")
+    if config.source == "list" and config.missing == "mean":
+        problems.append("missing is mean, and a class or a group has none; expected drop or error for source: list.")
+    if problems:
+        raise UserError("\n".join(problems))

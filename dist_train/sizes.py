@@ -1,16 +1,17 @@
-"""What follows from settings, shards and ranks together: sizes, crops and shares, and whether they go together."""
+"""What follows from settings, shards and ranks together: sizes, crops, shares, the stream, and whether they go together."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 
 from dist_train.config import AugmentConfig, ModelConfig, RunConfig
-from dist_train.data import picture_size
+from dist_train.data import Batch, open_stream, picture_size
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex
 from dist_train.metrics import flops_per_sample
-from dist_train.models import build_model, head_name, rates_taken
-from dist_train.pretrained import classes_beside, evaluated_otherwise, normalised_otherwise
+from dist_train.models import rates_taken
+from dist_train.pretrained import evaluated_otherwise, normalised_otherwise
 from dist_train.runtime import World
 from dist_train.settings import flatten, to_dict
 
@@ -65,6 +66,17 @@ def decoder_crop(config: RunConfig, index: ShardIndex) -> tuple[str, int]:
     if index.image_size is not None or index.features is not None:
         return "resize", 0  # as stored; the device crops and resizes
     return ("random_resized" if config.augment.crop == "random_resized" else "resize"), config.data.image_size
+
+
+def training_stream(config: RunConfig, index: ShardIndex, **more) -> Iterator[Batch]:
+    """`data.open_stream` with all that the settings say of it. more: what depends on the process."""
+    data, augment = config.data, config.augment
+    crop, size = decoder_crop(config, index)
+    return open_stream(
+        index, data.train_split, data.global_batch_size, size, crop, config.seed, scale=augment.scale, ratio=augment.ratio,
+        window_shards=data.window_shards, lanes=data.lanes, prefetch_mb=data.prefetch_mb, verify=data.verify,
+        interpolation=data.interpolation, **more,
+    )  # fmt: skip
 
 
 def on_device_augment(config: RunConfig, index: ShardIndex) -> AugmentConfig:
@@ -147,22 +159,6 @@ def check_new(config: RunConfig) -> None:
     check_evaluated(config)
 
 
-def check_judged(config: RunConfig, index: ShardIndex, network) -> None:
-    """Raise UserError where nothing is trained, and the network's last layer is as drawn: its weights had other classes."""
-    if index.features is not None:
-        raise UserError(f"train.epochs is 0, and {index.folder} is a table.\n  A run on a table is judged on another by: "
-                        f"dist-train eval RUN --data.shards {index.folder}")  # fmt: skip
-    theirs = classes_beside(config.model.pretrained)
-    if theirs is not None and theirs != index.classes:
-        raise UserError(f"train.epochs is 0, and {config.model.pretrained} tells other classes apart than those of {index.folder}, "
-                        f"or in another order.\n  Set train.epochs, or take shards with the weights' classes.")  # fmt: skip
-    fresh, head = replace(config.model, pretrained=""), head_name(network, index.num_classes)
-    drawn = build_model(fresh, index.num_classes, input_size(config, index), None, config.seed)
-    if network.get_submodule(head).weight.equal(drawn.get_submodule(head).weight):
-        raise UserError(f"train.epochs is 0, and {config.model.pretrained} has no last layer for the {index.num_classes} "
-                        f"classes of {index.folder}.\n  Set train.epochs, or take shards with the weights' classes.")  # fmt: skip
-
-
 def check_evaluated(config: RunConfig) -> None:
     """Raise UserError where something goes by evaluations that there are not."""
     needs = _evaluations_needed(config)
@@ -182,7 +178,7 @@ def pretrained_remarks(config: RunConfig, index: ShardIndex) -> list[str]:
     """Where pictures enter the network otherwise than those that the weights of model.pretrained are known from."""
     if not config.model.pretrained or index.features is not None:
         return []
-    found = evaluated_otherwise(config.model, eval_size(config, index), eval_crop(config, index))
+    found = evaluated_otherwise(config.model, eval_size(config, index), eval_crop(config, index), config.data.interpolation)
     return found + ([] if config.data.mean else normalised_otherwise(config.model, index.mean, index.std))
 
 
@@ -227,9 +223,7 @@ def shift_problems(config: RunConfig, index: ShardIndex) -> list[str]:
     side = config.data.eval_size or _shorter_side(config, index)
     if 0 <= config.train.shift_test <= side // 2:
         return []
-    return [
-        f"train.shift_test is {config.train.shift_test}; expected pixels, 0 to half the picture's side, {side // 2}."
-    ]
+    return [f"train.shift_test is {config.train.shift_test}; expected pixels, 0 to half the picture's side, {side // 2}."]
 
 
 def adds_in_bf16(config: RunConfig, world_size: int) -> bool:
@@ -249,9 +243,7 @@ def check_sizes(config: RunConfig, index: ShardIndex, world: World) -> None:
     if share and not problems and (config.augment.mixup or config.augment.cutmix) and (
         share % 2 or micro_batch_size(config, world.world_size) % 2
     ):
-        problems.append(
-            f"mixup and cutmix pair neighbours, so each rank's share ({share}) and micro-batch must be even."
-        )
+        problems.append(f"mixup and cutmix pair neighbours, so each rank's share ({share}) and micro-batch must be even.")
     graphs = config.train.compile and config.train.compile_mode != "default"
     if share and not problems and graphs and micro_batch_size(config, world.world_size) < share:
         problems.append(f"train.compile_mode is {config.train.compile_mode}, whose graphs write the gradients of each micro-batch "

@@ -85,7 +85,8 @@ def open_source(config: ShardConfig) -> Source:
     if config.merge:
         source = merged(source, config.merge)
     if len(source.classes) < 2:
-        raise UserError(f"{_where(config)}: one class only, {source.classes[0]!r}; a classifier needs at least two.")
+        notes = "".join(f"\n  {note}" for note in source.notes)  # which may say where the others went
+        raise UserError(f"{config.raw}: one class only, {source.classes[0]!r}; a classifier needs at least two.{notes}")
     return source
 
 
@@ -368,7 +369,3 @@ def _scan(folder: Path) -> list[os.DirEntry]:
             return list(entries)
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed: {error.strerror}.") from None
-
-
-def _where(config: ShardConfig) -> str:
-    return config.path or config.dataset

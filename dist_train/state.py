@@ -13,7 +13,7 @@ from dist_train.pretrained import put_weights
 
 @dataclass
 class State:
-    """What changes while training, and all that a checkpoint has to hold."""
+    """The state of a run between two steps."""
 
     network: torch.nn.Module  # without the wrapper of data parallelism
     optimizer: torch.optim.Optimizer
@@ -34,13 +34,13 @@ class State:
         names = {id(p): name for name, p in self.network.named_parameters()}
         optimizer, values = optimizer_tensors(plain(self.optimizer), names)
         tensors = {"model": self.network.state_dict(), "optimizer": optimizer, "sums": {"loss": self.loss_sum}}
-        average = self.average.state_dict() if self.average else {"weights": None, "num_updates": 0}
         if self.average:
-            tensors["ema"] = average["weights"]
+            tensors["ema"] = self.average.weights
         counters = ("logged_step", "judged_step", "best_value", "bad_evaluations")
         return Saved(self.step, tensors, {
-            **{name: getattr(self, name) for name in counters}, "optimizer": values, "ema_updates": average["num_updates"],
-            "plateau": self.plateau.state_dict(), "scaler": scaler.state_dict() if scaler else None,
+            **{name: getattr(self, name) for name in counters}, "optimizer": values,
+            "ema_updates": self.average.num_updates if self.average else 0, "plateau": self.plateau.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
         })  # fmt: skip
 
     def restore(self, saved: Saved, scaler) -> None:
@@ -52,7 +52,7 @@ class State:
         parameters = dict(self.network.named_parameters())
         restore_optimizer(plain(self.optimizer), saved.tensors["optimizer"], saved.state["optimizer"], parameters)
         if self.average:
-            self.average.load_state_dict({"weights": saved.tensors["ema"], "num_updates": saved.state["ema_updates"]})
+            self.average.restore(saved.tensors["ema"], saved.state["ema_updates"])
         self.plateau.load_state_dict(saved.state["plateau"])
         if scaler and saved.state["scaler"]:
             scaler.load_state_dict(saved.state["scaler"])

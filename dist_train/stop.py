@@ -13,9 +13,7 @@ def main(argv: list[str]) -> int:
     """Write the stop file of a run folder; with --wait, return when the training has ended."""
     parser = argparse.ArgumentParser(prog="dist-train stop", description=__doc__)
     parser.add_argument("run", help="the run folder, runs/NAME")
-    parser.add_argument(
-        "--wait", type=float, nargs="?", const=600.0, metavar="SECONDS", help="until it has ended (600 s)"
-    )
+    parser.add_argument("--wait", type=float, nargs="?", const=600.0, metavar="SECONDS", help="until it has ended (600 s)")
     options = parser.parse_args(argv)
     folder = Path(options.run)
     if not (folder / "config.yaml").exists():

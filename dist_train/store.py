@@ -28,7 +28,6 @@ MAX_FILES = 65_536  # of all kinds, open at once; some programs walk over all th
 class Located:
     """Where the payloads of n samples lie. `files` keeps the descriptors alive for as long as this object lives."""
 
-    samples: np.ndarray  # (n,) int64
     fds: np.ndarray  # (n,) int32
     offsets: np.ndarray  # (n,) uint64
     sizes: np.ndarray  # (n,) uint32
@@ -69,7 +68,6 @@ class Store:
         with self._fetching if self.split.remote else contextlib.nullcontext():
             files = [self._shard_file(shard) for shard in shards.tolist()]
         return Located(
-            samples=samples,
             fds=np.array([file.fd for file in files], np.int32)[place],
             offsets=rows["offset"],
             sizes=rows["size"],
@@ -77,9 +75,9 @@ class Store:
             files=files,
         )
 
-    def payload(self, sample: int, verify: bool = True) -> bytes:
+    def payload(self, sample: int) -> bytes:
         """The bytes of one sample's picture or vector. Raises UserError if they are short or differ from the index."""
-        return next(self.payloads(np.array([sample]), verify))
+        return next(self.payloads(np.array([sample])))
 
     def payloads(self, samples: np.ndarray, verify: bool = True) -> Iterator[bytes]:
         """The payloads of many samples, one after the other; as `payload` otherwise. samples: (n,) int64."""
@@ -92,13 +90,13 @@ class Store:
             if is_one_of_few:
                 yield next(singly)
                 continue
-            fd, offset, size, checksum = next(places)
-            payload = self._read(sample, fd, size, offset)
-            if len(payload) < size:
-                raise self.fault(sample, f"ends after {len(payload):,} of {size:,} bytes")
-            if verify and xxhash.xxh3_64_intdigest(payload) != checksum:
-                raise self.fault(sample, "checksum differs from the index")
-            yield payload
+            yield self._read(sample, *next(places), verify)
+
+    def read_vectors(self, samples: np.ndarray, out: np.ndarray, verify: bool = True) -> np.ndarray:
+        """Put a table's vectors of samples (n,) into out, (n, F) float32, and return it. Raises UserError as `payload`."""
+        for row, payload in zip(out, self.payloads(samples, verify), strict=True):
+            row[:] = np.frombuffer(payload, np.float32, offset=len(payload) - row.nbytes)
+        return out
 
     def _few_of_a_shard(self, samples: np.ndarray) -> np.ndarray:
         """(n,) bool: which samples are better asked of the server one by one than with their whole shards."""
@@ -131,16 +129,18 @@ class Store:
             if payload is not None and xxhash.xxh3_64_intdigest(payload) == checksum:
                 return payload
         file = self._shard_file(shard)
-        payload = self._read(sample, file.fd, size, offset)
-        if xxhash.xxh3_64_intdigest(payload) != checksum:
-            raise self.fault(sample, "checksum differs from the index")
-        return payload
+        return self._read(sample, file.fd, offset, size, checksum)
 
-    def _read(self, sample: int, fd: int, size: int, offset: int) -> bytes:
+    def _read(self, sample: int, fd: int, offset: int, size: int, checksum: int, verify: bool = True) -> bytes:
         try:
-            return os.pread(fd, size, offset)
+            payload = os.pread(fd, size, offset)
         except OSError as error:
             raise self.fault(sample, f"{READ_FAILED}: {error.strerror}") from None
+        if len(payload) < size:
+            raise self.fault(sample, f"ends after {len(payload):,} of {size:,} bytes")
+        if verify and xxhash.xxh3_64_intdigest(payload) != checksum:
+            raise self.fault(sample, "checksum differs from the index")
+        return payload
 
     def fault(self, sample: int, reason: str) -> UserError:
         """The error for a sample that cannot be used, naming shard, sample, byte, and what to do."""

@@ -234,7 +234,7 @@ def claimed_trial(plan: Plan, study):
 def queue_abandoned(plan: Plan, study) -> None:
     """Queue anew the trials whose processes have died: they stand as running, but nobody holds their locks."""
     optuna = _optuna()
-    names = {*plan.space.ranges, *plan.space.choices, *(["variant"] if plan.space.variants else [])}
+    names = plan.space.ranges.keys() | plan.space.categories.keys()
     for dead in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
         try:
             with locked(plan.lock(f"{dead.number:05d}"), wait=False) as is_held:

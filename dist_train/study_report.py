@@ -18,7 +18,7 @@ from dist_train.metrics import goodness
 from dist_train.page import Chart, Section, Table, write_page
 from dist_train.remote import shown as shown_place
 from dist_train.report import duration
-from dist_train.settings import flatten, to_dict
+from dist_train.settings import flatten, to_dict, unflatten
 from dist_train.track import read_metrics
 from dist_train.trial import mean_figures
 
@@ -159,14 +159,8 @@ def write_recipe(path: Path, plan, row: Row) -> None:
     """The recipe of a trial: what differs from the defaults, with its figures in the first comment."""
     config = to_dict(plan.trial_config(row.params))
     config["data"] |= {"folds": 0, "fold": 0}
-    defaults, tree = flatten(to_dict(RunConfig())), {}
-    for name, value in flatten(config).items():
-        if value != defaults[name]:
-            branch = tree
-            *sections, last = name.split(".")
-            for section in sections:
-                branch = branch.setdefault(section, {})
-            branch[last] = value
+    defaults = flatten(to_dict(RunConfig()))
+    tree = unflatten({name: value for name, value in flatten(config).items() if value != defaults[name]})
     figure = FIGURES[plan.config.metric]
     over = f"over {plan.config.folds} folds of the training split" if plan.config.folds else "on the validation split"
     spread = f" +- {shown(row.spread, plan.config.metric)}" if len(row.values) > 1 else ""
@@ -352,9 +346,7 @@ def _course(plan, trials, rows: list[Row], what: str, text) -> list[Chart]:
     each = plots.Curve("trial", numbers, [row.mean for row in by_number], 1, dots=True, band=True)
     charts = [Chart(f"{what} by trial", plots.line_chart([each, plots.Curve("best so far", numbers, so_far)], "trial", text),
                     [("best so far", "one"), ("trial", "two")])]  # fmt: skip
-    curves = [
-        plots.Curve(_name(row), *mean_curve(row, metric), colour) for colour, row in enumerate(rows[:SHOWN_CURVES])
-    ]
+    curves = [plots.Curve(_name(row), *mean_curve(row, metric), colour) for colour, row in enumerate(rows[:SHOWN_CURVES])]
     if svg := plots.line_chart(curves, "epoch", text):
         legend = [(_name(row), colour) for row, colour in zip(rows, ("one", "two", "three"), strict=False)]
         charts.append(Chart(f"{what} of the best by epoch", svg, legend))

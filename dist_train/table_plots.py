@@ -6,7 +6,7 @@ import numpy as np
 
 from dist_train.index import ShardIndex, SplitIndex
 from dist_train.page import Chart, Section
-from dist_train.plots import COLOURS, fitted, nice_ticks, segment, text_at, text_width
+from dist_train.plots import COLOURS, cut, fitted, nice_ticks, segment, text_at, text_width
 from dist_train.store import Store
 
 MAX_ROWS = 4000  # drawn, evenly over the split
@@ -53,9 +53,7 @@ def read_rows(split: SplitIndex, num_features: int, most: int = MAX_ROWS) -> tup
 def read_vectors(split: SplitIndex, samples: np.ndarray, num_features: int) -> np.ndarray:
     """The vectors of samples (n,) of a split: (n, F) float32."""
     rows = np.empty((len(samples), num_features), np.float32)
-    for i, payload in enumerate(Store(split.stored).payloads(split.stored_numbers(samples))):
-        rows[i] = np.frombuffer(payload, np.float32, offset=len(payload) - 4 * num_features)
-    return rows
+    return Store(split.stored).read_vectors(split.stored_numbers(samples), rows)
 
 
 def correlation(values: np.ndarray) -> np.ndarray:
@@ -130,7 +128,7 @@ def box_plot(values: np.ndarray, labels: np.ndarray, classes: list[str]) -> str:
     """
     values, labels = values[~np.isnan(values)], labels[~np.isnan(values)]
     shown = [label for label in range(min(len(classes), 10)) if (labels == label).any()]
-    spoken = [_cut(classes[label], 14) for label in shown]
+    spoken = [cut(classes[label], 14) for label in shown]
     left, right, row, top = 8 + max(map(text_width, spoken), default=0), 12, 26, 4
     height = top + row * len(shown) + 22
     ticks = nice_ticks(float(values.min()), float(values.max()), 4)
@@ -164,7 +162,7 @@ def box_plot(values: np.ndarray, labels: np.ndarray, classes: list[str]) -> str:
 
 def correlation_map(together: np.ndarray, names: list[str]) -> str:
     """Draw correlations (K, K) in -1..1: the first colour together, the second against each other. An <svg> element."""
-    k, labels = len(names), [_cut(name, 24) for name in names]
+    k, labels = len(names), [cut(name, 24) for name in names]
     cell = 40 if k <= 8 else 26 if k <= 14 else 17
     left = 12 + max(map(text_width, labels))
     width, height = left + cell * k + 4, cell * k + left + 4
@@ -195,6 +193,7 @@ def pair_scatter(values: np.ndarray, labels: np.ndarray, names: list[str], class
     """
     num = values.shape[1]
     side, gap = (WIDTH - 8) / num, 6
+    values = values.astype(np.float64)  # in float32 the difference of two large numbers is infinite
     low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
     places = (values - low) / np.where(high > low, high - low, 1)
     some = np.unique(np.linspace(0, len(values) - 1, min(len(values), MAX_POINTS)).astype(int))
@@ -251,7 +250,7 @@ def _diagonal(x: float, y: float, inner: float, name: str, low: float, high: flo
     for word in name.split():
         if len(lines[-1]) + len(word) >= most and lines[-1]:
             lines.append("")
-        lines[-1] = _cut(f"{lines[-1]} {word}".strip(), most)
+        lines[-1] = cut(f"{lines[-1]} {word}".strip(), most)
     first = y + inner / 2 - 8 * (len(lines) - 1)
     parts = [text_at(x + inner / 2, first + 16 * n, line, "middle", "var(--ink)") for n, line in enumerate(lines)]
     return [*parts, text_at(x + inner / 2, y + inner - 6, f"{low:.3g} to {high:.3g}", "middle")]
@@ -267,7 +266,3 @@ def _dots(points: list[tuple[float, float]], colour: str, size: float) -> str:
 
 def _colour(label: int) -> str:
     return f"var(--{COLOURS[label]})" if label < MAX_CLASSES else "var(--faint)"
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"

@@ -1,6 +1,5 @@
 """Sources of vectors and of pictures that come as arrays: CSV files, and the sets inside scikit-learn."""
 
-import csv
 import re
 from collections import Counter
 from pathlib import Path
@@ -8,16 +7,27 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dist_train.csv_files import (
+    NO_CLASS,
+    is_numbers,
+    listed,
+    named_columns,
+    number_in,
+    numbers_in,
+    read_csv,
+    refuse_decimal_commas,
+    text_in,
+)
 from dist_train.errors import UserError, did_you_mean
 from dist_train.shard_config import ShardConfig
 from dist_train.sources import SPLIT_WORDS, Pixels, Source, Vectors, printable
 
 SKLEARN = ("digits", "breast_cancer", "iris", "wine")
-NO_CLASS = ("", "na", "n/a", "nan", "null", "?")  # "none" and "-" are classes of well-known sets
-_TRUTH = {"true": 1.0, "false": 0.0}  # as pandas writes them
 MAX_TEXTS = 32  # of a column that becomes features: names and free text have more
 LEAST_TRUTH_STD = 0.1  # a text in one of 100,000 rows has 0.003: its 1 would enter as 316, and a few such diverge
-_DECIMAL_COMMA = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+")
+CONSTANT_STD = float(np.finfo(np.float32).max)  # makes 0 of what a column holds elsewhere that never changes in training
+_NAMELESS = re.compile(r"(Unnamed: [\d.]+)?")  # what pandas calls a column without a name, once it has read and written it
+_LEAST_ROWS = 50  # of fewer, a column counts the rows, or is the class, by chance
 _LEFT_OUT_KEPT = 1000  # rows named in the index; more are counted only
 NUM_TOLD = 5  # columns with missing values, texts that a run does not know, faults of a kind that are named
 
@@ -43,56 +53,61 @@ def csv_source(config: ShardConfig) -> Source:
     1 in rows with that text, else 0; an empty cell is 0 in all, and not missing. Like the classes, the texts are those of the whole
     file, of every split. config.split_column is as in `listed_splits`. A row with a cell that is empty or no number in a column of
     numbers is, by config.missing, left out, or kept with NaN there (`column_statistics` says what it counts as), or refused; a row
-    with a number that float32 cannot hold, or without a class or a split (an empty cell, NA, N/A, NaN, null or ?), is left out or
-    refused. Dropped and named: columns in config.drop, without a name, without a value, of more texts, and features that never
-    change. Raises UserError where numbers are written with a decimal comma, and where a column is named as another's text would be.
+    with a number that float32 cannot hold, or without a class or a split (a cell of NO_CLASS), is left out or refused. Dropped and
+    named: columns in config.drop, without a name, without a value, of more texts, and features that never change. Named: columns
+    that count the rows, or have one value for each class. Raises UserError where numbers are written with commas, and where a
+    column is named as another's text would be.
     """
     path = Path(config.path)
     header, rows, lines = read_csv(path)
-    settings = ["target", *(["split_column"] if config.split_column else [])]
-    said_by = {setting: _column(path, setting, getattr(config, setting), header) for setting in settings}
-    if len({*said_by.values()}) < len(said_by):
-        raise UserError(f"{path}: target and split_column are both {config.target!r}; expected a column for each.")
+    said_by = named_columns(path, config, header, target=config.target)
     unknown = [name for name in config.drop if name not in header]
     if unknown:
-        raise UserError(f"{path}: drop names {', '.join(unknown)}; the columns are {', '.join(header)}.")
-    wanted = [c for c, name in enumerate(header) if c not in said_by.values() and name.strip() and name not in config.drop]
-    nameless = sum(not name.strip() for name in header)
+        raise UserError(f"{path}: drop names {listed(unknown)}; the columns are {listed(header)}.")
+    others = [c for c, name in enumerate(header) if c not in said_by.values() and name not in config.drop]
+    wanted = [c for c in others if not _NAMELESS.fullmatch(header[c])]
+    nameless = len(others) - len(wanted)
     features, notes = _features(path, header, rows, lines, wanted)
     notes += [f"{nameless} columns without a name, dropped: often the rows' numbers"] if nameless else []
 
     words = {setting: [row[c].strip() for row in rows] for setting, c in said_by.items()}
     faulty, lacking = np.full(len(rows), -1), Counter()  # of each row the first column that leaves it out
     for c, bad in [
-        *((said_by[setting], np.array([word.lower() in NO_CLASS for word in words[setting]])) for setting in settings),
+        *((said_by[setting], np.array([word.lower() in NO_CLASS for word in words[setting]])) for setting in said_by),
         *((f.column, np.isinf(f.cells) if config.missing == "mean" else ~np.isfinite(f.cells)) for f in features if f.text < 0),
     ]:
         faulty[bad & (faulty < 0)] = c
         lacking += Counter({header[c]: int(bad.sum())})
     reasons = {r: _why(header[faulty[r]], rows[r][faulty[r]]) for r in np.flatnonzero(faulty >= 0).tolist()}
     if reasons and config.missing == "error":
-        few = "".join(f"\n  line {lines[r]}: {why}" for r, why in list(reasons.items())[:5])
-        raise UserError(
-            f"{path}: {len(reasons)} of {len(rows)} rows have missing or non-numeric values:{few}\n"
-            f"  Mend them, or choose --missing drop or --missing mean."
-        )
+        faults = [f"line {lines[r]}: {why}" for r, why in reasons.items()]
+        raise UserError(f"{path}: {told(f'of {len(rows):,} rows have missing or non-numeric values', faults)}\n"
+                        f"  Mend them, or choose --missing drop or --missing mean.")  # fmt: skip
     keep = np.flatnonzero(faulty < 0)
     if not len(keep):
         raise UserError(f"{path}: none of the {len(rows)} rows is complete; missing are {most(lacking)}.\n"
                         f"  Drop the emptiest columns with --drop.")  # fmt: skip
     notes += [f"{len(reasons):,} of {len(rows):,} rows were left out for missing values: {most(lacking)}"] if reasons else []
 
-    changing = [f for f in features if np.fmin.reduce(values := f.values(keep)) < np.fmax.reduce(values)]
+    changes = [np.fmin.reduce(values := f.values(keep)) < np.fmax.reduce(values) for f in features]
+    changing, same = ([f for f, does in zip(features, changes, strict=True) if does == kind] for kind in (True, False))
     names = [f.name for f in changing]
-    notes += _note("columns that never change, dropped", [f.name for f in features if f.name not in {*names}])
+    blurred = [f.name for f in same if f.text < 0
+               and len({x for r in keep.tolist() if (x := number_in(rows[r][f.column])) == x}) > 1]  # fmt: skip
+    notes += _note("columns that never change, dropped", [f.name for f in same if f.name not in blurred])
+    notes += _note("columns whose numbers are one in float32, dropped; take off what is large and the same in all", blurred)
     if not changing:
-        raise UserError(f"{path}: no column besides {config.target!r} is left to learn from.")
+        why = "".join(f"\n  {note}" for note in notes)
+        raise UserError(f"{path}: no column besides {config.target!r} is left to learn from.{why}")
     values = np.empty((len(keep), len(changing)), np.float32)
     for k, f in enumerate(changing):
         values[:, k] = f.values(keep)
     if holes := +Counter({name: int(np.isnan(values[:, k]).sum()) for k, name in enumerate(names)}):
         notes.append(f"{holes.total():,} missing values count as their column's mean over the training split: {most(holes)}")
     classes, labels = class_numbers(path, config.target, [words["target"][r] for r in keep])
+    lost = {words["target"][r] for r in reasons if faulty[r] != said_by["target"]} - {words["target"][r] for r in keep.tolist()}
+    notes += _note("classes left out with all their rows", sorted(map(printable, lost)))
+    notes += _giveaways(header, changing, keep, labels) if len(keep) >= _LEAST_ROWS else []
     splits, problems = None, []
     if config.split_column:
         splits, problems = listed_splits(config, [words["split_column"][r] for r in keep], classes, labels)
@@ -106,13 +121,30 @@ def _why(name: str, cell: str) -> str:
     return f"column {name} is {cell!r}" if cell.strip() else f"column {name} is empty"
 
 
+def _giveaways(header: list[str], features: list[Feature], keep: np.ndarray, labels: np.ndarray) -> list[str]:
+    """Lines for the user on columns that tell more than a feature should. keep: rows, and labels their class numbers."""
+    first = np.unique(labels, return_index=True)[1]  # a row of each class
+    counting, telling = [], []
+    for f in {f.column: f for f in features}.values():
+        cells = f.cells[keep]
+        of_class = cells[first]
+        if len(np.unique(of_class)) == len(first) and np.array_equal(cells, of_class[labels]):
+            telling.append(header[f.column])
+        elif f.text < 0 and (np.diff(f.cells) == 1).all():
+            counting.append(header[f.column])
+    return [
+        *_note("columns that count the rows, kept; --drop leaves them out", counting),
+        *_note("columns of one value for each class, kept; --drop leaves out what is known only with the class", telling),
+    ]
+
+
 def _features(path: Path, header: list[str], rows, lines, wanted: list[int]) -> tuple[list[Feature], list[str]]:
     """Features of the wanted columns, and lines for the user. Raises UserError where names would be ambiguous."""
     features, became, too_many, empty = [], {}, [], []
     for c in wanted:
         name, cells = header[c], [row[c] for row in rows]
         numbers = numbers_in(cells)
-        if _is_numbers(cells, numbers):
+        if is_numbers(cells, numbers):
             refuse_decimal_commas(path, name, cells, numbers, lines, ", or leave the column out with --drop")
             features.append(Feature(name, c, numbers, -1))
             continue
@@ -123,7 +155,7 @@ def _features(path: Path, header: list[str], rows, lines, wanted: list[int]) -> 
             features += [Feature(f"{name}={text}", c, places, k) for k, text in enumerate(texts)]
             became[name] = len(texts)
         else:
-            too_many += [f"{name} ({len(texts):,})"] if texts else []
+            too_many += [f"{name} ({len(texts):,}, such as {texts[0][:20]})"] if texts else []
             empty += [] if texts else [name]
     problems = [
         f"{path}: column {other!r} is named as a text of column {name!r} would be, whose features are called {name}=TEXT.\n"
@@ -136,15 +168,6 @@ def _features(path: Path, header: list[str], rows, lines, wanted: list[int]) -> 
     notes += _note(f"columns of more than {MAX_TEXTS} texts, dropped", too_many)
     notes += _note("columns without a value, dropped", empty)
     return features, notes
-
-
-def _is_numbers(cells: list[str], numbers: np.ndarray) -> bool:
-    """Whether a column is one of numbers, those with a decimal comma among them. numbers: of the cells, from `numbers_in`."""
-    holes = np.flatnonzero(np.isnan(numbers)).tolist()
-    others = Counter(cell for r in holes if (cell := cells[r].strip()).lower() not in NO_CLASS)
-    commas = sum(count for cell, count in others.items() if _DECIMAL_COMMA.fullmatch(cell))
-    texts = others.total() - commas
-    return len(cells) - len(holes) + commas >= texts if np.isfinite(numbers).any() else commas > texts
 
 
 def text_places(cells: list[str], text_of: dict[str, str], texts: list[str]) -> np.ndarray:
@@ -172,7 +195,8 @@ def feature_places(path: Path, header: list[str], features: list[str]) -> list[t
             problems.append(f"{path}: {feature} may be a text of column {names}; expected one of them.\n  Rename the other.")
     if lacking:
         hint = "\n  COLUMN=TEXT is read from a column of text, COLUMN, too." if any("=" in name for name in lacking) else ""
-        problems.append(f"{path}: expected the columns {', '.join(features)}; lacks {', '.join(lacking)}.{hint}")
+        lacks = f"lacks {listed(lacking)}. Its first line names {listed(header)}."
+        problems.append(f"{path}: expected the columns {listed(features)}; {lacks}{hint}")
     if problems:
         raise UserError("\n".join(problems))
     return places
@@ -182,8 +206,9 @@ def column_statistics(rows: np.ndarray, weights: np.ndarray | None = None) -> tu
     """(mean, std) of each column over the values that are there; std as it is once the others are filled with the mean.
 
     rows: (N, F), NaN where a value is missing; weights: (N,), how many rows each stands for. What scikit-learn's SimpleImputer
-    and then StandardScaler make of them, but for columns of 0 and 1, whose std is at least LEAST_TRUTH_STD. A column that never
-    changes has a std of 1, one without a value a mean of 0 as well.
+    and then StandardScaler make of them, but for columns of 0 and 1, whose std is at least LEAST_TRUTH_STD, and columns that never
+    change, whose std is CONSTANT_STD: a network learns nothing of them, so no other value that comes later may move it. A column
+    without a value has a mean of 0 as well.
     """
     values = rows.astype(np.float64)
     weights = np.ones((len(rows), 1)) if weights is None else weights[:, None]
@@ -193,29 +218,25 @@ def column_statistics(rows: np.ndarray, weights: np.ndarray | None = None) -> tu
     mean = (values * weights).sum(axis=0) / np.maximum((~holes * weights).sum(axis=0), 1)
     apart = np.where(holes, 0, values - mean)
     std = np.sqrt((apart**2 * weights).sum(axis=0) / weights.sum())
-    least = np.where(of_truth & (std > 0), LEAST_TRUTH_STD, 0)
-    return mean.tolist(), np.where(std > 0, np.maximum(std, least), 1.0).tolist()
+    std = np.where(of_truth, np.maximum(std, LEAST_TRUTH_STD), std)
+    return mean.tolist(), np.where(_changing(rows), std, CONSTANT_STD).tolist()
 
 
-def empty_columns(rows: np.ndarray, features: list[str]) -> list[str]:
-    """A line that names the columns without a value in these rows, a training part's; no line where there are none."""
-    empty = np.flatnonzero(np.isnan(rows).all(axis=0))
-    return _note("columns without a single value in the training split", [features[k] for k in empty])
+def untaught_columns(rows: np.ndarray, features: list[str]) -> list[str]:
+    """Lines that name the columns of which nothing is learnt from these rows, a training part's: without a value, or of one."""
+    empty = np.isnan(rows).all(axis=0)
+    constant = ~empty & ~_changing(rows)
+    return [
+        *_note("columns without a single value in the training split, 0 to the network everywhere",
+               [features[k] for k in np.flatnonzero(empty)]),
+        *_note("columns that never change in the training split, 0 to the network whatever stands elsewhere",
+               [features[k] for k in np.flatnonzero(constant)]),
+    ]  # fmt: skip
 
 
-def refuse_decimal_commas(
-    path: Path, name: str, cells: list[str], numbers: np.ndarray, lines: list[int], otherwise: str = ""
-) -> None:
-    """Raise UserError where 1,5 stands in a column of numbers: it would count as a hole. numbers: of its cells, NaN for holes."""
-    cells = [(r, cells[r].strip()) for r in np.flatnonzero(np.isnan(numbers)).tolist()]
-    if found := [(r, cell) for r, cell in cells if _DECIMAL_COMMA.fullmatch(cell)]:
-        r, cell = found[0]
-        plain = repr(cell.replace(".", "").replace(",", "."))
-        plain += f", or {cell.replace(',', '')!r} if the comma parts thousands" if re.search(r",\d{3}$", cell) else ""
-        raise UserError(
-            f"{path}, line {lines[r]}: column {name!r} has {cell!r}, and {len(found) - 1} more with a comma; expected {plain}.\n"
-            f"  Write numbers with a point{otherwise}."
-        )
+def _changing(rows: np.ndarray) -> np.ndarray:
+    """(F,) bool, whether a column has two values; what is missing (NaN) is none."""
+    return np.fmin.reduce(rows, axis=0, initial=np.nan) < np.fmax.reduce(rows, axis=0, initial=np.nan)
 
 
 def sklearn_source(config: ShardConfig) -> Source:
@@ -235,9 +256,10 @@ def sklearn_source(config: ShardConfig) -> Source:
     if config.dataset == "digits":
         pixels = np.rint(raw.images * (255 / 16)).astype(np.uint8)
         return Source(classes, names, labels, np.full(len(labels), 128, np.int64), Pixels(pixels))
-    values, constant = _without_constants(raw.data.astype(np.float32))
-    features = [str(name) for k, name in enumerate(raw.feature_names) if k not in constant]
-    return _table(classes, labels, values, features, names, left_out=[], notes=[])
+    values = raw.data.astype(np.float32)
+    changing = _changing(values)
+    features = [str(name) for name, changes in zip(raw.feature_names, changing, strict=True) if changes]
+    return _table(classes, labels, values[:, changing], features, names, left_out=[], notes=[])
 
 
 def _table(classes, labels, values, features, names, left_out, notes, preset=None) -> Source:
@@ -245,37 +267,6 @@ def _table(classes, labels, values, features, names, left_out, notes, preset=Non
     return Source(
         classes, names, labels, sizes, Vectors(values), features=features, left_out=left_out, notes=notes, preset=preset,
     )  # fmt: skip
-
-
-def read_csv(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
-    """Header, rows, and the line each row ends on. Raises UserError on anything that is no table."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            delimiter = max(",;\t|", key=first.count)
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            rows, lines = [], []
-            for row in reader:
-                if len(row) == len(header):
-                    rows.append(row)
-                    lines.append(reader.line_num)
-                elif any(cell.strip() for cell in row):
-                    raise UserError(
-                        f"{path}, line {reader.line_num}: {len(row)} cells; "
-                        f"expected {len(header)}, as the header line has."
-                    )
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}.\n  Set `path` to the CSV file.") from None
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a CSV file in UTF-8: {error}.") from None
-    twice = sorted({name for name in header if name.strip() and header.count(name) > 1})
-    if twice:
-        raise UserError(f"{path}: columns named twice: {', '.join(map(repr, twice))}.\n  Give each its own name.")
-    if not rows:
-        raise UserError(f"{path}: no rows; expected a line of column names and a line for each sample.")
-    return header, rows, lines
 
 
 def left_out_rows(reasons: dict[int, str], lines: list[int]) -> list[dict]:
@@ -314,60 +305,20 @@ def told(what: str, faults: list[str]) -> str:
     return f"{len(faults):,} {what}:" + "".join(f"\n  {fault}" for fault in faults[:NUM_TOLD]) + more
 
 
-def _column(path: Path, setting: str, name: str, header: list[str]) -> int:
-    if name and name in header:
-        return header.index(name)
-    hint = did_you_mean(name, header, f"The columns are {', '.join(header)}.")
-    found = f"there is no column {name!r}" if name else f"`{setting}` is not set"
-    holds = "class" if setting == "target" else "split"
-    raise UserError(f"{path}: {found}; expected the name of the column that holds the {holds}. {hint}")
-
-
-def numbers_in(cells: list[str]) -> np.ndarray:
-    """(N,) float32: cells as numbers, True and False as 1 and 0; NaN for what is none, an infinity for what float32 cannot hold."""
-    try:
-        if "_" in "".join(cells):
-            raise ValueError
-        values = np.fromiter(map(float, cells), np.float64, len(cells))
-    except ValueError:
-        number_of = {cell: _number(cell) for cell in {*cells}}  # texts and empty cells are few, and slow to find out
-        values = np.fromiter(map(number_of.__getitem__, cells), np.float64, len(cells))
-    values[np.isnan(values)] = np.nan  # -nan has other bits, and so would its shard
-    large = np.abs(values) > 3.4028234e38
-    values[large] = np.copysign(np.inf, values[large])
-    return values.astype(np.float32)
-
-
-def _number(cell: str) -> float:
-    try:
-        return np.nan if "_" in cell else float(cell)  # Python reads 18_25 as 1825
-    except ValueError:
-        return _TRUTH.get(cell.strip().lower(), np.nan)
-
-
-def text_in(cell: str) -> str:
-    """The cell as the text that names a feature; "" for an empty one."""
-    return printable(cell.strip())
-
-
 def class_numbers(path: Path, target: str, labels: list[str]) -> tuple[list[str], np.ndarray]:
     """Class names in order, and (N,) int32 class numbers."""
     distinct = set(labels)
     if len(distinct) > max(20, len(labels) // 2):
         raise UserError(
-            f"{path}: column {target!r} has {len(distinct)} different values in {len(labels)} rows; expected a class."
+            f"{path}: column {target!r} has {len(distinct)} different values in {len(labels)} rows; expected a class.\n"
+            f"  Name the column of the class, or add one with a word for each range of the values."
         )
-    whole = all(re.fullmatch(r"[+-]?[0-9]{1,18}", label) for label in distinct)
-    classes = sorted(distinct, key=lambda label: (int(label), label)) if whole else sorted(distinct)
-    number = {name: k for k, name in enumerate(classes)}
-    return [printable(name) for name in classes], np.array([number[label] for label in labels], np.int32)
-
-
-def _without_constants(values: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """The columns that change, and the numbers of those that do not; what is missing (NaN) is no change."""
-    changes = np.fmin.reduce(values, axis=0) < np.fmax.reduce(values, axis=0)
-    constant = np.flatnonzero(~changes).tolist()
-    return np.delete(values, constant, axis=1), constant
+    whole = all(re.fullmatch(r"[+-]?[0-9]{1,18}(\.0*)?", label) for label in distinct)
+    stem_of = {label: label.partition(".")[0] if whole else label for label in distinct}  # 1 and 1.0 are one class, called 1
+    name_of = {stem_of[label]: label for label in sorted(distinct, key=lambda label: (-len(label), label))}
+    stems = sorted(name_of, key=lambda stem: (int(stem), stem)) if whole else sorted(name_of)
+    number = {stem: k for k, stem in enumerate(stems)}
+    return [printable(name_of[stem]) for stem in stems], np.array([number[stem_of[label]] for label in labels], np.int32)
 
 
 def most(counts: Counter) -> str:
@@ -377,4 +328,4 @@ def most(counts: Counter) -> str:
 
 
 def _note(what: str, names: list[str]) -> list[str]:
-    return [f"{len(names)} {what}: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"] if names else []
+    return [f"{len(names)} {what}: {listed(names)}"] if names else []

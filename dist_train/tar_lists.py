@@ -78,9 +78,7 @@ def _below(folder: Path) -> list[NamedTar]:
     paths = files_below(folder, (".tar",))
     if not paths:
         packed = files_below(folder, (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"))
-        hint = (
-            f"{packed[0].name} is compressed: unpack it to .tar first" if packed else "expected WebDataset tars in it"
-        )
+        hint = f"{packed[0].name} is compressed: unpack it to .tar first" if packed else "expected WebDataset tars in it"
         raise UserError(f"{folder}: no .tar files; {hint}.")
     return [NamedTar(os.path.abspath(path), str(path.relative_to(folder))) for path in paths]
 
@@ -100,9 +98,7 @@ def _wids(name: str) -> list[NamedTar]:
         listed = json.loads(read_small(name) if is_remote(name) else Path(name).read_bytes())
         kind = listed.get("__kind__") if isinstance(listed, dict) else None
         if kind != _WIDS or not listed["shardlist"]:
-            raise UserError(
-                f"{shown(name)}: __kind__ is {kind!r}; expected a list of shards as wids writes it, {_WIDS!r}."
-            )
+            raise UserError(f"{shown(name)}: __kind__ is {kind!r}; expected a list of shards as wids writes it, {_WIDS!r}.")
         return [
             _named(
                 _beside(name, str(entry["url"])), num_samples=_count(entry, "nsamples"),

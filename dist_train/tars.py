@@ -3,14 +3,13 @@
 The blocks are laid out here rather than by `tarfile`, which takes 6 times as long a member.
 """
 
-import contextlib
 import os
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from dist_train.errors import UserError
+from dist_train.durable import writing
 
 BLOCK = 512
 _FLUSH_BYTES = 8 << 20
@@ -33,20 +32,8 @@ class TarWriter:
         with writing(self.path):
             self._file = open(self._partial, "wb", buffering=0)
 
-    def add(self, name: str, payload: bytes) -> int:
-        """Append a member; return the position of its first payload byte in the file."""
-        self._buffer += header(name, len(payload))
-        offset = self.size + BLOCK
-        self._buffer += payload
-        padding = -len(payload) % BLOCK
-        self._buffer += bytes(padding)
-        self.size = offset + len(payload) + padding
-        if len(self._buffer) >= _FLUSH_BYTES:
-            self._flush()
-        return offset
-
     def extend(self, members: list[tuple[str, bytes]]) -> list[int]:
-        """Append many (name, payload) members; return the positions of their first payload bytes in the file."""
+        """Append (name, payload) members; return the positions of their first payload bytes in the file."""
         sizes = [len(payload) for _, payload in members]
         blocks, parts, offsets = memoryview(headers([name for name, _ in members], sizes)), [], []
         for k, ((_, payload), size) in enumerate(zip(members, sizes, strict=True)):
@@ -83,18 +70,6 @@ class TarWriter:
             while written < len(rest):
                 written += self._file.write(rest[written:])
         self._buffer = bytearray()
-
-
-@contextlib.contextmanager
-def writing(path: Path):
-    """Turns an OSError in its body into a UserError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written: {error.strerror or error}.\n"
-            f"  What was finished before is untouched. Make room or pick another place, then run the same command again."
-        ) from error
 
 
 def header(name: str, size: int) -> bytes:

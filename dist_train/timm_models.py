@@ -67,12 +67,10 @@ def published_weights(
 ) -> dict[str, Tensor]:
     """timm's weights that model.pretrained names, for the network that `build` made, with the classes they were trained on.
 
-    head: name of the last layer, whose own weights are taken where the published ones have none. say: takes a line about
-    positions that timm fits to image_size. Raises UserError where the weights cannot be had.
+    head: name of the last layer, which is left out where the published weights have none. say: takes a line about positions
+    that timm fits to image_size. Raises UserError where the weights cannot be had.
     """
-    timm, name = _open(config)
-    name = _version(timm, config)
-    published = timm.get_pretrained_cfg(name)
+    timm, name, published = _published(config)
     has_head = published.num_classes > 0
     num_classes = published.num_classes if has_head else network.get_submodule(head).weight.shape[0]
     try:
@@ -87,21 +85,18 @@ def published_weights(
     if published.fixed_input_size and image_size not in (None, size) and getattr(network, "pos_embed", None) is not None:
         say(f"model.pretrained: {name}'s position embeddings, for {size[0]} x {size[1]} px, were resampled for "
             f"{image_size[0]} x {image_size[1]}.")  # fmt: skip
-    own = {} if has_head else {n: t for n, t in network.state_dict().items() if n.startswith(f"{head}.")}
-    return trained.state_dict() | own
+    return {n: t for n, t in trained.state_dict().items() if has_head or not n.startswith(f"{head}.")}
 
 
 def published_statistics(config: ModelConfig) -> tuple[list[float], list[float]]:
     """(mean, std) by channel with which timm normalised the pictures that the weights named by model.pretrained learned from."""
-    timm, _ = _open(config)
-    published = timm.get_pretrained_cfg(_version(timm, config))
+    *_, published = _published(config)
     return list(published.mean), list(published.std)
 
 
 def published_evaluation(config: ModelConfig) -> tuple[int, float, str]:
     """(pixels, share of the shorter side, interpolation) with which the weights named by model.pretrained were evaluated."""
-    timm, _ = _open(config)
-    published = timm.get_pretrained_cfg(_version(timm, config))
+    *_, published = _published(config)
     crop = 1.0 if published.crop_mode == "squash" else published.test_crop_pct or published.crop_pct  # squash takes all there is
     return (published.test_input_size or published.input_size)[-1], crop, published.interpolation
 
@@ -141,9 +136,9 @@ def _open(config: ModelConfig):
     return timm, name
 
 
-def _version(timm, config: ModelConfig) -> str:
-    """timm's name of the weights that model.pretrained means, tag included."""
-    name = config.name.removeprefix(PREFIX)
+def _published(config: ModelConfig):
+    """(timm, its name of the weights that model.pretrained means, tag included, and its description of them)."""
+    timm, name = _open(config)
     architecture = name.partition(".")[0]
     versions = timm.list_pretrained(architecture)
     if not versions:
@@ -161,7 +156,7 @@ def _version(timm, config: ModelConfig) -> str:
             f"model.pretrained is {config.pretrained!r}; for {config.name} there are {', '.join(['DEFAULT', *tags])}, or a .pth "
             "or .safetensors file."
         )
-    return name
+    return timm, name, timm.get_pretrained_cfg(name)
 
 
 def _options(published, image_size: tuple[int, int] | None) -> dict:

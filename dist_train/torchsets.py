@@ -72,7 +72,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A store of pictures that only the set itself can read; `take` reads them, here, and carries them as PNG."""
+    """A store of pictures that only the set itself can read; `take` reads them, here, and carries them as PNG, which has stamps."""
 
     dataset: object
 
@@ -82,9 +82,6 @@ class Drawn:
 
     def take(self, rows: np.ndarray) -> "Encoded":
         return Encoded([self.read(i)[0] for i in rows])
-
-    def stamps(self) -> list[str]:
-        return [f"{type(self.dataset).__name__}:{len(self.dataset)}:{i}" for i in range(len(self.dataset))]
 
 
 @dataclass(frozen=True)
@@ -194,8 +191,7 @@ def _store(part: str, dataset, root: str) -> tuple[object, list[str], np.ndarray
         store = Files(root, names, [state.st_mtime_ns for state in states])
         return store, names, np.array([state.st_size for state in states], np.int64)
     names = [f"{part}/{i:06d}" for i in range(len(dataset))]
-    pixels = _pixels(dataset)
-    for view in _views(pixels):
+    for view in _views(dataset):
         if all(_same(_rgb(view[i]), picture) for i, picture in zip(ends, shown, strict=True)):
             return Pixels(view), names, np.full(len(view), view[0].size // 2 + 64, np.int64)
     return Drawn(dataset), names, np.full(len(dataset), shown[0].size // 2 + 64, np.int64)
@@ -206,11 +202,18 @@ def _gives_pictures(dataset) -> bool:
     return isinstance(first, tuple) and hasattr(first[0], "convert") and np.ndim(first[1]) == 0
 
 
-def _paths(dataset) -> list[str]:
+def _pairs(dataset) -> list[tuple]:
+    """The set's own (path, class) of each picture; empty if it has none."""
     for name in ("samples", "_samples"):
         pairs = getattr(dataset, name, None)
         if isinstance(pairs, list) and len(pairs) == len(dataset) and isinstance(pairs[0], tuple):
-            return [str(pair[0]) for pair in pairs]
+            return pairs
+    return []
+
+
+def _paths(dataset) -> list[str]:
+    if pairs := _pairs(dataset):
+        return [str(pair[0]) for pair in pairs]
     for name in _PATHS:
         paths = getattr(dataset, name, None)
         if isinstance(paths, list) and len(paths) == len(dataset) and isinstance(paths[0], str | os.PathLike):
@@ -218,16 +221,11 @@ def _paths(dataset) -> list[str]:
     return []
 
 
-def _pixels(dataset) -> np.ndarray | None:
-    data = getattr(dataset, "data", None)
-    data = data.numpy() if hasattr(data, "numpy") else data
-    fits = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim in (3, 4) and len(data) == len(dataset)
-    return data if fits else None
-
-
-def _views(pixels: np.ndarray | None) -> list[np.ndarray]:
-    """The array as (N, H, W[, 3]) under every order of axes that the sets use."""
-    if pixels is None:
+def _views(dataset) -> list[np.ndarray]:
+    """The set's array of pictures as (N, H, W[, 3]) under every order of axes that the sets use; empty if it has none."""
+    pixels = getattr(dataset, "data", None)
+    pixels = pixels.numpy() if hasattr(pixels, "numpy") else pixels
+    if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim in (3, 4) and len(pixels) == len(dataset)):
         return []
     if pixels.ndim == 3:
         return [pixels, pixels.transpose(0, 2, 1)]
@@ -253,10 +251,7 @@ def _same(mine: np.ndarray | None, theirs: np.ndarray) -> bool:
 
 
 def _labels(dataset) -> np.ndarray:
-    pairs = getattr(dataset, "samples", None) or getattr(dataset, "_samples", None)
-    candidates = [getattr(dataset, name, None) for name in _LABELS]
-    if isinstance(pairs, list) and pairs and isinstance(pairs[0], tuple):
-        candidates.insert(0, [pair[1] for pair in pairs])
+    candidates = [[pair[1] for pair in _pairs(dataset)], *(getattr(dataset, name, None) for name in _LABELS)]
     for labels in candidates:
         if labels is not None and np.shape(labels) == (len(dataset),):
             labels = np.asarray(labels)

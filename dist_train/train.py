@@ -21,17 +21,19 @@ from dist_train.decoder_choice import choose_decoder
 from dist_train.durable import put_in_place, replace_json
 from dist_train.errors import UserError
 from dist_train.evaluate import Interrupted, write_evaluation
-from dist_train.finetune import average_gradients, freeze_below_head
+from dist_train.finetune import freeze_below_head
 from dist_train.index import load_index
 from dist_train.layers import set_dropout_keys
-from dist_train.loss import class_weights, weighted_cross_entropy
+from dist_train.loss import weighted_cross_entropy
 from dist_train.metrics import Throughput, goodness
-from dist_train.optim import set_lr
+from dist_train.optim import lr_at, set_lr
 from dist_train.order import hash_words
 from dist_train.remote import shown
-from dist_train.run import Run, State, inference, open_run_folder
+from dist_train.run import Run
+from dist_train.run_folder import inference, open_run_folder
 from dist_train.settings import read_config
 from dist_train.sizes import config_warnings, pretrained_remarks
+from dist_train.state import State
 from dist_train.step_parts import StepParts
 from dist_train.streams import outlive_readers
 from dist_train.track import open_tracker
@@ -50,7 +52,7 @@ def train(run: Run, state: State) -> None:
         if not run.parallel.is_settled and state.step >= run.freeze_steps:
             settle_messages(run, batch)
             clock.read()
-        lr = run.lr_at(state.step) * state.plateau.factor
+        lr = lr_at(state.step, config.optim, run.steps_per_epoch, run.num_steps) * state.plateau.factor
         set_lr(state.optimizer, lr)
         torch.manual_seed(int(hash_words(config.seed, state.step, world.rank)) >> 1)  # for layers that draw by themselves
         loss = forward_backward(run, batch)
@@ -102,10 +104,7 @@ def forward_backward(run: Run, batch: Batch) -> torch.Tensor:
     is_frozen = batch.step < run.freeze_steps
     if run.freeze_steps:
         freeze_below_head(run.network, run.head, is_frozen)
-    optim, weights = run.config.optim, None
-    if optim.class_weights:
-        counts = run.index.split(run.config.data.train_split).class_counts
-        weights = class_weights(counts, optim.class_weights, run.world.device)
+    smoothing = run.config.optim.label_smoothing
     num_micro = len(batch) // run.micro_batch_size
     loss_sum = torch.zeros((), device=run.world.device)
     for i in range(num_micro):
@@ -122,17 +121,17 @@ def forward_backward(run: Run, batch: Batch) -> torch.Tensor:
         with contextlib.nullcontext() if is_synced else run.parallel.accumulating():
             with run.accelerator.autocast():
                 logits = run.model(inputs)
-            if weights is not None:
-                loss = weighted_cross_entropy(logits.float(), targets, weights, optim.label_smoothing)
+            if run.class_weights is not None:
+                loss = weighted_cross_entropy(logits.float(), targets, run.class_weights, smoothing)
             else:
-                loss = F.cross_entropy(logits.float(), targets, label_smoothing=optim.label_smoothing)
+                loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
             run.parts.mark("backward")
             run.accelerator.backward(loss / num_micro)
         messages.clock.backward_is_over()
         loss_sum += loss.detach() / num_micro
     if is_frozen and run.world.world_size > 1:
-        with messages.clock.waiting():
-            average_gradients(run.network)
+        # DistributedDataParallel would have to be made anew when the weights that are trained change
+        messages.average_over_ranks([p.grad for p in run.network.parameters() if p.grad is not None])
     run.parallel.reduce_gradients()
     return loss_sum
 
@@ -172,9 +171,8 @@ def validate(run: Run, state: State) -> bool:
         return True  # nothing to compare with: the newest is the best
     with state.average.swapped(run.network) if state.average else contextlib.nullcontext():
         result = run.evaluate(run.config.data.val_split, confusion=False).result
-    run.tracker.evaluation(
-        state.step, run.config.data.val_split, {"epoch": run.epoch_of(state.step), **result.figures()}
-    )
+    figures = {"epoch": run.epoch_of(state.step), **result.figures()}
+    run.tracker.evaluation(state.step, run.config.data.val_split, figures)
     state.judged_step = state.step
     value = goodness(result.top1, result.loss, run.config.train.monitor, result.balanced)
     is_best = state.best_value is None or value > state.best_value
@@ -266,9 +264,7 @@ def parse(argv: list[str]) -> tuple[RunConfig, Path, bool]:
         "from the newest checkpoint of another, or from that one, with the settings given here."
     ))  # fmt: skip
     if not config.data.shards:
-        raise UserError(
-            "data.shards is not set: --data.shards shards/NAME, or a recipe that sets it (--config recipes/R.yaml)."
-        )
+        raise UserError("data.shards is not set: --data.shards shards/NAME, or a recipe that sets it (--config recipes/R.yaml).")
     recipes = [Path(argv[i + 1]).stem for i, word in enumerate(argv[:-1]) if word == "--config"]
     recipes += [Path(word.partition("=")[2]).stem for word in argv if word.startswith("--config=")]
     return config, Path(run or f"runs/{recipes[0] if recipes else Path(shown(config.data.shards)).name}"), resume
@@ -303,12 +299,12 @@ def run_training(argv: list[str]) -> int:
         leaving.push(runtime.leave)
         watch = leaving.enter_context(Watch(world, config.runtime.timeout_s, runtime.master_address()))
 
-        def settle_decoder() -> RunConfig:
+        def decide_decoder() -> RunConfig:
             begins_elsewhere = source is not None and not (folder / "config.yaml").exists()
             settled = branch.run_of(source) if begins_elsewhere else folder
             return choose_decoder(config, settled, world.device, config.data.threads or world.num_cores)
 
-        config = ranks.on_main(world, settle_decoder)
+        config = ranks.on_main(world, decide_decoder)
 
         def claim_folder() -> list[str]:
             try:
@@ -340,15 +336,14 @@ def run_training(argv: list[str]) -> int:
         complaints += [] if run.checkpoints.chosen else [*run.remarks, *pretrained_remarks(config, run.index)]
         if runtime.is_slow(config.train.precision, world.device):
             complaints.append("train.precision is bf16, which this CPU has no instructions for: fp32 is far faster here.")
-        for complaint in complaints:
-            run.tracker.message(complaint)
+        for line in (run.summary(), *complaints):
+            run.tracker.message(line)
         if world.is_main:
             origin = branch.origin(folder)
             replace_json(folder / "environment.json", runtime.environment(world) | ({"branched_from": origin} if origin else {}))
 
         try:
-            if not run.is_over(state):
-                train(run, state)
+            train(run, state)
             is_done = run.is_over(state) and finish(run, state)
         except torch.OutOfMemoryError as error:
             raise run.lacks_memory(error) from error

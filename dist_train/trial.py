@@ -20,7 +20,8 @@ from dist_train.durable import replace_json
 from dist_train.errors import UserError
 from dist_train.evaluate import Interrupted
 from dist_train.metrics import goodness
-from dist_train.run import Run, open_run_folder
+from dist_train.run import Run
+from dist_train.run_folder import open_run_folder
 from dist_train.track import MetricsFile, Tracker
 from dist_train.train import train, validate
 
@@ -107,8 +108,7 @@ def train_fold(
         run.tracker = TrialTracker(metrics, config, lambda figures: watch(state.step / max(1, run.num_steps), figures))
         leaving.callback(run.tracker.finish, True)
         leaving.enter_context(divergence_told(run))
-        if not run.is_over(state):
-            train(run, state)
+        train(run, state)
         if run.is_evaluation_due(state) or not (run.is_over(state) or state.step >= run.halt_step):
             raise Stopped(run.stop_requests.reason)
         if not run.tracker.evaluations:

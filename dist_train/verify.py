@@ -81,9 +81,7 @@ def _check_table(index: ShardIndex, split: SplitIndex) -> list[str]:
     if file_checksum(path) != split.rows_checksum:
         return [f"{path}: checksum differs from the index; positions and labels in it cannot be trusted."]
     counts = np.bincount(split.table()["label"], minlength=index.num_classes)
-    problems = (
-        [] if (counts == split.class_counts).all() else [f"{path}: its labels do not add up to the index's counts."]
-    )
+    problems = [] if (counts == split.class_counts).all() else [f"{path}: its labels do not add up to the index's counts."]
     names = path.with_name(f"{split.name}.names.txt")
     names_checksum = split.table_files.get(names.name)
     if names_checksum and not names.exists():

@@ -64,10 +64,6 @@ class Watch:
         finally:
             self.close(error)
 
-    @property
-    def step(self) -> int:
-        return self.read_step()
-
     def explain(self, error: BaseException | None) -> None:
         """Raise RankLost, naming the rank, if error is that of a collective; return if it is something else."""
         if self.world_size == 1 or not is_lost_contact(error):
@@ -131,7 +127,7 @@ class Watch:
             # neither a collective of NCCL's nor ranks.meet fails where a rank is missing: they wait on
             is_missed = now - self._heard[rank] > 5 * self.period_s and not self.is_busy()
             if reason and (self._broken.is_set() or is_missed):
-                return f"step {self.step}: {self._name(rank)} ended: {reason}"
+                return f"step {self.read_step()}: {self._name(rank)} ended: {reason}"
         silent = [rank for rank, heard in self._heard.items() if now - heard > limit_s and rank not in self._ended]
         if not self._broken.is_set() and any(rank in self._unheard for rank in silent):
             unheard = [rank for rank in silent if rank in self._unheard]
@@ -148,19 +144,19 @@ class Watch:
         silence_s = max(now - self._heard[rank] for rank in silent)
         seen = min(self._steps[rank] for rank in silent)
         return (
-            f"step {self.step}: {self._names(silent)} no longer answers: silent for {silence_s:.0f} s, last seen at step {seen}. "
-            f"It was killed, hangs, or is cut off.\n  Look for its last words in the log; go on with --resume."
+            f"step {self.read_step()}: {self._names(silent)} no longer answers: silent for {silence_s:.0f} s, last seen at step "
+            f"{seen}. It was killed, hangs, or is cut off.\n  Look for its last words in the log; go on with --resume."
         )
 
     def _stuck(self, error: RuntimeError) -> str:
         """Every rank's thread answers, and yet a collective failed: who is behind?"""
         first_line = str(error).splitlines()[0][:300]
-        steps = self._steps | {self.rank: self.step}
+        steps = self._steps | {self.rank: self.read_step()}
         rank = min(steps, key=steps.get)
         behind = f"{self._name(rank)} is still at step {steps[rank]}, others at {max(steps.values())}"
         behind = behind if steps[rank] < max(steps.values()) else "all are at the same step"
         return (
-            f"step {self.step}: the ranks lost contact ({first_line}). Every one still answers; {behind}.\n"
+            f"step {self.read_step()}: the ranks lost contact ({first_line}). Every one still answers; {behind}.\n"
             f"  If a step, an evaluation or a file may take this long, raise runtime.timeout_s; go on with --resume."
         )
 
@@ -172,7 +168,7 @@ class Watch:
 
     def _send(self, reason: str | None = None) -> None:
         """A beat: from a rank to rank zero, from rank zero to every rank it has heard."""
-        beat = {"token": self._token, "rank": self.rank, "step": self.step, "end": reason, "verdict": self._verdict}
+        beat = {"token": self._token, "rank": self.rank, "step": self.read_step(), "end": reason, "verdict": self._verdict}
         data = json.dumps(beat).encode()
         for place in [*self._places.values()] if self.rank == 0 else [self._rank_zero]:
             try:
@@ -208,5 +204,5 @@ def is_lost_contact(error: BaseException) -> bool:
     """Whether a collective failed because of another rank or the network, rather than this program."""
     import torch.distributed as dist
 
-    kinds = tuple(getattr(dist, name) for name in ("DistBackendError", "DistNetworkError", "DistStoreError"))
+    kinds = dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from dist_train.durable import put_in_place
+from dist_train.durable import put_in_place, writing
 from dist_train.index import SAMPLE, file_checksum
 from dist_train.sources import Source
-from dist_train.tars import TarWriter, writing
+from dist_train.tars import TarWriter
 from dist_train.workers import count_done
 
 _GROUP_SAMPLES, _GROUP_BYTES = 256, 16_000_000  # read together, so that pictures of one size are decoded in one call

@@ -57,9 +57,7 @@ def noise(n: int, height: int = 20, width: int = 24, channels: int = 3) -> torch
 def smooth(n: int, height: int, width: int) -> torch.Tensor:
     """uint8 pictures of slow waves, which two resamplings in a row hardly blur."""
     y, x = torch.linspace(0, 3, height)[:, None], torch.linspace(0, 3, width)
-    waves = [
-        torch.sin(y * (1 + i % 3) * 0.7 + c) * torch.cos(x * (1 + i % 2) * 0.6 + i) for i in range(n) for c in range(3)
-    ]
+    waves = [torch.sin(y * (1 + i % 3) * 0.7 + c) * torch.cos(x * (1 + i % 2) * 0.6 + i) for i in range(n) for c in range(3)]
     return (torch.stack(waves).view(n, 3, height, width) * 100 + 128).to(torch.uint8)
 
 
@@ -153,9 +151,7 @@ def test_padded_crops_reach_every_place_evenly():
 
 
 def test_padding_has_the_mean_colour_which_is_zero_once_normalised():
-    found = Augment(CONFIGS["padded"], (20, 24), MEAN, STD)(
-        torch.full((64, 3, 20, 24), 255, dtype=torch.uint8), some_keys(64)
-    )
+    found = Augment(CONFIGS["padded"], (20, 24), MEAN, STD)(torch.full((64, 3, 20, 24), 255, dtype=torch.uint8), some_keys(64))
     assert ((found.abs() < 1e-6) | (found > 1)).all() and (found.abs() < 1e-6).any()
 
 
@@ -171,13 +167,21 @@ def test_padding_counts_the_pixels_that_come_out_whatever_size_is_stored(degrees
         torch.testing.assert_close(shown[:, 10].sum(1), 24.0 - (left - 3).abs(), rtol=0, atol=0.51)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(20, 24), (10, 12), (33, 30)])
-def test_whole_pictures_are_resized_with_antialias(size):
+def test_whole_pictures_are_resized_with_antialias_and_no_pixel_overshoots(size, interpolation):
     pictures, keys = noise(6), some_keys(6)
-    expected = TF.resize(pictures / 255, list(size), antialias=True)
-    found = Augment(AugmentConfig(), size, MEAN, STD)(pictures, keys)
+    expected = TF.resize(pictures / 255, list(size), InterpolationMode(interpolation), antialias=True).clamp(0, 1)
+    found = Augment(AugmentConfig(), size, MEAN, STD, interpolation=interpolation)(pictures, keys)
     assert (denormalised(found) - expected).abs().max() < 1e-5
-    assert (denormalised(evaluation_pixels(pictures, size, MEAN, STD)) - expected).abs().max() < 1e-5
+    assert (denormalised(evaluation_pixels(pictures, size, MEAN, STD, interpolation)) - expected).abs().max() < 1e-5
+
+
+def test_what_is_sampled_by_a_grid_is_reduced_as_is_asked_before():
+    pictures, config = noise(6, 60, 72), AugmentConfig(rotate_degrees=1e-6)
+    expected = TF.resize(pictures / 255, [20, 24], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+    found = Augment(config, (20, 24), MEAN, STD, interpolation="bicubic")(pictures, some_keys(6))
+    assert (denormalised(found) - expected)[:, :, 1:-1, 1:-1].abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("stored, size", [((48, 60), (40, 40)), ((48, 60), (64, 48)), ((96, 120), (40, 40))])
@@ -227,10 +231,7 @@ def test_jitter_is_applied_in_the_documented_order_with_the_drawn_strengths():
 
 def test_normalising_is_torchvisions():
     pictures = noise(3)
-    for found in (
-        normalize(pictures, MEAN, STD),
-        Augment(AugmentConfig(), (20, 24), MEAN, STD)(pictures, some_keys(3)),
-    ):
+    for found in (normalize(pictures, MEAN, STD), Augment(AugmentConfig(), (20, 24), MEAN, STD)(pictures, some_keys(3))):
         assert torch.equal(found, TF.normalize(pictures / 255, MEAN, STD))
 
 
@@ -308,10 +309,7 @@ class _Operations(torch.utils._python_dispatch.TorchDispatchMode):
             for x in (out if isinstance(out, tuple) else (out,))
         ):
             self.wide.append(str(function))
-        if any(
-            name in str(function)
-            for name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique")
-        ):
+        if any(name in str(function) for name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique")):
             self.reads.append(str(function))
         return out
 

@@ -140,7 +140,7 @@ def test_rates_come_from_steps_in_which_no_part_is_timed(digits, tmp_path, capsy
 
     def slow_mark(parts, part):
         if parts.num_steps:
-            time.sleep(0.02)
+            time.sleep(0.05)
         mark(parts, part)
 
     monkeypatch.setattr(StepParts, "mark", slow_mark)
@@ -148,7 +148,7 @@ def test_rates_come_from_steps_in_which_no_part_is_timed(digits, tmp_path, capsy
     at = settings.index("--run")
     bench.main(["step", *settings[:at], *settings[at + 2 :], "--steps", "2", "--turns", "1", "--json"])
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert figures["timed_step_s"] > figures["step_s"] + 0.1 and not figures["is_kept"]  # six marks and more a step
+    assert figures["timed_step_s"] > figures["step_s"] + 0.2 and not figures["is_kept"]  # six marks and more a step
 
 
 def test_what_is_kept_decoded_follows_from_cache_crop_and_size(digits):

@@ -17,7 +17,7 @@ from dist_train.checkpoint import Checkpoints, Saved, load_checkpoint
 from dist_train.config import OptimConfig
 from dist_train.errors import UserError
 from dist_train.index import load_index, save_index, save_table
-from dist_train.run import written_settings
+from dist_train.run_folder import written_settings
 from dist_train.state import begun_anew
 from dist_train.train import parse, run_training
 

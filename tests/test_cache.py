@@ -96,9 +96,7 @@ def test_batches_that_are_held_keep_their_pixels_and_memory_is_used_again(digits
     assert len(places) < 60
     for (images, array), (old_images, old_array) in zip(parts, values, strict=True):
         assert torch.equal(images, old_images) and (array == old_array).all()
-    assert [b.step for b in take(open_stream(digits, cache=kept, start_step=3, stop_step=12, **options), 99)] == [
-        *range(3, 12)
-    ]
+    assert [b.step for b in take(open_stream(digits, cache=kept, start_step=3, stop_step=12, **options), 99)] == [*range(3, 12)]
 
 
 def test_without_ordered_memory_each_process_has_a_copy(digits, monkeypatch):
@@ -151,9 +149,7 @@ def test_central_crops_of_different_rules_are_kept_apart(tmp_path):
         path = tmp_path / "raw" / "ab"[k % 2] / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (*rng.integers(10, 40, 2), 3), dtype=np.uint8)).save(path)
-    shard.main(
-        ["--source", "folder", "--path", str(tmp_path / "raw"), "--out", str(tmp_path / "out"), "--workers", "1"]
-    )
+    shard.main(["--source", "folder", "--path", str(tmp_path / "raw"), "--out", str(tmp_path / "out"), "--workers", "1"])
     index, kept = load_index(tmp_path / "out"), DecodedCache("memory")
     for crop in (0.875, 0.5, 0.0, 0.875):
         expected = list(open_evaluation(index, "train", 8, 16, crop))
@@ -235,9 +231,7 @@ def test_a_bad_sample_is_named_at_its_first_reading(copied):
 
 def test_a_file_is_numpys_is_used_again_and_written_again_when_damaged(digits, tmp_path, capfd):
     def stream(verify=True):
-        return take(
-            open_stream(digits, batch_size=64, cache=DecodedCache("disk", folder=str(tmp_path), verify=verify)), 30
-        )
+        return take(open_stream(digits, batch_size=64, cache=DecodedCache("disk", folder=str(tmp_path), verify=verify)), 30)
 
     expected = stream()
     assert "decoding 1,4" in capfd.readouterr().err
@@ -253,6 +247,24 @@ def test_a_file_is_numpys_is_used_again_and_written_again_when_damaged(digits, t
     assert "decoding" in capfd.readouterr().err
     put(path, path.read_bytes()[:-50])
     assert_equal(stream(verify=False), expected)
+
+
+@pytest.mark.parametrize("mode", ["memory", "disk"])
+def test_what_was_kept_bilinear_does_not_serve_bicubic(digits, tmp_path, mode):
+    def first(kept, interpolation, **size):
+        return next(open_stream(digits, batch_size=64, threads=1, cache=kept, interpolation=interpolation, **size)).images.clone()
+
+    def kept():
+        return DecodedCache(mode, folder=str(tmp_path))
+
+    caches = [kept(), kept()]  # both held: memory is found by its key
+    found = [first(cache, how, image_size=16) for cache, how in zip(caches, ("bilinear", "bicubic"), strict=True)]
+    assert torch.equal(found[0], first("none", "bilinear", image_size=16))
+    assert torch.equal(found[1], first("none", "bicubic", image_size=16)) and not torch.equal(*found)
+    if mode == "disk":
+        for interpolation in ("bilinear", "bicubic"):
+            first(kept(), interpolation)  # at the stored size nothing is resized: one file for both
+        assert len(list(tmp_path.glob("decoded-*.npy"))) == 3
 
 
 def test_decoded_files_stay_below_the_limit_and_the_oldest_go_first(digits, tmp_path, capfd):

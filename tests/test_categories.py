@@ -7,16 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dist_train import shard
+from dist_train.csv_files import numbers_in
 from dist_train.errors import UserError
+from dist_train.export import FILES, load_exported
 from dist_train.export import main as export_main
 from dist_train.index import load_index
 from dist_train.predict import eval_main, main
 from dist_train.report import main as report_main
 from dist_train.shard_config import ShardConfig
 from dist_train.sources import Source, open_source
-from dist_train.tables import MAX_TEXTS, column_statistics, feature_places, numbers_in
+from dist_train.tables import CONSTANT_STD, MAX_TEXTS, column_statistics, feature_places
 from dist_train.train import run_training
 from dist_train.verify import inspect_main
 
@@ -48,11 +51,11 @@ def test_a_column_of_text_is_a_feature_for_each_text_in_its_place(tmp_path, miss
 
 
 def test_columns_of_more_texts_are_dropped_with_their_number(tmp_path):
-    rows = "".join(f"{i},t{i % MAX_TEXTS},u{i % (MAX_TEXTS + 1)},,{i % 2}\n" for i in range(100))
+    rows = "".join(f"{i % 7},t{i % MAX_TEXTS},u{i % (MAX_TEXTS + 1)},,{i % 2}\n" for i in range(100))
     source = opened(tmp_path, "x,few,many,none,k\n" + rows)
     assert len(source.features) == 1 + MAX_TEXTS and not any(name.startswith("many") for name in source.features)
     assert source.notes == [f"1 columns of text, a feature for each text: few ({MAX_TEXTS})",
-                            f"1 columns of more than {MAX_TEXTS} texts, dropped: many ({MAX_TEXTS + 1})",
+                            f"1 columns of more than {MAX_TEXTS} texts, dropped: many ({MAX_TEXTS + 1}, such as u0)",
                             "1 columns without a value, dropped: none"]  # fmt: skip
 
 
@@ -110,7 +113,8 @@ def test_rare_texts_enter_as_10_at_most_and_the_loss_stays_finite(tmp_path):
     shard.main(["--source", "csv", "--path", str(tmp_path / "t.csv"), "--target", "k", "--out", str(tmp_path / "set"),
                 "--workers", "1"])  # fmt: skip
     index = load_index(str(tmp_path / "set"))
-    assert index.features[:3] == ["x", "c0=gold", "c0=plain"] and {*index.std[1:]} <= {0.1, 1} and index.std.count(0.1) > 12
+    assert index.features[:3] == ["x", "c0=gold", "c0=plain"] and index.std.count(0.1) > 12
+    assert {*index.std[1:]} <= {0.1, CONSTANT_STD}
     assert run_training(["--data.shards", str(tmp_path / "set"), "--run", str(tmp_path / "run"), "--model.name", "mlp",
                          "--optim.lr", "0.1", "--train.epochs", "2", "--track.wandb", "off",
                          "--runtime.threads", "1"]) == 0  # fmt: skip
@@ -118,12 +122,38 @@ def test_rare_texts_enter_as_10_at_most_and_the_loss_stays_finite(tmp_path):
 
 
 @pytest.mark.parametrize("column, expected", [
-    ([0, 0, 1, 1], 0.5), ([0] * 199 + [1], 0.1), ([0] * 198 + [np.nan, 1], 0.1), ([1] * 199 + [0], 0.1), ([0, 0], 1), ([1], 1),
+    ([0, 0, 1, 1], 0.5), ([0] * 199 + [1], 0.1), ([0] * 198 + [np.nan, 1], 0.1), ([1] * 199 + [0], 0.1),
     ([0] * 999 + [2], 2 * np.sqrt(0.001 * 0.999)), ([0] * 999 + [0.01], 0.01 * np.sqrt(0.001 * 0.999)),
+    ([0, 0], CONSTANT_STD), ([1], CONSTANT_STD), ([0.1] * 7, CONSTANT_STD), ([np.nan, 7e4, 7e4], CONSTANT_STD),
 ])  # fmt: skip
-def test_the_std_has_a_floor_in_columns_of_0_and_1_alone(column, expected):
+def test_the_std_has_a_floor_in_columns_of_0_and_1_and_makes_nothing_of_what_never_changes(column, expected):
     mean, std = column_statistics(np.float32(column)[:, None])
     assert np.isclose(mean[0], np.nanmean(column)) and np.isclose(std[0], expected)
+
+
+UNTAUGHT = "1 columns that never change in the training split, 0 to the network whatever stands elsewhere: "
+
+
+def test_what_never_changes_in_training_moves_no_output_whatever_stands_elsewhere(tmp_path, capsys):
+    rows = [f"{i % 10},7,Rome,train,{i % 10 // 5}" for i in range(60)] + [f"{i},50000,Lima,test,{i // 5}" for i in range(10)]
+    path, run = tmp_path / "t.csv", tmp_path / "run"
+    path.write_text("\n".join(["x,c,town,part,k", *rows]) + "\n")
+    shard.main(["--source", "csv", "--path", str(path), "--target", "k", "--split-column", "part", "--out", str(tmp_path / "set"),
+                "--workers", "1"])  # fmt: skip
+    assert capsys.readouterr().out.count(f"{UNTAUGHT.replace('1', '3', 1)}c, town=Lima, town=Rome\n") == 1
+    index = load_index(str(tmp_path / "set"))
+    assert index.mean[1:] == [7, 0, 1] and index.std[1:] == [CONSTANT_STD] * 3
+    assert run_training(["--data.shards", str(tmp_path / "set"), "--run", str(run), "--model.name", "mlp", "--optim.lr", "0.05",
+                         "--train.epochs", "20", "--data.val_split", "", "--track.wandb", "off",
+                         "--runtime.threads", "1"]) == 0  # fmt: skip
+    assert json.loads((run / "result.json").read_text())["test"]["top1"] == 1
+    path.write_text("x,c,town\n" + "".join(f"3,{c},{town}\n" for c, town in ((7, "Rome"), (50000, "Lima"), (-1e9, "Oslo"))))
+    assert len({*predicted(capsys, run, path)[0]}) == 1
+    rows = torch.tensor([[3, 7, 0, 1], [3, 50000, 1, 0], [3, -1e9, 0, 0], [3, torch.nan, 0, 1]])
+    for kind in ("safetensors", "torch-export"):
+        export_main([str(run), "--to", kind, "--out", str(tmp_path / kind)])
+        logits = load_exported(tmp_path / kind / FILES[kind])(rows)
+        assert torch.equal(logits, logits[:1].expand(4, -1))
 
 
 def split_rows(path: Path, words: list[str], towns: list[str]) -> ShardConfig:
@@ -176,9 +206,9 @@ PLACES = {
     "a column of that name is a number": (["A=b", "A", "x"], ["x", "A=b"], [(2, ""), (0, "")]),
     "texts with the sign": (["A"], ["A=b=c", "A=="], [(0, "b=c"), (0, "=")]),
     "columns with the sign": (["A=b"], ["A=b=c"], [(0, "c")]),
-    "no column": (["x", "B"], ["x", "A=b"], "lacks A=b.\n  COLUMN=TEXT is read from"),
+    "no column": (["x", "B"], ["x", "A=b"], "lacks A=b. Its first line names x, B.\n  COLUMN=TEXT is read"),
     "no text": (["x", "A"], ["x", "A="], "lacks A=."),
-    "no number": (["A"], ["x", "A=b"], "expected the columns x, A=b; lacks x."),
+    "no number": (["A"], ["x", "A=b"], "expected the columns x, A=b; lacks x. Its first line names A."),
     "no name": (["", "x"], ["x", "=b"], "lacks =b."),
     "two columns": (["A", "A=b"], ["A=b=c"], "A=b=c may be a text of column 'A' or of 'A=b'; expected one"),
 }

@@ -89,9 +89,7 @@ def test_every_folder_that_is_no_finished_run_is_named(tmp_path):
     (damaged / "result.json").write_text("{")
     with pytest.raises(UserError) as told:
         read_all([tmp_path / "absent", unfinished, damaged])
-    assert all(
-        name in str(told.value) for name in ("absent: not a finished", "no result.json", "damaged: the run cannot")
-    )
+    assert all(name in str(told.value) for name in ("absent: not a finished", "no result.json", "damaged: the run cannot"))
 
 
 def test_bars_are_as_long_as_their_values():

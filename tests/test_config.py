@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_train.config import RunConfig, StudyConfig, conflicts
+from dist_train.config import DataConfig, RunConfig, StudyConfig, conflicts
 from dist_train.errors import UserError
 from dist_train.settings import ALSO_CALLED, NO_SETTINGS, from_dict, read_config, setting_names, to_dict, which_setting
 from dist_train.shard_config import ShardConfig
@@ -77,9 +77,18 @@ def test_a_word_that_follows_no_option_is_refused():
     ("optim.betas", "optim.momentum or optim.beta2"), ("crop", "data.crop or augment.crop"), ("dta.crop", "data.crop"),
     ("augment.size", "augment.start_size"), ("num_epochs", "train.epochs"), ("model.type", "model.name"),
     ("randaugment", "augment.rand_ops"), ("augment.ra_magnitude", "augment.rand_magnitude"),
+    ("interpolation", "data.interpolation"), ("train-interpolation", "data.interpolation"),
 ])  # fmt: skip
 def test_the_words_of_other_trainers_and_of_other_sections_lead_to_the_setting(name, meant):
     assert which_setting(name, TRAINING) == f"Did you mean {meant}?"
+
+
+def test_settings_from_before_there_was_bicubic_are_those_of_bilinear():
+    old = to_dict(RunConfig(data=DataConfig(image_size=32)))
+    assert old["data"].pop("interpolation") == "bilinear"
+    assert conflicts(to_dict(from_dict(RunConfig, old)), to_dict(RunConfig(data=DataConfig(image_size=32)))) == []
+    bicubic = to_dict(RunConfig(data=DataConfig(image_size=32, interpolation="bicubic")))
+    assert conflicts(to_dict(from_dict(RunConfig, old)), bicubic) == ["data.interpolation: 'bilinear' in the run, 'bicubic' now"]
 
 
 @pytest.mark.parametrize("name, expected", [

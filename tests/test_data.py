@@ -1,6 +1,7 @@
 """The stream: the same batches on any number of ranks and threads, from any step; the pixels as well."""
 
 import errno
+import io
 import itertools
 import os
 import resource
@@ -11,9 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dist_train import open_stream
 from dist_train.augment import Augment
+from dist_train.boxes import central_boxes
 from dist_train.config import AugmentConfig, DataConfig, RunConfig
 from dist_train.data import open_evaluation, picture_size, to_device
 from dist_train.errors import UserError
@@ -84,9 +87,7 @@ def test_augmented_pixels_are_the_same_on_one_rank_and_on_two(digits):
 
 def test_the_decoders_random_crop_is_keyed_too(digits):
     whole = next(open_stream(digits, batch_size=16, image_size=12, crop="random_resized"))
-    halves = [
-        next(open_stream(digits, batch_size=16, image_size=12, crop="random_resized", world=(r, 2))) for r in range(2)
-    ]
+    halves = [next(open_stream(digits, batch_size=16, image_size=12, crop="random_resized", world=(r, 2))) for r in range(2)]
     assert whole.images.shape == (16, 3, 12, 12) and whole.images.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(whole.images, torch.cat([half.images for half in halves]))
     plain = next(open_stream(digits, batch_size=16, image_size=12, crop="resize"))
@@ -201,6 +202,7 @@ def test_a_shard_truncated_under_a_running_stream_is_an_error_not_a_crash(copied
     ({"split": "dev"}, "there is no split 'dev'"),
     ({"batch_size": 9, "world": (0, 2)}, "cannot take an equal part"),
     ({"crop": "middle"}, "expected random_resized or resize"),
+    ({"interpolation": "lanczos"}, "interpolation is 'lanczos'; expected bilinear or bicubic"),
     ({"shards": "nowhere"}, "no such folder"),
     ({"threads": -1}, "data.threads is -1"),
     ({"image_size": -8}, "data.image_size is -8"),
@@ -208,6 +210,24 @@ def test_a_shard_truncated_under_a_running_stream_is_an_error_not_a_crash(copied
 def test_what_cannot_be_streamed_is_refused(digits, options, complaint):
     with pytest.raises(UserError, match=complaint):
         next(open_stream(**{"shards": digits} | options))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_whole_pictures_and_middles_are_resized_as_asked(photos, interpolation):
+    index, how = load_index(photos), Image.Resampling[interpolation.upper()]
+    store = Store(index.split("train"))
+
+    def expected(sample: int, share: float) -> np.ndarray:
+        picture = Image.open(io.BytesIO(store.payload(sample)))
+        box = central_boxes([picture.height], [picture.width], (32, 32), share)[0] if share else (0, 0, *picture.size[::-1])
+        top, left, height, width = box
+        return np.asarray(picture.resize((32, 32), how, (left, top, left + width, top + height)))
+
+    batch = next(open_stream(index, batch_size=8, image_size=32, threads=1, interpolation=interpolation))
+    middles = next(open_evaluation(index, "train", 8, 32, 0.875, 1, interpolation=interpolation))
+    for found, share in ((batch, 0.0), (middles, 0.875)):
+        pixels = found.images.permute(0, 2, 3, 1).numpy().astype(int)
+        assert max(np.abs(pixels[i] - expected(sample, share)).max() for i, sample in enumerate(found.samples.tolist())) <= 2
 
 
 @pytest.mark.parametrize("stored, features, image_size, expected", [

@@ -21,6 +21,7 @@ import simplejpeg
 import torch
 import xxhash
 from PIL import Image, ImageOps
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resized_crop
 
 from dist_train import core, decode
@@ -60,18 +61,18 @@ def saved(pixels: np.ndarray | Image.Image, **options) -> bytes:
     return file.getvalue()
 
 
-def reference(payload: bytes, height: int, width: int, box=None) -> np.ndarray:
+def reference(payload: bytes, height: int, width: int, box=None, interpolation: str = "bilinear") -> np.ndarray:
     """Decoded, turned, cropped and resized by Pillow, all at full size."""
     picture = ImageOps.exif_transpose(Image.open(io.BytesIO(payload))).convert("RGB")
     area = box and (box[1], box[0], box[1] + box[3], box[0] + box[2])
     if area and all(side == int(side) for side in area):
         picture, area = picture.crop(area), None
-    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, area))
+    return np.asarray(picture.resize((width, height), Image.Resampling[interpolation.upper()], area))
 
 
-def decoded(payload: bytes, height: int, width: int, box=None) -> np.ndarray:
+def decoded(payload: bytes, height: int, width: int, box=None, interpolation: str = "bilinear") -> np.ndarray:
     out = np.zeros((height, width, 3), np.uint8)
-    decode_into(payload, out, box)
+    decode_into(payload, out, box, interpolation)
     return out
 
 
@@ -103,7 +104,7 @@ def test_plain_baseline_jpegs_are_decoded_without_libjpeg_and_are_equal_to_its_p
             payload = simplejpeg.encode_jpeg(pixels, quality, "RGB", kind)
         out, status = np.zeros((height, width, 3), np.uint8), np.zeros(1, np.uint8)
         sizes = np.array([len(payload)], np.uint32)
-        num_baseline = decode.native.decode(payload, np.zeros(1, np.uint64), sizes, None, out, height, width, status)
+        num_baseline = decode.native.decode(payload, np.zeros(1, np.uint64), sizes, None, out, height, width, status, False)
         extreme = number % 4 == 0 or quality == 1  # sums of coefficients that no photograph has may be left to libjpeg
         assert num_baseline == (kind in ("444", "422", "420", "grey")) or extreme, (number, height, width, quality)
         assert (out == np.asarray(Image.open(io.BytesIO(payload)).convert("RGB"))).all(), (number, height, width, quality)
@@ -121,30 +122,44 @@ def test_any_box_cut_without_resizing_is_equal_to_the_whole_picture_cut(path, sa
         assert (decoded(payload, height, width, (top, left, height, width)) == cut).all(), (top, left, height, width)
 
 
-def test_the_resize_is_pillows_within_one_grey_level(path):
+@pytest.mark.parametrize("interpolation, levels", [("bilinear", 1), ("bicubic", 2)])
+def test_the_resize_is_pillows_within_one_grey_level_or_two(path, interpolation, levels):
     rng = np.random.default_rng(4)
     pixels = photo(140, 160)
     for _ in range(60):
         top, left, height, width = *rng.uniform(0, 60, 2), *rng.uniform(2, 80, 2)
         out = np.zeros((*rng.integers(1, 120, 2), 3), np.uint8)
-        decode._resize(pixels, (top, left, height, width), out)
+        decode._resize(pixels, (top, left, height, width), out, interpolation)
         area = (left, top, left + width, top + height)
-        expected = Image.fromarray(pixels).resize(out.shape[1::-1], Image.Resampling.BILINEAR, area)
+        expected = Image.fromarray(pixels).resize(out.shape[1::-1], Image.Resampling[interpolation.upper()], area)
         # Pillow rounds the box to 32 bits and may go down before across: the last bit of a few pixels
+        assert np.abs(out.astype(int) - np.asarray(expected)).max() <= levels
+
+
+def test_what_a_cubic_overshoots_is_cut_off_between_the_directions_as_pillow_does(path):
+    rng = np.random.default_rng(9)
+    pixels = rng.choice(np.array([0, 255], np.uint8), (60, 70, 3))
+    for _ in range(40):
+        box, out = (*rng.uniform(0, 20, 2), *rng.uniform(2, 40, 2)), np.zeros((*rng.integers(2, 90, 2), 3), np.uint8)
+        decode._resize(pixels, box, out, "bicubic")
+        left, right = box[1], box[1] + box[3]
+        strip = Image.fromarray(pixels).resize((out.shape[1], 60), Image.Resampling.BICUBIC, (left, 0, right, 60))
+        expected = strip.resize(out.shape[1::-1], Image.Resampling.BICUBIC, (0, box[0], out.shape[1], box[0] + box[2]))
         assert np.abs(out.astype(int) - np.asarray(expected)).max() <= 1
 
 
-def test_a_box_of_whole_pixels_is_cut_and_resized_as_torchvision_does(path):
+@pytest.mark.parametrize("interpolation", decode.INTERPOLATIONS)
+def test_a_box_of_whole_pixels_is_cut_and_resized_as_torchvision_does(path, interpolation):
     rng = np.random.default_rng(8)
     pixels = photo(140, 160)
     for _ in range(150):
         top, left = rng.integers(0, 139), rng.integers(0, 159)
         height, width = rng.integers(1, 140 - top + 1), rng.integers(1, 160 - left + 1)
         out = np.zeros((rng.integers(1, 200), rng.integers(2, 200), 3), np.uint8)
-        decode._resize(pixels, (top, left, height, width), out)
+        decode._resize(pixels, (top, left, height, width), out, interpolation)
         channels_first = torch.from_numpy(pixels).permute(2, 0, 1)
         box = (int(side) for side in (top, left, height, width))
-        expected = resized_crop(channels_first, *box, list(out.shape[:2]), antialias=True)
+        expected = resized_crop(channels_first, *box, list(out.shape[:2]), InterpolationMode(interpolation), antialias=True)
         assert (out == expected.permute(1, 2, 0).numpy()).all(), (top, left, height, width, out.shape)
 
 
@@ -161,19 +176,21 @@ def test_the_native_core_and_the_portable_path_give_equal_pixels(kind, size, mon
         payload = saved(Image.fromarray(pixels).convert(mode), **options)
     rng = np.random.default_rng(5)
     for side in (8, 37, 200):
-        for is_fractional in (True, True, True, False, False, False):
+        for k, is_fractional in enumerate((True, True, True, True, False, False, False, False)):
+            interpolation = tuple(decode.INTERPOLATIONS)[k % 2]
             height, width = rng.uniform(0.2, 1, 2) * size
             box = (rng.uniform(0, size[0] - height), rng.uniform(0, size[1] - width), height, width)
             box = box if is_fractional else tuple(np.floor(box))
             native, portable = np.zeros((2, side, side + 3, 3), np.uint8)
             status = np.zeros(1, np.uint8)
             sizes, boxes = np.array([len(payload)], np.uint32), np.array([box])
-            decode.native.decode(payload, np.zeros(1, np.uint64), sizes, boxes, native, *native.shape[:2], status)
+            how = native, *native.shape[:2], status, interpolation == "bicubic"
+            decode.native.decode(payload, np.zeros(1, np.uint64), sizes, boxes, *how)
             with monkeypatch.context() as without:
                 without.setattr(decode, "native", None)
-                decode.decode_portable(payload, portable, box)
+                decode.decode_portable(payload, portable, box, interpolation)
             assert status[0] == 0, "the native core left a plain JPEG to the portable path"
-            assert (native == portable).all(), box
+            assert (native == portable).all(), (box, interpolation)
 
 
 @pytest.mark.skipif(decode.native is None, reason="there is no native core")
@@ -248,7 +265,8 @@ def test_a_cut_of_coarsely_sampled_chroma_is_equal_to_pillows(across, down):
         assert (decoded(payload, side, side, box) == expected).all(), scale
 
 
-def test_a_strongly_reduced_photo_stays_close_to_the_full_decode(path):
+@pytest.mark.parametrize("interpolation", decode.INTERPOLATIONS)
+def test_a_strongly_reduced_photo_stays_close_to_the_full_decode(path, interpolation):
     pixels = photo(1300, 1700)
     payload = saved(pixels, quality=90)
     rng = np.random.default_rng(6)
@@ -256,7 +274,7 @@ def test_a_strongly_reduced_photo_stays_close_to_the_full_decode(path):
     for side in (32, 64, 96, 150, 224):
         height, width = rng.uniform(0.5, 1, 2) * (1300, 1700)
         box = (rng.uniform(0, 1300 - height), rng.uniform(0, 1700 - width), height, width)
-        found.append(psnr(decoded(payload, side, side, box), reference(payload, side, side, box)))
+        found.append(psnr(*(of(payload, side, side, box, interpolation) for of in (decoded, reference))))
     assert min(found) >= 40 and np.mean(found) >= 45, found  # dB
 
 
@@ -432,9 +450,7 @@ def test_rows_below_the_box_need_not_be_there(path, kind):
     whole = decoded(payload, 300, 90)
     for bottom in (7, 64, 65, 130, 268, 284, 299):
         assert (decoded(payload, bottom, 90, (0, 0, bottom, 90)) == whole[:bottom]).all(), bottom
-        assert (
-            decoded(payload, 10, 90, (bottom - 5, 0, 10, 90))[:5] == whole[bottom - 5 : bottom]
-        ).all() or bottom > 290
+        assert (decoded(payload, 10, 90, (bottom - 5, 0, 10, 90))[:5] == whole[bottom - 5 : bottom]).all() or bottom > 290
     if kind != "progressive":
         damaged = payload[:-400] + b"\x00" * 398 + payload[-2:]
         assert (decoded(damaged, 60, 90, (0, 0, 60, 90)) == whole[:60]).all()
@@ -461,9 +477,7 @@ def test_a_batch_names_its_failures_and_decodes_the_rest(path):
     failures = decode_batch(payloads, out)
     assert [i for i, _ in failures] == [1, 3]
     assert all(reason for _, reason in failures)
-    assert (
-        (out[0] == out[4]).all() and (out[0] == decoded(PLAIN, 40, 40)).all() and (out[2] == decoded(PNG, 40, 40)).all()
-    )
+    assert (out[0] == out[4]).all() and (out[0] == decoded(PLAIN, 40, 40)).all() and (out[2] == decoded(PNG, 40, 40)).all()
     assert decode_batch([], np.zeros((0, 4, 4, 3), np.uint8)) == []
 
 
@@ -527,9 +541,7 @@ def test_threads_decode_the_same_pixels_side_by_side(path):
     alone = np.zeros((12, 32, 32, 3), np.uint8)
     decode_batch(payloads, alone)
     results = [np.zeros_like(alone) for _ in range(4)]
-    threads = [
-        threading.Thread(target=lambda out=out: [decode_batch(payloads, out) for _ in range(5)]) for out in results
-    ]
+    threads = [threading.Thread(target=lambda out=out: [decode_batch(payloads, out) for _ in range(5)]) for out in results]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -566,9 +578,9 @@ def test_the_native_core_refuses_arrays_of_the_wrong_size():
         (PLAIN, start, size, None, out, -8, -8, status),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match="wrong number of bytes"):
-            decode.native.decode(*arguments)
+            decode.native.decode(*arguments, False)
     with pytest.raises(ValueError, match="box lies outside"):
-        decode.native.resize(out, 8, 8, (0.0, 0.0, 9.0, 8.0), out, 8, 8)
+        decode.native.resize(out, 8, 8, (0.0, 0.0, 9.0, 8.0), out, 8, 8, False)
 
 
 def test_the_decoders_in_use_are_told(path):

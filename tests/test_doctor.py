@@ -187,10 +187,7 @@ def test_the_exit_code_is_one_where_something_is_broken(monkeypatch, capsys):
     findings = [doctor.Finding("good", "fine"), doctor.Finding("slow", "lame", "do this\nand that")]
     monkeypatch.setattr(doctor, "look_around", lambda *args: iter(findings))
     assert doctor.main([]) == 0
-    assert (
-        capsys.readouterr().out
-        == "good    fine\nslow    lame\n        do this\n        and that\n\n1 could be faster.\n"
-    )
+    assert capsys.readouterr().out == "good    fine\nslow    lame\n        do this\n        and that\n\n1 could be faster.\n"
     findings.append(doctor.Finding("broken", "gone"))
     assert doctor.main([]) == 1
     assert "1 broken, 1 could be faster." in capsys.readouterr().out

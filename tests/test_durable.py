@@ -73,7 +73,7 @@ def test_every_file_of_a_checkpoint_is_on_the_disk_before_its_name_is(tmp_path, 
 
 def test_a_shard_is_on_the_disk_before_its_name_is(tmp_path, order):
     tar = TarWriter(tmp_path / "train-000000.tar")
-    tar.add("00000000.cls", b"1")
+    tar.extend([("00000000.cls", b"1")])
     tar.close()
     size = (tmp_path / "train-000000.tar").stat().st_size
     assert len(order) == 2 and order[0].endswith(f".partial, {size} bytes")

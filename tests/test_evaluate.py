@@ -67,11 +67,13 @@ def test_logits_are_the_weighted_mean_over_the_views():
 @pytest.mark.parametrize("stored, size, crop", [
     ((256, 256), 224, 0.875), ((64, 48), 28, 0.875), ((33, 61), 24, 0.7), ((40, 40), 32, 1.0), ((36, 36), 32, 0.875),
 ])  # fmt: skip
-def test_pictures_of_one_size_are_resized_and_cut_as_torchvision_does(stored, size, crop):
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_pictures_of_one_size_are_resized_and_cut_as_torchvision_does(stored, size, crop, interpolation):
     pictures = torch.randint(0, 256, (2, 3, *stored), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    theirs = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Resize(round(size / crop), antialias=True),
-                         v2.CenterCrop(size)])(pictures)  # fmt: skip
-    ours = central_pixels(pictures, (size, size), [0.0] * 3, [1.0] * 3, crop)
+    how = v2.InterpolationMode(interpolation)
+    theirs = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Resize(round(size / crop), how, antialias=True),
+                         v2.CenterCrop(size)])(pictures).clamp(0, 1)  # fmt: skip
+    ours = central_pixels(pictures, (size, size), [0.0] * 3, [1.0] * 3, crop, interpolation)
     assert ours.shape == (2, 3, size, size) and ours.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
@@ -107,9 +109,11 @@ def printed(capsys) -> list[dict]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_training_eval_predict_and_exported_files_see_the_same_middle(tmp_path, capsys):
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_training_eval_predict_and_exported_files_see_the_same_middle(tmp_path, capsys, interpolation):
     shards, run = made_shards(tmp_path, {"train": 8, "val": 4, "test": 4}), tmp_path / "run"
     argv = ["--augment.crop", "random_resized", "--data.image_size", "35", "--data.global_batch_size", "12", "--train.epochs", "1"]
+    argv += ["--data.interpolation", interpolation]
     assert run_training(tiny_run(shards, run, *argv)) == 0
     result, index = json.loads((run / "result.json").read_text()), load_index(shards)
     capsys.readouterr()
@@ -121,7 +125,7 @@ def test_training_eval_predict_and_exported_files_see_the_same_middle(tmp_path, 
     assert about["preprocessing"]["resize"]["rule"] == "shorter side to 40 px, then the central 40 x 40 px"
     assert about["preprocessing"]["crop"]["rule"] == "to 40 x 40 px, then the central 35 x 35 px"
     resize = json.loads((tmp_path / "weights/model.safetensors.json").read_text())["preprocessing"]["resize"]
-    assert (resize["shorter_side"], resize["size"]) == (40, [35, 35])
+    assert (resize["shorter_side"], resize["size"]) == (40, [35, 35]) and resize["interpolation"] == f"{interpolation}, antialiased"
 
     store, files = Store(index.split("test")), tmp_path / "files"
     files.mkdir()
@@ -144,6 +148,23 @@ def test_training_eval_predict_and_exported_files_see_the_same_middle(tmp_path, 
     assert about.pop("stored_size") == [40, 40] and about["eval_size"] == [35, 35]
     (run / "inference.json").write_text(json.dumps(about))  # as a run had it whose pictures were evaluated whole
     assert load_run(run).eval_crop == 0.0
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("settings", [
+    ("photos",), ("digits",),
+    ("digits", "--data.image_size", "8", "--augment.start_size", "6", "--model.name", "resnet18", "--model.width", "1"),
+])  # fmt: skip
+def test_training_resizes_as_it_is_told_in_the_decoder_on_the_device_and_while_pictures_grow(tmp_path, request, settings):
+    shards, found = request.getfixturevalue(settings[0]), []
+    for interpolation in ("bilinear", "bicubic"):
+        run = tmp_path / interpolation
+        argv = tiny_run(shards, run, "--data.interpolation", interpolation, "--train.epochs", "0.1", *settings[1:])
+        argv += ["--augment.crop", "none", "--augment.rotate_degrees", "0", "--data.global_batch_size", "16",
+                 "--data.val_split", "none", "--data.test_split", "none"]
+        assert run_training(argv) == 0
+        found.append(load_file(run / "weights.safetensors"))
+    assert any(not torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -19,8 +19,9 @@ from dist_train.durable import replace_json
 from dist_train.errors import UserError
 from dist_train.export import FILES, export, load_exported, main
 from dist_train.index import load_index
+from dist_train.initial_network import build_network
 from dist_train.predict import load_run
-from dist_train.run import build_network, inference
+from dist_train.run_folder import inference
 from dist_train.settings import to_dict
 from dist_train.sizes import input_size
 from dist_train.train import run_training
@@ -96,9 +97,7 @@ def test_the_file_has_the_runs_accuracy_over_all_its_views(trained, tmp_path, ca
     assert "moved 2 px up" in views["rule"] and "mirror image" in views["rule"]
     # digits are 8 x 8 px, the network takes 16: a graph enlarges them itself
     shape, dtype = about["input"]["shape"], about["input"]["dtype"]
-    assert (shape, dtype) == (
-        (["batch", 3, 16, 16], "float32") if kind == "safetensors" else (["batch", 3, 8, 8], "uint8")
-    )
+    assert (shape, dtype) == ((["batch", 3, 16, 16], "float32") if kind == "safetensors" else (["batch", 3, 8, 8], "uint8"))
     assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before
 
 
@@ -200,6 +199,23 @@ def test_pictures_of_many_sizes_come_cropped_as_described(photos, tmp_path):
     assert (entry.name, entry.shape, out.name, out.shape) == ("pictures", ["batch", 3, 32, 32], "logits", ["batch", 3])
     (logits,) = session.run(None, {entry.name: np.zeros((7, 3, 32, 32), np.uint8)})
     assert logits.shape == (7, 3)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_the_file_resizes_as_the_run_does(digits, tmp_path, kind):
+    run = untrained(tmp_path / "run", digits, 20, name="alexnet_bn", width=0.0625)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["interpolation"] = "bicubic"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    about = export(run, kind, tmp_path / "out")
+    assert about["preprocessing"]["resize"]["interpolation"] == "bicubic, antialiased"
+    trained, pictures = load_run(run), torch.randint(0, 2, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0)) * 255
+    larger = torch.nn.functional.interpolate(pictures / 255, (20, 20), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (trained.mean, trained.std))
+    with torch.no_grad():
+        expected = trained.network((larger - mean) / std)
+        found = load_exported(tmp_path / "out" / about["file"])(pictures.to(torch.uint8))
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_a_file_that_computes_something_else_is_not_kept(digits, tmp_path, monkeypatch):

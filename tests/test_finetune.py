@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from conftest import finish_ranks, start_ranks, tiny_run
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dist_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig
+from dist_train import models
+from dist_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from dist_train.errors import UserError
 from dist_train.finetune import freeze_below_head, layer_depths
 from dist_train.folds import open_index
 from dist_train.index import load_index
+from dist_train.initial_network import initial_network
 from dist_train.models import build_model, head_name
 from dist_train.optim import build_optimizer, set_lr
 from dist_train.pretrained import published_statistics
@@ -115,6 +118,25 @@ def test_two_processes_give_the_curve_of_one_across_the_thaw(digits, weights, tm
     assert len(losses(one)) == 8 and losses(one) == pytest.approx(losses(two), abs=1e-3)
     before, after = below_head(load_file(weights)), checkpoint(two, 8)
     assert [name for name, t in before.items() if torch.equal(t, after[name])] == []
+
+
+def test_what_is_only_judged_is_built_once_and_has_its_last_layer_from_the_file(digits, weights, tmp_path, monkeypatch):
+    real, builds, ten = models._own, [], tmp_path / "ten.safetensors"
+    save_file(build_model(ModelConfig(name="alexnet_bn", width=0.0625), 10, (16, 16), None, seed=0).state_dict(), ten)
+    monkeypatch.setattr(models, "_own", lambda *given: builds.append(1) or real(*given))
+    argv = tuned(digits, tmp_path / "run", str(ten), 0.0, "--train.epochs", "0")
+    assert run_training(argv) == 0 and len(builds) == 1  # though these weights are those that its own seed draws
+    shutil.copy(weights, ten)  # of seven classes
+    assert run_training([*argv, "--resume"]) == 0  # its checkpoint has the weights
+    with pytest.raises(UserError, match="train.epochs is 0, and .*ten.safetensors has no last layer for the 10 classes"):
+        run_training(tuned(digits, tmp_path / "other", str(ten), 0.0, "--train.epochs", "0"))
+
+
+def test_weights_are_not_judged_on_a_table_and_are_not_read_for_that(tmp_path):
+    config = RunConfig(model=ModelConfig(name="mlp", pretrained=str(tmp_path / "absent.pth")), train=TrainConfig(epochs=0))
+    table = SimpleNamespace(features=["width"], folder="shards/wine", num_classes=3)
+    with pytest.raises(UserError, match="train.epochs is 0, and shards/wine is a table.\n.*dist-train eval RUN"):
+        initial_network(config, table, is_begun=False, say=print)
 
 
 def small_net():

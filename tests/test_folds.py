@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_run, write_table
 
 from dist_train.config import DataConfig, RunConfig
@@ -17,6 +18,7 @@ from dist_train.folds import fold_of, fold_view, open_index, part_of, statistics
 from dist_train.index import load_index
 from dist_train.predict import eval_main, load_run
 from dist_train.report import write_report
+from dist_train.tables import CONSTANT_STD
 from dist_train.train import run_training
 
 
@@ -134,6 +136,28 @@ def test_what_is_missing_counts_as_the_mean_of_the_folds_training_part(tmp_path)
     other = open_index(settings(converted("other", rows), 3, fold))
     assert rows_of(other, "val") == held_out and (other.mean, other.std) == (index.mean, index.std)
     assert load_index(other.folder).mean != load_index(shards).mean
+
+
+def test_what_never_changes_in_a_folds_training_part_enters_as_0(tmp_path, capsys):
+    from dist_train import shard
+    from dist_train.evaluate import standardised
+
+    rows, labels = np.random.default_rng(0).normal(3, 2, (60, 2)), ["abc"[k % 3] for k in range(60)]
+    shard.main([*write_table(tmp_path / "t.csv", "xy", rows, labels), "--out", str(tmp_path / "drawn")])
+    odd = int(load_index(tmp_path / "drawn").split("train").names()[5].split()[1]) - 2  # trains, whatever is in the rows
+    rows[:, 1] = np.where(np.arange(60) == odd, 50_000, 7)
+    shard.main([*write_table(tmp_path / "t.csv", "xy", rows, labels), "--out", str(tmp_path / "set")])
+    held_out = 0
+    for fold in range(3):
+        capsys.readouterr()
+        config = settings(str(tmp_path / "set"), 3, fold)
+        index = open_index(config)
+        told = "never change in the training split, 0 to the network whatever stands elsewhere: y\n" in capsys.readouterr().err
+        held_out += (is_constant := f"line {odd + 2}" in index.split("val").names())
+        assert told == is_constant == (index.std[1] == CONSTANT_STD)
+        values = torch.cat([standardised(b.images, index) for b in open_evaluation(index, "val", 64, threads=1)])
+        assert not is_constant or values[:, 1].abs().max() < 1e-30
+    assert held_out == 1
 
 
 def test_statistics_of_pictures_are_exact(digits):

@@ -364,9 +364,7 @@ def wids_list(folder: Path, tars: list[Path], **changes) -> Path:
                "filesize": path.stat().st_size} for path in tars]  # fmt: skip
     shards[0] |= changes
     path = folder / "shards.json"
-    path.write_text(
-        json.dumps({"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards, "name": "x"})
-    )
+    path.write_text(json.dumps({"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards, "name": "x"}))
     return path
 
 

@@ -52,29 +52,31 @@ def photographs(tmp_path) -> str:
         path = tmp_path / "raw" / f"class{k % 2}" / f"{k}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(60 + k, 90 - k, seed=k).save(path, quality=95)
-    shard.main(
-        ["--source", "folder", "--path", str(tmp_path / "raw"), "--out", str(tmp_path / "set"), "--workers", "1"]
-    )
+    shard.main(["--source", "folder", "--path", str(tmp_path / "raw"), "--out", str(tmp_path / "set"), "--workers", "1"])
     return str(tmp_path / "set")
 
 
 @pytest.mark.parametrize("box", [(0, 0, 90, 70), (3, 5, 40, 33), (10.5, 2.25, 20.5, 61.0), (80, 60, 10, 10)])
 @pytest.mark.parametrize("size", [(32, 32), (64, 48), (120, 100)])
-def test_boxes_are_resized_as_the_cpu_does(box, size):
-    pixels, expected = np.array(picture(90, 70)), np.empty((*size, 3), np.uint8)
-    _resize(pixels, box, expected)
-    found = resize_box(torch.from_numpy(pixels).permute(2, 0, 1), box, size).permute(1, 2, 0).numpy()
-    assert np.abs(found.astype(int) - expected).max() <= 1
+@pytest.mark.parametrize("interpolation", decode.INTERPOLATIONS)
+def test_boxes_are_resized_as_the_cpu_does(box, size, interpolation):
+    hard = np.random.default_rng(1).choice(np.array([0, 255], np.uint8), (90, 70, 3))  # where a cubic overshoots most
+    for pixels in (np.array(picture(90, 70)), hard):
+        expected = np.empty((*size, 3), np.uint8)
+        _resize(pixels, box, expected, interpolation)
+        found = resize_box(torch.from_numpy(pixels).permute(2, 0, 1), box, size, interpolation).permute(1, 2, 0).numpy()
+        assert np.abs(found.astype(int) - expected).max() <= 1
 
 
-def test_what_is_reduced_further_than_the_device_can_is_left_to_the_cpu(monkeypatch):
-    narrow, wide = encoded(picture(94 * 3, 9), quality=95), encoded(picture(9, 95 * 3), quality=95)
+@pytest.mark.parametrize("interpolation, most", [("bilinear", 94), ("bicubic", 47)])
+def test_what_is_reduced_further_than_the_device_can_is_left_to_the_cpu(monkeypatch, interpolation, most):
+    narrow, wide = encoded(picture(most * 3, 9), quality=95), encoded(picture(9, (most + 1) * 3), quality=95)
     reduced, resize = [], gpu_decode.resize_box
     monkeypatch.setattr(gpu_decode, "resize_box", lambda pixels, *more: reduced.append(pixels.shape) or resize(pixels, *more))
     found, expected = torch.empty((2, 3, 3, 3), dtype=torch.uint8), np.empty((2, 3, 3, 3), np.uint8)
-    assert GpuDecoder(CPU, pillow).decode([narrow, wide], None, found) == []
-    assert decode_batch([narrow.tobytes(), wide.tobytes()], expected, None) == []
-    assert reduced == [(3, 94 * 3, 9)] and np.array_equal(found[1], expected[1])
+    assert GpuDecoder(CPU, pillow).decode([narrow, wide], None, found, interpolation) == []
+    assert decode_batch([narrow.tobytes(), wide.tobytes()], expected, None, interpolation) == []
+    assert reduced == [(3, most * 3, 9)] and np.array_equal(found[1], expected[1])
 
 
 def test_what_the_gpu_does_not_take_is_decoded_by_the_cpu_and_refusals_are_its_own():
@@ -163,13 +165,15 @@ def test_a_fault_of_reading_that_passes_costs_no_pixels(photographs, monkeypatch
     assert torch.equal(first_batch(GpuDecoder(CPU, pillow)), first_batch(None))
 
 
-def test_the_stream_cuts_the_same_boxes_whoever_decodes(photographs):
-    def first(gpu):
-        return next(
-            open_stream(photographs, batch_size=8, image_size=32, crop="random_resized", threads=1, gpu_decoder=gpu)
-        )
+@pytest.mark.parametrize("interpolation", decode.INTERPOLATIONS)
+def test_the_stream_cuts_the_same_boxes_whoever_decodes(photographs, interpolation):
+    def first(gpu, how=interpolation):
+        wanted = {"image_size": 32, "crop": "random_resized", "interpolation": how}
+        return next(open_stream(photographs, batch_size=8, threads=1, gpu_decoder=gpu, **wanted))
 
     ours, theirs = first(None), first(GpuDecoder(CPU, pillow))
+    (other,) = decode.INTERPOLATIONS.keys() - {interpolation}
+    assert not torch.equal(ours.images, first(None, other).images)
     assert ours.keys == theirs.keys and theirs.images.shape == (8, 3, 32, 32)
     assert theirs.images.is_contiguous(memory_format=torch.channels_last)
     assert (ours.images.int() - theirs.images.int()).abs().float().mean() < 2
@@ -192,10 +196,7 @@ def test_both_decoders_are_timed_where_pictures_are_cut(photographs, digits, tmp
     found = decoder_choice.rates(config, GpuDecoder(CPU, pillow), 1)
     assert decoder_choice.rates(config, GpuDecoder(CPU, not_compiled)).keys() == {"cpu"}
     assert found["cpu"] > 0 and found["gpu"] > 0
-    assert (
-        decoder_choice.rates(dataclasses.replace(config, data=DataConfig(shards=digits)), GpuDecoder(CPU, pillow))
-        is None
-    )
+    assert decoder_choice.rates(dataclasses.replace(config, data=DataConfig(shards=digits)), GpuDecoder(CPU, pillow)) is None
     with pytest.raises(UserError, match="the pictures differ in size, so a size is needed"):
         unsized = dataclasses.replace(config, data=DataConfig(shards=photographs))
         decoder_choice.rates(unsized, GpuDecoder(CPU, pillow))

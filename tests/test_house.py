@@ -24,8 +24,8 @@ LAYERS = [
     ["streams", "errors", "durable", "control_groups", "core", "settings", "config", "shard_config", "index", "order", "boxes",
      "bad_samples"],  # no torch
     ["tries", "remote", "file_locks", "shard_cache", "remote_index",
-     "store", "picture_header", "decode", "tars", "partition", "pictures", "sources", "tables", "picture_lists", "torchsets",
-     "workers", "write_shard", "plan", "dali_index", "tar_lists", "foreign_tar", "read_foreign", "folds",
+     "store", "picture_header", "decode", "tars", "partition", "pictures", "sources", "csv_files", "tables", "picture_lists",
+     "torchsets", "workers", "write_shard", "plan", "dali_index", "tar_lists", "foreign_tar", "read_foreign", "folds",
      "stop"],  # no torch either
     ["convert", "repair", "shard", "foreign", "verify", "launch_traps", "doctor",
      "draws", "colour", "policies", "mixing", "augment", "layers", "networks", "pretrained",
@@ -35,8 +35,8 @@ LAYERS = [
      "table_plots", "picture_plots", "mistakes", "contact_sheet"],
     ["recycled", "wanted", "decoded_file", "cache", "loader", "data", "checkpoint"],
     ["evaluate", "predictions"],
-    ["sizes", "decoder_choice", "parallel", "state", "run", "branch", "train", "predict", "export", "scores", "preview", "figures",
-     "report", "bench_step", "bench"],
+    ["sizes", "decoder_choice", "parallel", "state", "initial_network", "run_folder", "run", "branch", "train", "predict", "export",
+     "scores", "preview", "figures", "report", "bench_step", "bench"],
     ["journal", "search", "trial", "study_report", "study_wandb", "study", "compare"],
     ["cli"],
 ]  # fmt: skip

@@ -16,18 +16,18 @@ import torch.nn.functional as F
 from conftest import tiny_run
 from safetensors.torch import load_file
 
-from dist_train import plan, runtime, shard
-from dist_train import run as surroundings
+from dist_train import initial_network, plan, runtime, shard
 from dist_train.augment import Augment, evaluation_pixels
 from dist_train.data import open_evaluation, open_stream
 from dist_train.errors import UserError
 from dist_train.evaluate import predict_logits
 from dist_train.index import load_index
+from dist_train.initial_network import build_network
 from dist_train.layers import set_dropout_keys
 from dist_train.order import Order
 from dist_train.predict import eval_main, load_run
 from dist_train.predict import main as predict_main
-from dist_train.run import Run, build_network
+from dist_train.run import Run
 from dist_train.store import Store
 from dist_train.train import parse, run_training
 
@@ -123,10 +123,10 @@ def test_the_best_and_patience_outlive_a_stop(digits, tmp_path, monkeypatch):
 
 
 def test_a_layer_that_draws_by_itself_draws_anew_in_each_step_and_alike_after_a_stop(digits, tmp_path, monkeypatch):
-    build, drawn = surroundings.build_network, {}
+    drawn = {}
 
     def built_with_torchs_dropout(config, index, *say):
-        network = build(config, index)
+        network = build_network(config, index)
 
         def drop(module, inputs, logits):
             kept = F.dropout(torch.ones_like(logits), 0.5, module.training)
@@ -137,7 +137,7 @@ def test_a_layer_that_draws_by_itself_draws_anew_in_each_step_and_alike_after_a_
         network.register_forward_hook(drop)
         return network
 
-    monkeypatch.setattr(surroundings, "build_network", built_with_torchs_dropout)
+    monkeypatch.setattr(initial_network, "build_network", built_with_torchs_dropout)
     for run, halts in ((tmp_path / "whole", ("6",)), (tmp_path / "parts", ("3", "6"))):
         for halt in halts:
             trained(digits, run, "--train.max_steps", halt, "--resume")

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from dist_train import augment as A
 from dist_train import draws, mixing, order
 from dist_train.config import AugmentConfig
 
@@ -32,7 +31,7 @@ def test_mixup_is_its_definition_with_the_partners_rest():
 def test_cutmix_exchanges_a_box_and_weighs_the_labels_by_area():
     pictures, labels, keys = pairs()
     mixed, targets = mixing.mix(pictures, labels, keys, AugmentConfig(cutmix=1.0), 5)
-    u_share, u_y, u_x = (A.uniform(keys[0::2], d).tolist() for d in (mixing.SHARE, mixing.CENTRE_Y, mixing.CENTRE_X))
+    u_share, u_y, u_x = (draws.uniform(keys[0::2], d).tolist() for d in (mixing.SHARE, mixing.CENTRE_Y, mixing.CENTRE_X))
     for i in range(200):
         half = 0.5 * (1 - u_share[i]) ** 0.5  # Beta(1, 1) is uniform
         y, x, half_y, half_x = int(u_y[i] * 16), int(u_x[i] * 12), int(half * 16), int(half * 12)

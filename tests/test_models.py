@@ -108,9 +108,7 @@ def test_a_32_px_picture_keeps_its_resolution_through_the_first_layer():
 
 
 def test_stem_follows_the_size_unless_it_is_set():
-    assert uses_small_stem(ModelConfig(name="alexnet"), (32, 63)) and uses_small_stem(
-        ModelConfig(name="vgg13"), (63, 90)
-    )
+    assert uses_small_stem(ModelConfig(name="alexnet"), (32, 63)) and uses_small_stem(ModelConfig(name="vgg13"), (63, 90))
     assert not uses_small_stem(ModelConfig(name="alexnet"), (64, 64))
     assert not uses_small_stem(ModelConfig(name="alexnet", stem="imagenet"), (32, 32))
     assert uses_small_stem(ModelConfig(name="vgg13", stem="small"), (224, 224))
@@ -202,7 +200,6 @@ def test_torchvisions_nets_get_a_head_for_the_classes(name, size, head):
     ("densenet121", 16, {}, "does not take pictures of 16 x 16 px"),
     ("vit_b_32", 50, {}, "does not take pictures of 50 x 50 px"),
     ("densenet121", 32, {"stem": "small"}, "not defined for densenet121"),
-    ("mlp", 32, {}, "mlp is for tables"),
     ("qwertyuiop", 32, {}, "There are alexnet(.|\n)*timm's are called timm/NAME"),
 ])  # fmt: skip
 def test_what_cannot_be_built_is_said(name, size, settings, message):
@@ -264,9 +261,7 @@ def test_rates_that_a_network_has_are_let_pass(name, taken):
     check_new(RunConfig(model=ModelConfig(name=name, **dict.fromkeys(taken, 0.1))))
 
 
-def test_a_table_needs_the_mlp_and_a_small_stem_needs_a_size():
-    with pytest.raises(UserError, match="the set holds a table"):
-        build("vgg13", 10, None, 7)
+def test_a_small_stem_needs_a_size():
     with pytest.raises(UserError, match="set data.image_size"):
         build("vgg13", 10, None, stem="small")
 
@@ -338,9 +333,7 @@ def test_a_vits_positions_are_resampled_for_another_size_with_the_class_token_ke
 
 def test_weights_of_another_net_are_refused_by_name(tmp_path):
     path = save(build("vgg11", width=0.25), tmp_path / "weights.pth")
-    with pytest.raises(
-        UserError, match=r"weights.pth.*not the weights of this vgg11.*\n.*features.0.weight is \(16, 3"
-    ):
+    with pytest.raises(UserError, match=r"weights.pth.*not the weights of this vgg11.*\n.*features.0.weight is \(16, 3"):
         build("vgg11", width=0.5, pretrained=path)
     with pytest.raises(UserError, match="is missing"):
         build("vgg13", width=0.25, pretrained=path)
@@ -421,17 +414,20 @@ def test_named_weights_bring_the_statistics_they_were_trained_with():
     assert found("resnet18", "") is None and found("resnet18", "runs/other/weights.safetensors") is None
 
 
-@pytest.mark.parametrize("name, weights, size, crop, told", [
-    ("resnet18", "IMAGENET1K_V1", (224, 224), 0.875, None),
-    ("resnet18", "resnet18-f37072fd.pth", (224, 224), 0.875, None),
-    ("resnet18", "IMAGENET1K_V1", (192, 192), 0.875, "at 224 x 224 px with data.eval_crop 0.875, bilinear; "
-     "this run evaluates at 192 x 192 px with data.eval_crop 0.875, bilinear."),
-    ("swin_t", "DEFAULT", (224, 224), 0.875, "at 224 x 224 px with data.eval_crop 0.966, bicubic; this run"),
-    ("resnet18", "DEFAULT", None, 0.0, "this run evaluates at the stored size with the whole picture, bilinear."),
-    ("resnet18", "others.pth", (192, 192), 0.5, None), ("resnet18", "", (192, 192), 0.5, None),
+@pytest.mark.parametrize("name, weights, size, crop, interpolation, told", [
+    ("resnet18", "IMAGENET1K_V1", (224, 224), 0.875, "bilinear", None),
+    ("resnet18", "resnet18-f37072fd.pth", (224, 224), 0.875, "bilinear", None),
+    ("resnet18", "IMAGENET1K_V1", (192, 192), 0.875, "bilinear", "at 224 x 224 px with data.eval_crop 0.875 and "
+     "data.interpolation bilinear; this run evaluates at 192 x 192 px with data.eval_crop 0.875 and bilinear."),
+    ("resnet18", "IMAGENET1K_V1", (224, 224), 0.875, "bicubic", "data.interpolation bilinear; this run"),
+    ("swin_t", "DEFAULT", (224, 224), 0.966, "bilinear", "at 224 x 224 px with data.eval_crop 0.966 and "
+     "data.interpolation bicubic; this run evaluates at 224 x 224 px with data.eval_crop 0.966 and bilinear."),
+    ("swin_t", "DEFAULT", (224, 224), 0.966, "bicubic", None),
+    ("resnet18", "DEFAULT", None, 0.0, "bicubic", "this run evaluates at the stored size with the whole picture and bicubic."),
+    ("resnet18", "others.pth", (192, 192), 0.5, "bicubic", None), ("resnet18", "", (192, 192), 0.5, "bicubic", None),
 ])  # fmt: skip
-def test_it_is_said_where_published_weights_were_evaluated_otherwise(name, weights, size, crop, told):
-    found = evaluated_otherwise(ModelConfig(name=name, pretrained=weights), size, crop)
+def test_it_is_said_where_published_weights_were_evaluated_otherwise(name, weights, size, crop, interpolation, told):
+    found = evaluated_otherwise(ModelConfig(name=name, pretrained=weights), size, crop, interpolation)
     assert found == [] if told is None else told in found[0] and len(found) == 1
 
 

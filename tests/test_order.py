@@ -156,12 +156,7 @@ def test_mix_is_splitmix64():
 
 
 def test_keys_differ_by_seed_epoch_and_sample():
-    keys = {
-        int(key)
-        for seed in range(3)
-        for epoch in range(3)
-        for key in sample_keys(seed, np.full(50, epoch), np.arange(50))
-    }
+    keys = {int(key) for seed in range(3) for epoch in range(3) for key in sample_keys(seed, np.full(50, epoch), np.arange(50))}
     assert len(keys) == 3 * 3 * 50
 
 

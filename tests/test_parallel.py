@@ -53,9 +53,7 @@ def two_updates(config: RunConfig, accelerator, world) -> dict:
         parallel = parallelize(network, config, accelerator, world)
     optimizer = parallel.optimizer(build_optimizer(network, config.optim))
     share = BATCH // world.world_size
-    num_micro = (
-        1 if config.model.name.endswith("_bn") else MICRO
-    )  # whose statistics are those of what goes through at once
+    num_micro = 1 if config.model.name.endswith("_bn") else MICRO  # whose statistics are those of what goes through at once
     found = {"losses": [], "norms": []}
     if world.world_size > 1:
         messages.clock.start(world.device, network.parameters())
@@ -83,7 +81,7 @@ def two_updates(config: RunConfig, accelerator, world) -> dict:
     with torch.no_grad(), parallel.whole() as whole:
         found["logits"] = whole.eval()(images)
     if found["weights"]:  # every rank takes its part back without a message
-        back = parallel.parts(copy.deepcopy(found["weights"]))["all"]
+        back = parallel.scattered(copy.deepcopy(found["weights"]))["all"]
         own = network.state_dict()
         found["comes back"] = all(torch.equal(_local(back[name]), _local(own[name])) for name in own)
     return found
@@ -96,11 +94,7 @@ def _local(t):
 def samples():
     rng = torch.Generator().manual_seed(5)
     images = torch.randn(BATCH, 3, 16, 16, generator=rng, dtype=torch.float64).to(memory_format=torch.channels_last)
-    return (
-        images,
-        torch.randint(0, 10, (BATCH,), generator=rng),
-        torch.randint(-(2**62), 2**62, (BATCH,), generator=rng),
-    )
+    return images, torch.randint(0, 10, (BATCH,), generator=rng), torch.randint(-(2**62), 2**62, (BATCH,), generator=rng)
 
 
 def job(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -244,6 +238,13 @@ def test_one_run_goes_through_all_layouts(digits, tmp_path):
     evaluations = [curve(run, "eval") for run in runs]
     assert [step for step, _ in evaluations[0]] == [step for step, _ in evaluations[1]] == [6, 12]
     assert max(abs(a - b) for (_, a), (_, b) in zip(*evaluations, strict=True)) < 1e-3
+
+
+@pytest.mark.two_process
+def test_a_sharded_run_whose_optimizer_keeps_nothing_goes_on(digits, tmp_path):
+    run, more = tmp_path / "run", ["--optim.momentum", "0", "--optim.ema_decay", "0", "--train.epochs", "0.4", "--resume"]
+    train_in_turns("2:2:fsdp 2:4:fsdp", tiny_run(digits, run, *more), tmp_path)
+    assert [step for step, _ in curve(run, "train")] == [1, 2, 3, 4]
 
 
 def small_network() -> ConvNet:

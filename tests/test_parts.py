@@ -159,9 +159,7 @@ def test_repair_refuses_other_raw_data_and_other_settings_and_touches_nothing(ra
     before = all_bytes(index.folder)
     with pytest.raises(UserError, match="these settings differ: seed was 0 and is 4"):
         repair(config_for(raw, repair=True, seed=4, **SETTINGS))
-    with pytest.raises(
-        UserError, match=r"(?s)\d+ shards come of it, the index lists \d+; .*shard_mb was 0.01 and is 1"
-    ):
+    with pytest.raises(UserError, match=r"(?s)\d+ shards come of it, the index lists \d+; .*shard_mb was 0.01 and is 1"):
         repair(config_for(raw, repair=True, shard_mb=1.0))
     first = int(index.split("train").first[1])
     changed = raw / "raw" / index.split("train").names()[first]
@@ -189,17 +187,13 @@ def sbatch(tmp_path, *words, **env) -> subprocess.CompletedProcess:
         tool.chmod(0o755)
     environment = {"PATH": f"{tools}:{os.environ['PATH']}", "LOG": str(tmp_path / "log"), "PYTHON": str(tools / "python"),
                    "PROJECT": str(ROOT)} | env  # fmt: skip
-    return subprocess.run(
-        ["bash", str(ROOT / "launch/shard.sbatch"), *words], env=environment, capture_output=True, text=True
-    )
+    return subprocess.run(["bash", str(ROOT / "launch/shard.sbatch"), *words], env=environment, capture_output=True, text=True)
 
 
 def test_the_job_script_submits_an_array_and_a_join_after_it(tmp_path):
     assert sbatch(tmp_path, "datasets/digits.yaml", "--resize", "32", PARTS="8", CPUS="4").returncode == 0
     array, join = (tmp_path / "log").read_text().splitlines()
-    assert (
-        "--array=0-7" in array and "--cpus-per-task=4" in array and array.endswith("datasets/digits.yaml --resize 32")
-    )
+    assert "--array=0-7" in array and "--cpus-per-task=4" in array and array.endswith("datasets/digits.yaml --resize 32")
     assert "--dependency=afterok:4711" in join and "PARTS=join" in join
 
 

@@ -17,8 +17,7 @@ from dist_train.folds import fold_view
 from dist_train.index import load_index
 from dist_train.partition import assign_splits, keep_groups_whole, name_draws
 from dist_train.repair import repair
-from dist_train.shard import check_settings
-from dist_train.shard_config import ShardConfig, SplitConfig
+from dist_train.shard_config import ShardConfig, SplitConfig, check_settings
 from dist_train.sources import open_source
 
 
@@ -148,9 +147,10 @@ def test_columns_and_folders_that_are_not_there_are_named_at_once(tmp_path):
         open_source(replace(config, target="", picture="files", group="patient", split_column="label"))
     lines = [line.partition("t.csv: ")[2] for line in str(error.value).splitlines()]
     assert lines == [
-        "picture is 'files', and there is no such column; expected the name of a column. Did you mean file?",
-        "`target` is not set; expected the name of a column. The columns are file, label.",
-        "group is 'patient', and there is no such column; expected the name of a column. The columns are file, label.",
+        f"{found}; expected the name of the column that holds the {holds}. {hint}" for found, holds, hint in (
+            ("picture: there is no column 'files'", "picture's path", "Did you mean file?"),
+            ("`target` is not set", "class", "The columns are file, label."),
+            ("group: there is no column 'patient'", "group", "The columns are file, label."))
     ]
     with pytest.raises(UserError, match="target and group are both 'label'; expected a column for each"):
         open_source(replace(config, picture="file", group="label"))

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dist_train import predict, shard
+from dist_train.config import DataConfig, RunConfig
 from dist_train.decode import decode_into
 from dist_train.errors import UserError
 from dist_train.export import export
@@ -315,7 +316,7 @@ def picture_files(folder, num_files: int) -> list[str]:
     return paths
 
 
-WHOLE = SimpleNamespace(image_size=(8, 8), eval_crop=0.0, one_size=True)
+WHOLE = SimpleNamespace(image_size=(8, 8), eval_crop=0.0, one_size=True, config=RunConfig())
 
 
 def test_pictures_come_in_the_order_of_their_files_whichever_is_decoded_first(tmp_path, monkeypatch):
@@ -326,8 +327,8 @@ def test_pictures_come_in_the_order_of_their_files_whichever_is_decoded_first(tm
     monkeypatch.setattr(predict, "BATCH_SIZE", 4)
     late, first = threading.Event(), pixels[0]
 
-    def decode_first_file_last(payload, out, box=None):
-        decode_into(payload, out, box)
+    def decode_first_file_last(payload, out, *how):
+        decode_into(payload, out, *how)
         if np.array_equal(out, first):
             assert late.wait(20), "no other file was decoded meanwhile"
         late.set()
@@ -347,8 +348,8 @@ def test_the_next_batch_is_decoded_while_one_is_used(tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "BATCH_SIZE", 2)
     decoded, ahead = [], threading.Event()
 
-    def count(payload, out, box=None):
-        decode_into(payload, out, box)
+    def count(payload, out, *how):
+        decode_into(payload, out, *how)
         decoded.append(payload)
         if len(decoded) == 4:
             ahead.set()
@@ -357,6 +358,16 @@ def test_the_next_batch_is_decoded_while_one_is_used(tmp_path, monkeypatch):
     with contextlib.closing(picture_batches(WHOLE, paths, 1)) as batches:
         assert next(batches)[0] == paths[:2] and ahead.wait(20)
         assert len(decoded) == 4  # and no further: pictures would fill the memory
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_files_are_resized_as_the_run_was_trained(tmp_path, interpolation):
+    paths, config = picture_files(tmp_path, 3), RunConfig(data=DataConfig(interpolation=interpolation))
+    trained = SimpleNamespace(image_size=(20, 12), eval_crop=0.0, one_size=True, config=config)
+    ((_, values, _),) = picture_batches(trained, paths, 1)
+    for path, found in zip(paths, values.permute(0, 2, 3, 1).numpy(), strict=True):
+        expected = np.asarray(Image.open(path).resize((12, 20), Image.Resampling[interpolation.upper()]))
+        assert np.abs(found.astype(int) - expected).max() <= 2
 
 
 @pytest.mark.two_process

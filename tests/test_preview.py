@@ -133,16 +133,7 @@ def test_unchanged_pictures_come_back_unchanged(digits):
 def test_the_command_writes_pictures_and_pages(digits, tmp_path, capsys):
     (tmp_path / "r.yaml").write_text(f"data: {{shards: {digits}, global_batch_size: 64}}\naugment: {{flip: 0.5}}\n")
     for out in ("a.png", "a.html"):
-        argv = [
-            "augment-preview",
-            str(tmp_path / "r.yaml"),
-            "--out",
-            str(tmp_path / out),
-            "--per-class",
-            "2",
-            "--epochs",
-            "3",
-        ]
+        argv = ["augment-preview", str(tmp_path / "r.yaml"), "--out", str(tmp_path / out), "--per-class", "2", "--epochs", "3"]
         assert main([*argv, "--augment.crop", "padded"]) == 0
         assert f"epochs 0 to 2: {tmp_path / out}" in capsys.readouterr().out
     page = (tmp_path / "a.html").read_text()
@@ -153,9 +144,7 @@ def test_the_command_writes_pictures_and_pages(digits, tmp_path, capsys):
 
 def test_what_cannot_be_previewed_is_refused(digits, tmp_path, capsys):
     (tmp_path / "t.csv").write_text("x,y,kind\n" + "".join(f"{i % 7},{i * i},{'ab'[i % 2]}\n" for i in range(40)))
-    convert(
-        ShardConfig(source="csv", path=str(tmp_path / "t.csv"), target="kind", out=str(tmp_path / "set"), workers=1)
-    )
+    convert(ShardConfig(source="csv", path=str(tmp_path / "t.csv"), target="kind", out=str(tmp_path / "set"), workers=1))
     (tmp_path / "r.yaml").write_text(f"data: {{shards: {tmp_path / 'set'}}}\nmodel: {{name: mlp}}\n")
     assert main(["augment-preview", str(tmp_path / "r.yaml")]) == 2
     assert "a table; augmentation is for pictures" in capsys.readouterr().err
@@ -202,11 +191,7 @@ def test_pixel_counts_equal_numpys_histogram():
 def test_filters_are_the_first_layers_strongest_first(tmp_path):
     kernels = torch.randn(5, 3, 3, 3)
     kernels[2] *= 10
-    weights = {
-        "features.10.weight": torch.randn(4, 3, 3, 3),
-        "features.2.weight": kernels,
-        "a.weight": torch.randn(7, 5),
-    }
+    weights = {"features.10.weight": torch.randn(4, 3, 3, 3), "features.2.weight": kernels, "a.weight": torch.randn(7, 5)}
     save_file(weights, tmp_path / "w.safetensors")
     found = first_filters(tmp_path / "w.safetensors")
     np.testing.assert_array_equal(found, kernels.permute(0, 2, 3, 1).numpy())

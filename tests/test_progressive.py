@@ -50,6 +50,15 @@ def test_a_batch_is_brought_to_the_size_of_its_step():
     assert grow(inputs, 5) is inputs
 
 
+def test_bicubic_steps_stay_in_the_range_of_each_picture():
+    inputs = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).sign() * torch.arange(1, 5).view(4, 1, 1, 1)
+    small = Progressive(AugmentConfig(start_size=24), (32, 32), 10, "bicubic")(inputs, 0)
+    expected = torch.nn.functional.interpolate(inputs, (24, 24), mode="bicubic", antialias=True)
+    assert (expected.amax((1, 2, 3)) > torch.arange(1, 5) * 1.05).all()
+    for k in range(4):
+        torch.testing.assert_close(small[k], expected[k].clamp(-k - 1, k + 1))
+
+
 @pytest.mark.parametrize("name", ["alexnet_bn", "vgg13_bn", "vgg16", "resnet18"])
 def test_networks_for_small_pictures_take_every_size_from_half(name):
     network = build_model(ModelConfig(name=name), 10, (32, 32), None, seed=0)

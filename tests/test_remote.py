@@ -27,13 +27,14 @@ from dist_train import foreign, plan, remote, remote_index, shard, shard_cache, 
 from dist_train import store as store_module
 from dist_train.config import DataConfig, RunConfig
 from dist_train.data import open_evaluation, open_stream
+from dist_train.durable import writing
 from dist_train.errors import UserError
+from dist_train.file_locks import locked
 from dist_train.index import file_checksum, load_index
 from dist_train.order import Order
 from dist_train.remote import file_size, read_range, read_small
 from dist_train.shard_cache import ReadAhead, ShardCache, default_folder, shards_in_play
 from dist_train.store import Store
-from dist_train.tars import writing
 
 
 class FaultyServer(http.server.ThreadingHTTPServer):
@@ -142,9 +143,7 @@ def many(tmp_path_factory) -> str:
     """The digits in 24 shards of training."""
     out = tmp_path_factory.mktemp("many") / "digits"
     with contextlib.redirect_stdout(None):
-        shard.main(
-            ["--source", "sklearn", "--dataset", "digits", "--out", str(out), "--workers", "1", "--min-shards", "24"]
-        )
+        shard.main(["--source", "sklearn", "--dataset", "digits", "--out", str(out), "--workers", "1", "--min-shards", "24"])
     return str(out)
 
 
@@ -224,9 +223,7 @@ def test_passing_faults_are_survived(many, server, tmp_path, fault, monkeypatch)
     assert split.remote.open(split, 3) > 0 and split.remote.open(split, 4) > 0
     tries = 1 if fault == "slow" else 3
     assert server.count("train-000004.tar") == tries
-    assert sorted(path.name for path in tmp_path.glob("*.tar")) == sorted(
-        f"{split.shard_checksums[k]}.tar" for k in (3, 4)
-    )
+    assert sorted(path.name for path in tmp_path.glob("*.tar")) == sorted(f"{split.shard_checksums[k]}.tar" for k in (3, 4))
     assert not list(tmp_path.glob("*.partial"))
     for k in (3, 4):
         assert file_checksum(tmp_path / f"{split.shard_checksums[k]}.tar") == split.shard_checksums[k]
@@ -281,10 +278,7 @@ def test_an_index_cannot_name_files_outside_the_cache(many, tmp_path):
     from dist_train.index import _json_checksum
 
     raw = json.loads(Path(many, "index.json").read_text())
-    for spoil in (
-        lambda s: s["train"]["checksums"].__setitem__(0, "../../evil"),
-        lambda s: s.update({"../evil": s["train"]}),
-    ):
+    for spoil in (lambda s: s["train"]["checksums"].__setitem__(0, "../../evil"), lambda s: s.update({"../evil": s["train"]})):
         bad = json.loads(json.dumps(raw))
         bad.pop("checksum")
         spoil(bad["splits"])
@@ -302,14 +296,11 @@ def test_the_cache_stays_below_its_limit_and_batches_are_the_same(many, server, 
     split = load_index(many).split("train")
     limit = int(split.shard_bytes.max() * 13)
     index = load_index(server.url, str(tmp_path), limit / 1e9)
-    most, stop, cache = [0], threading.Event(), ShardCache(tmp_path, limit)
+    most, stop = [0], threading.Event()
 
     def watch():
         while not stop.wait(0.002):
-            with (
-                contextlib.suppress(FileNotFoundError),
-                cache.locked("room.lock"),
-            ):  # nothing is removed or added meanwhile
+            with contextlib.suppress(FileNotFoundError), locked(tmp_path / "room.lock"):  # nothing is removed or added meanwhile
                 found = [path.stat() for path in tmp_path.glob("*.tar*")]
                 most.append(sum({one.st_ino: one.st_size for one in found}.values()))  # a renaming may show both names
 
@@ -519,9 +510,7 @@ def test_another_set_at_the_same_url_is_noticed(many, server, tmp_path):
     before = batches_of(load_index(server.url, str(tmp_path / "cache")), 3)
     shutil.rmtree(copied)
     with contextlib.redirect_stdout(None):
-        shard.main(
-            ["--source", "sklearn", "--dataset", "digits", "--out", str(copied), "--workers", "1", "--seed", "5"]
-        )
+        shard.main(["--source", "sklearn", "--dataset", "digits", "--out", str(copied), "--workers", "1", "--seed", "5"])
     after = batches_of(load_index(server.url, str(tmp_path / "cache")), 3)
     assert after == batches_of(str(copied), 3) != before
 
@@ -545,8 +534,7 @@ def test_the_cache_lies_in_the_users_cache_folder(monkeypatch, tmp_path):
 
 
 def test_a_lock_is_freed_by_its_holder_alone(tmp_path):
-    cache = ShardCache(tmp_path, 1000)
-    with cache.locked("x.lock"), open(tmp_path / "x.lock") as other, pytest.raises(BlockingIOError):
+    with locked(tmp_path / "x.lock"), open(tmp_path / "x.lock") as other, pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with open(tmp_path / "x.lock") as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -624,9 +612,7 @@ def foreign_tars(server, tmp_path) -> Path:
     return server.folder
 
 
-def test_tars_behind_urls_are_indexed_and_give_the_batches_of_the_same_tars_here(
-    foreign_tars, server, tmp_path, capsys
-):
+def test_tars_behind_urls_are_indexed_and_give_the_batches_of_the_same_tars_here(foreign_tars, server, tmp_path, capsys):
     cache = tmp_path / "cache"
     names = [f"{server.url}/train-{{000000..000002}}.tar", f"{server.url}/val-000000.tar"]
     foreign.main([*names, "--out", str(tmp_path / "index"), "--cache-dir", str(cache)])

@@ -195,15 +195,7 @@ def test_balanced_accuracy_stands_beside_accuracy_where_it_says_something_else(t
 
 def test_a_diverged_run_has_a_report(tmp_path):
     run = make_run(tmp_path, ["a", "b"], finished=False)
-    line = {
-        "kind": "train",
-        "step": 610,
-        "epoch": 10.2,
-        "loss": None,
-        "lr": 0.1,
-        "images_per_s": None,
-        "data_wait": None,
-    }
+    line = {"kind": "train", "step": 610, "epoch": 10.2, "loss": None, "lr": 0.1, "images_per_s": None, "data_wait": None}
     evaluation = {"kind": "eval", "split": "val", "step": 610, "epoch": 10.2, "loss": None, "top1": 0.1}
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n" + json.dumps(evaluation) + "\n")

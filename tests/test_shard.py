@@ -112,9 +112,7 @@ def test_pixel_sums_equal_the_definition_over_any_pieces(native, monkeypatch):
     if not native:
         monkeypatch.setattr("dist_train.pictures.native", None)
     random = np.random.default_rng(0)
-    pictures = [
-        random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((1, 1), (300, 401), (7, 900), (257, 256))
-    ]
+    pictures = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((1, 1), (300, 401), (7, 900), (257, 256))]
     pictures.append(np.full((1100, 1000, 3), 255, np.uint8))  # the largest sums there can be, and more than one block
     pictures.append(pictures[1][::2])  # not in one piece
     sums = PixelSums()
@@ -434,7 +432,7 @@ def test_a_disk_that_fills_up_at_the_index_is_reported(tmp_path, monkeypatch):
 
 def test_a_tar_that_cannot_be_written_leaves_nothing(tmp_path):
     writer = TarWriter(tmp_path / "a.tar")
-    writer.add("0.cls", b"1")
+    writer.extend([("0.cls", b"1")])
     writer.abandon()
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"no-folder/a.tar: cannot be written"):
@@ -451,11 +449,7 @@ def test_resize_brings_the_shorter_side_down_and_keeps_smaller_pictures(tmp_path
     index = convert(config_for(tmp_path, resize=16, split=SplitConfig(0, 0), min_shards=1))
     split = index.splits["train"]
     sizes = dict(zip(split.names(), split.table()[["height", "width"]].tolist(), strict=True))
-    assert (
-        sizes["cats/large.jpg"] == (16, 32)
-        and sizes["dogs/tall.png"] == (32, 16)
-        and sizes["cats/small.jpg"] == (16, 20)
-    )
+    assert sizes["cats/large.jpg"] == (16, 32) and sizes["dogs/tall.png"] == (32, 16) and sizes["cats/small.jpg"] == (16, 20)
     with tarfile.open(Path(index.folder, "train-000000.tar")) as tar:
         members = [m for m in tar if not m.name.endswith("cls")]
         for name, member in zip(split.names(), members, strict=True):
@@ -496,7 +490,5 @@ def test_the_set_is_named_after_its_yaml(tmp_path, monkeypatch, capsys):
 def test_help_names_the_yaml_and_loads_neither_torch_nor_numpy(tmp_path):
     code = "import sys\nfrom dist_train.cli import main\ntry: main(['shard', '--help'])\nexcept SystemExit: pass\n"
     code += "print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
-    output = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
-    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert "datasets/NAME.yaml" in output.stdout and output.stdout.endswith("[]\n"), output

@@ -20,10 +20,9 @@ from dist_train.errors import UserError
 from dist_train.foreign import _statistics
 from dist_train.index import load_index
 from dist_train.read_foreign import Sums
-from dist_train.shard import check_settings
-from dist_train.shard_config import ShardConfig, SplitConfig
+from dist_train.shard_config import ShardConfig, SplitConfig, check_settings
 from dist_train.sources import files_below, open_source
-from dist_train.tables import class_numbers, column_statistics
+from dist_train.tables import CONSTANT_STD, class_numbers, column_statistics
 from dist_train.verify import find_damage
 
 
@@ -198,9 +197,7 @@ def test_classes_are_joined_and_the_others_left_aside(tmp_path):
     assert dict(zip(source.names, source.labels.tolist(), strict=True)) == {
         "dog/0.png": 1, "cat/1.png": 1, "ship/2.png": 0, "c+d/3.png": 2
     }  # fmt: skip
-    assert [source.read(i) for i in range(4)] == [
-        ((tmp_path / "raw" / name).read_bytes(), "png") for name in source.names
-    ]
+    assert [source.read(i) for i in range(4)] == [((tmp_path / "raw" / name).read_bytes(), "png") for name in source.names]
     assert "2 samples" in source.notes[-1]
     for groups, message in (("cat+dgo",), "Did you mean dog"), (("cat+dog", "dog+ship"), "'dog' is named twice"):
         with pytest.raises(UserError, match=message):
@@ -372,8 +369,8 @@ def test_a_column_without_a_value_to_learn_from_is_named_and_counts_as_0(tmp_pat
     rows[rows_in(index, "test"), 1] = np.arange(index.splits["test"].num_samples)
     capsys.readouterr()
     index = converted(tmp_path / "two", rows)
-    assert index.features == ["x", "y", "z"] and (index.mean[1], index.std[1]) == (0.0, 1.0)
-    assert "1 columns without a single value in the training split: y" in capsys.readouterr().out
+    assert index.features == ["x", "y", "z"] and (index.mean[1], index.std[1]) == (0.0, CONSTANT_STD)
+    assert "1 columns without a single value in the training split, 0 to the network everywhere: y" in capsys.readouterr().out
     rows[:, 1] = np.where(np.arange(len(rows)) % 3, np.nan, 7.5)
     assert converted(tmp_path / "three", rows).features == ["x", "z"]  # what is missing is no change
 
@@ -400,14 +397,24 @@ CSV_FAULTS = {
     "no file": (None, "cannot be read"),
     "empty": ("", "there is no column 'kind'|no rows"),
     "header only": ("x,kind\n", "no rows"),
-    "ragged": ("x,kind\n1,a\n1,2,b\n", "line 3: 3 cells; expected 2"),
+    "ragged": ("x,kind\n1,a\n1,2,b\n", "line 3: 3 cells; expected 2(.|\n)*cell with ',' in it in quotes"),
+    "ragged below sep": ("sep=;\nx;kind\n1;a\n1;2;b\n", "line 4: 3 cells; expected 2"),
     "no target": ("x,kinds\n1,a\n2,b\n", "no column 'kind'.*Did you mean kinds"),
-    "twice": ("x,x,kind\n1,2,a\n", "named twice: 'x'"),
+    "no names": ("1,2,a\n2,3,b\n", "no column 'kind'(.|\n)*If the first line is a row, write one above it"),
+    "no names, twice": ("1,1,a\n2,3,b\n", "named twice: '1'(.|\n)*If the first line is a row, write one above it"),
+    "other delimiter": ("x kind\n1 a\n2 b\n", "no column 'kind'(.|\n)*parted by comma, semicolon, tab or bar"),
+    "wide": (",".join(f"c{k}" for k in range(99)) + "\n" + "1," * 98 + "1\n", "columns are c0, .*, c19 and 79 more.$"),
+    "twice": ("x,x,kind\n1,2,a\n", "named twice: 'x'.\n  Give each its own name.$"),
     "one class": ("x,kind\n1,a\n2,a\n", "one class only"),
-    "a measurement": ("x,kind\n" + "".join(f"{i},{i / 7}\n" for i in range(50)), "50 different values"),
-    "nothing that changes": ("x,kind\nred,a\nred,b\n", "no column besides 'kind'"),
+    "one class of complete rows": ("x,kind\n1,a\n2,a\n,b\n", "one class only(.|\n)*1 classes left out with all their rows: b"),
+    "a measurement": ("x,kind\n" + "".join(f"{i},{i / 7}\n" for i in range(50)), "50 different values(.|\n)*Name the column"),
+    "nothing that changes": ("x,kind\nred,a\nred,b\n", "no column besides 'kind'(.|\n)*never change, dropped: x=red"),
     "all rows holed": ("x,y,kind\n1,,a\n,2,b\n", r"none of the 2 rows is complete; missing are x \(1\), y \(1\)"),
-    "quotes": ('x,kind\n"1,a\n', "not a CSV file"),
+    "quotes": ('x,kind\n1,a\n"1,a\n', "not a CSV file from line 3 on(.|\n)*Close every quote"),
+    "latin-1": (b"x,kind\n1,\xe4\n", "not a CSV file in UTF-8(.|\n)*CSV UTF-8"),
+    "thousands": ('x,kind\n"1,234,567",a\n"2,345,678",b\n', "has '1,234,567', and 1 more with a comma; expected '1234567'.\n"),
+    "thousands and a point": ('x,kind\n"1,234.5",a\n7,b\n', "has '1,234.5', and 0 more with a comma; expected '1234.5'.\n"),
+    "thousands or a fraction": ('x,kind\n"1,234",a\n7,b\n', "expected '1.234', or '1234' if the comma parts thousands"),
 }
 
 
@@ -429,10 +436,54 @@ def test_words_for_nothing_may_be_classes(tmp_path):
 def test_a_csv_at_fault_is_named(tmp_path, fault):
     text, message = CSV_FAULTS[fault]
     if text is not None:
-        (tmp_path / "t.csv").write_text(text)
+        (tmp_path / "t.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message) as caught:
         open_source(ShardConfig(source="csv", path=str(tmp_path / "t.csv"), target="kind"))
     assert "t.csv" in str(caught.value)
+
+
+def read_table(folder: Path, text: str, **settings):
+    (folder / "t.csv").write_text(text, encoding="utf-8", newline="")
+    return open_source(ShardConfig(source="csv", path=str(folder / "t.csv"), target="kind", **settings))
+
+
+def test_what_excel_and_pandas_write_is_read(tmp_path):
+    below = "1;5;a\r\n2;7;b\r\n"
+    for header, features in (("sep=;\r\nx;y;kind", ["x", "y"]), ('"x,\n in (a,b,c,d)";y;kind', ["x, in (a,b,c,d)", "y"]),
+                             ("Unnamed: 0;y;kind", ["y"]), ("Unnamed: 0.1;y;kind", ["y"]),
+                             ("Unnamed: x;y;kind", ["Unnamed: x", "y"])):  # fmt: skip
+        source = read_table(tmp_path, f"\ufeff{header}\r\n{below}")
+        assert source.features == features and source.names == [f"line {k}" for k in ((3, 4) if "\n" in header else (2, 3))]
+        assert source.store.rows[:, -1].tolist() == [5, 7] and source.classes == ["a", "b"]
+        assert ("1 columns without a name, dropped: often the rows' numbers" in source.notes) == (features == ["y"])
+
+
+def test_1_and_1_0_are_one_class_and_sorted_as_numbers(tmp_path):
+    for labels, classes, numbers in (
+        (["0", "1.0", "1", "10.0"], ["0", "1", "10.0"], [0, 1, 1, 2]), (["10.0", "9.0", "", "NaN"], ["9.0", "10.0"], [1, 0]),
+        (["1.5", "1.0", "1"], ["1", "1.0", "1.5"], [2, 1, 0]), (["1", "2", "#N/A", "<NA>"], ["1", "2"], [0, 1]),
+    ):  # fmt: skip
+        source = read_table(tmp_path, "x,kind\n" + "".join(f"{i},{label}\n" for i, label in enumerate(labels * 3)))
+        assert source.classes == classes and source.labels.tolist() == numbers * 3
+
+
+def test_columns_that_count_the_rows_or_are_the_class_are_named(tmp_path):
+    def notes(lines: list[tuple]) -> list[str]:
+        return read_table(tmp_path, "id,x,twin,word,kind\n" + "".join(",".join(map(str, line)) + "\n" for line in lines)).notes[1:]
+
+    lines = [(i + 100, i % 7, 2.5 + i % 3, "uvw"[i % 3], "abc"[i % 3]) for i in range(60)]
+    told = "columns of one value for each class, kept; --drop leaves out what is known only with the class"
+    assert notes(lines) == ["1 columns that count the rows, kept; --drop leaves them out: id", f"2 {told}: twin, word"]
+    lines[50] = (150.5, 1, 3.5, "w", "a")
+    assert notes(lines) == []
+    assert notes([(i, i % 7, i % 2, "uv"[i % 2], i % 2) for i in range(49)]) == []  # by chance
+
+
+def test_numbers_that_float32_cannot_tell_apart_are_not_said_to_be_constant(tmp_path):
+    source = read_table(tmp_path, "ms,same,x,kind\n" + "".join(f"{1700000000000 + i},7,{i},{'ab'[i % 2]}\n" for i in range(9)))
+    assert source.features == ["x"] and source.notes == [
+        "1 columns that never change, dropped: same",
+        "1 columns whose numbers are one in float32, dropped; take off what is large and the same in all: ms"]  # fmt: skip
 
 
 def test_classes_that_are_numbers_are_sorted_as_numbers(tmp_path):

@@ -121,16 +121,7 @@ def test_a_trial_is_what_a_plain_training_of_that_fold_gives(write_study, tmp_pa
     path = write_study({"sampler": "grid", "folds": 2}, search={"optim.lr": [0.003, 0.01]})
     assert main([path]) == 0
     trial = trials_of(path)[1]
-    argv = [
-        "--config",
-        "base.yaml",
-        "--optim.lr",
-        str(trial.params["optim.lr"]),
-        "--data.folds",
-        "2",
-        "--data.fold",
-        "1",
-    ]
+    argv = ["--config", "base.yaml", "--optim.lr", str(trial.params["optim.lr"]), "--data.folds", "2", "--data.fold", "1"]
     assert run_training([*argv, "--run", str(tmp_path / "plain")]) == 0
     lines = [json.loads(line) for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()]
     best = best_line([line for line in lines if line.get("split") == "val"], "top1")
@@ -593,12 +584,7 @@ def test_a_grid_counts_the_steps_of_a_range():
 
 
 def test_of_equal_accuracies_the_lower_loss_is_best():
-    lines = [
-        {"top1": 0.9, "loss": 0.4},
-        {"top1": 0.9, "loss": 0.3},
-        {"top1": 0.8, "loss": 0.1},
-        {"top1": 0.95, "loss": None},
-    ]
+    lines = [{"top1": 0.9, "loss": 0.4}, {"top1": 0.9, "loss": 0.3}, {"top1": 0.8, "loss": 0.1}, {"top1": 0.95, "loss": None}]
     assert best_line(lines[:3], "top1") == lines[1] and best_line(lines, "loss") == lines[2]
 
 

@@ -11,9 +11,7 @@ SIZES = [0, 1, 511, 512, 513, 4096, 70_000, 8**7, 8**11 - 1]
 
 
 def test_many_headers_are_those_made_one_by_one():
-    names = [
-        f"{k:08d}.{kind}" for k, kind in enumerate(["jpg", "cls", "png", "npy", "jpg", "a", "x" * 80, "cls", "jpg"])
-    ]
+    names = [f"{k:08d}.{kind}" for k, kind in enumerate(["jpg", "cls", "png", "npy", "jpg", "a", "x" * 80, "cls", "jpg"])]
     together = headers(names, SIZES)
     assert together == b"".join(map(header, names, SIZES))
     assert all(is_header(together[at : at + BLOCK]) for at in range(0, len(together), BLOCK))
@@ -30,7 +28,7 @@ def test_many_members_make_the_same_tar_as_one_by_one(tmp_path):
     rng = np.random.default_rng(0)
     members = [(f"{k:08d}.jpg", rng.bytes(size)) for k, size in enumerate([0, 1, 512, 700, 1024, 30_000] * 5)]
     singly, together = TarWriter(tmp_path / "singly.tar"), TarWriter(tmp_path / "together.tar")
-    offsets = [singly.add(*member) for member in members]
+    offsets = [singly.extend([member])[0] for member in members]
     assert together.extend(members[:7]) + together.extend(members[7:]) + together.extend([]) == offsets
     assert (singly.close(), singly.size) == (together.close(), together.size)
     written = (tmp_path / "together.tar").read_bytes()

@@ -157,6 +157,8 @@ def test_published_weights_that_have_no_head_leave_the_drawn_one(hub, monkeypatc
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *where, **how: dict(headless_weights))
     tuned, fresh = build("test_vit", 3, (160, 160), pretrained="DEFAULT"), build("test_vit", 3, (160, 160))
     assert torch.equal(tuned.head.weight, fresh.head.weight) and torch.equal(tuned.cls_token, hub.cls_token)
+    with pytest.raises(UserError, match="train.epochs is 0, and DEFAULT has no last layer for the 3 classes"):
+        build_model(ModelConfig(name="timm/test_vit", pretrained="DEFAULT"), 3, (160, 160), None, 0, is_trained=False)
 
 
 def test_published_weights_that_cannot_be_had_are_said(monkeypatch):
@@ -183,13 +185,16 @@ def test_published_weights_bring_the_statistics_they_were_trained_with(tmp_path)
     assert found("test_vit", str(file)) is None
 
 
-@pytest.mark.parametrize("name, weights, size, crop, told", [
-    ("resnet18", "tv_in1k", (224, 224), 0.875, None), ("resnet18", "mine.pth", (224, 224), 0.5, None),
-    ("resnet18", "a1_in1k", (224, 224), 0.875, "at 288 x 288 px with data.eval_crop 1, bicubic; this run evaluates at 224 x"),
-    ("test_vit", "DEFAULT", (160, 160), 0.0, "at 160 x 160 px with data.eval_crop 0.95, bicubic; this run"),
+@pytest.mark.parametrize("name, weights, size, crop, interpolation, told", [
+    ("resnet18", "tv_in1k", (224, 224), 0.875, "bilinear", None), ("resnet18", "mine.pth", (224, 224), 0.5, "bilinear", None),
+    ("resnet18", "a1_in1k", (224, 224), 0.875, "bicubic", "at 288 x 288 px with data.eval_crop 1 and data.interpolation bicubic; "
+     "this run evaluates at 224 x"),
+    ("test_vit", "DEFAULT", (160, 160), 0.95, "bilinear", "at 160 x 160 px with data.eval_crop 0.95 and data.interpolation "
+     "bicubic; this run evaluates at 160 x 160 px with data.eval_crop 0.95 and bilinear."),
+    ("test_vit", "DEFAULT", (160, 160), 0.95, "bicubic", None),
 ])  # fmt: skip
-def test_it_is_said_where_published_weights_were_evaluated_otherwise(name, weights, size, crop, told):
-    found = evaluated_otherwise(ModelConfig(name=f"timm/{name}", pretrained=weights), size, crop)
+def test_it_is_said_where_published_weights_were_evaluated_otherwise(name, weights, size, crop, interpolation, told):
+    found = evaluated_otherwise(ModelConfig(name=f"timm/{name}", pretrained=weights), size, crop, interpolation)
     assert found == [] if told is None else told in found[0]
 
 

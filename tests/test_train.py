@@ -24,7 +24,8 @@ from dist_train.errors import UserError
 from dist_train.index import load_index, save_index, save_table
 from dist_train.predict import eval_main, load_run
 from dist_train.predict import main as predict_main
-from dist_train.run import Run, written_settings
+from dist_train.run import Run
+from dist_train.run_folder import written_settings
 from dist_train.settings import read_config
 from dist_train.sizes import check_new, check_sizes, config_warnings, micro_batch_size, on_device_augment, whole_steps
 from dist_train.train import its_time, parse, run_training
@@ -94,6 +95,18 @@ def test_muon_with_what_it_cannot_do_is_refused(digits):
     config = read_config(RunConfig, ["--optim.name", "muon", "--train.parallel", "hybrid"], "")
     with pytest.raises(UserError, match="optim.name is muon and train.parallel hybrid"):
         check_sizes(config, index, runtime.World(0, 2, 0, 2, None))
+
+
+def test_frozen_layers_of_a_network_that_is_split_are_refused(digits):
+    argv = ["--model.pretrained", "w.pth", "--optim.freeze_epochs", "1", "--train.parallel", "fsdp"]
+    with pytest.raises(UserError, match="optim.freeze_epochs is 1.0 and train.parallel fsdp"):
+        check_sizes(read_config(RunConfig, argv, ""), load_index(digits), runtime.World(0, 2, 0, 2, None))
+
+
+def test_a_table_needs_the_mlp(digits):
+    table = replace(load_index(digits), features=["x"], image_size=None)
+    with pytest.raises(UserError, match="is a table, so model.name must be mlp, not vgg13"):
+        check_sizes(read_config(RunConfig, ["--model.name", "vgg13"], ""), table, runtime.World(0, 1, 0, 1, None))
 
 
 @pytest.mark.two_process
@@ -467,16 +480,7 @@ def test_tars_made_by_webdataset_are_indexed_and_train(tmp_path, capsys):
             writer.write({"__key__": f"their/{i:04d}", "jpg": buffer.getvalue(), "cls": i % 2})
     foreign.main([str(folder)])
     run = tmp_path / "run"
-    argv = [
-        "--augment.crop",
-        "random_resized",
-        "--data.global_batch_size",
-        "16",
-        "--train.epochs",
-        "8",
-        "--optim.lr",
-        "0.01",
-    ]
+    argv = ["--augment.crop", "random_resized", "--data.global_batch_size", "16", "--train.epochs", "8", "--optim.lr", "0.01"]
     assert run_training(tiny_run(str(folder), run, *argv)) == 0  # without val and test splits, too
     curve = losses(run)
     assert sum(curve[-4:]) < sum(curve[:4])
