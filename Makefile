@@ -20,8 +20,9 @@ install: $(VENV)/installed
 
 # uv installs the same packages from the same place in a fifth of pip's time; pip takes over where uv cannot be had
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard setup.py dist_train/*.[ch])
-	@$(BIN)/python $(IS_NEW) 2> /dev/null || rm -rf $(VENV)
-	@test -d $(VENV) || $(PYTHON) $(IS_NEW) || { echo "Python 3.11 is needed, $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 2; }
+	@$(BIN)/python $(IS_NEW) 2> /dev/null || $(PYTHON) $(IS_NEW) || \
+		{ echo "Python 3.11 or newer is needed, $(PYTHON) is not: make PYTHON=python3.12 ..."; exit 2; }
+	@$(BIN)/python $(IS_NEW) 2> /dev/null; test $$? != 1 || rm -rf $(VENV)  # one that does not start may only lack a module
 	test -x $(BIN)/pip || $(BIN)/python -m ensurepip --default-pip > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check uv || true
 	if test -x $(BIN)/uv; then $(UV_INSTALL) -e '.[dev]'; else $(PIP_INSTALL) -e '.[dev]'; fi

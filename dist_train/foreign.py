@@ -17,7 +17,7 @@ from dist_train.read_foreign import Sums, read_tars
 from dist_train.remote import is_remote, shown
 from dist_train.shard_cache import DEFAULT_GB, ShardCache, default_folder
 from dist_train.sources import SPLIT_WORDS, SPLITS, printable
-from dist_train.tables import column_statistics, untaught_columns
+from dist_train.tables import CONSTANT_STD, column_statistics, untaught_columns
 from dist_train.tar_lists import NamedTar, named_tars
 
 _STATISTICS_SAMPLES = 20_000  # decoded a split for mean and std: the third digit is settled far earlier
@@ -220,9 +220,13 @@ def _statistics(what: str, sums: list[Sums], vectors: bool) -> tuple[list[float]
         if num_holes := int(np.isnan(values).sum()):
             print(f"{what}: {num_holes:,} of the {values.size:,} values read for mean and std are missing (NaN): they count as "
                   f"their column's mean.")  # fmt: skip
-        for note in untaught_columns(values, features):
-            print(f"{what}: {note}")
-        return *column_statistics(values, weights), features
+        mean, std = column_statistics(values, weights)
+        if (weights == 1).all():
+            for note in untaught_columns(values, features):
+                print(f"{what}: {note}")
+        else:  # rows that were not read may differ
+            std = [1.0 if value == CONSTANT_STD else value for value in std]
+        return mean, std, features
     from dist_train.pictures import mean_and_std
 
     damaged = sum(tar.num_damaged for tar in sums)

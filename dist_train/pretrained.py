@@ -108,8 +108,13 @@ def evaluated_otherwise(config: ModelConfig, image_size: tuple[int, int] | None,
     """A line where published weights were evaluated at another size, crop or interpolation than this run evaluates at.
 
     image_size: (height, width) that enters the network; crop: share of the shorter side, 0 for the whole picture; interpolation:
-    data.interpolation. Nothing is known of files but torchvision's own.
+    data.interpolation. Of a run's weights the interpolation alone is compared; nothing is known of other files but torchvision's.
     """
+    if about := _about_run(config.pretrained):
+        how = about.get("interpolation", "bilinear")
+        return [] if about["features"] or how == interpolation else [
+            f"model.pretrained {config.pretrained}: that run resized its pictures with data.interpolation {how}; "
+            f"this run: {interpolation}."]  # fmt: skip
     if (theirs := _published_evaluation(config)) is None:
         return []
     size, share, how = theirs
@@ -224,9 +229,9 @@ def _published_evaluation(config: ModelConfig) -> tuple[int, float, str] | None:
 
 def _about_run(pretrained: str) -> dict | None:
     """What a run tells of itself beside its weights.safetensors; None of other files, and in a folder that is no run's."""
-    path = Path(pretrained).with_name("inference.json")
     if Path(pretrained).name != "weights.safetensors":
         return None
+    path = Path(pretrained).with_name("inference.json")
     try:
         about = json.loads(path.read_text())
         return about if about["features"] or (about["mean"] and about["std"]) else None

@@ -75,4 +75,5 @@ def inference(config: RunConfig, index: ShardIndex, size: tuple[int, int] | None
         "image_size": size and list(size), "eval_size": size and list(sizes.eval_size(config, index)),
         "one_size": index.image_size is not None, "stored_size": index.image_size and list(index.image_size),
         "eval_crop": sizes.eval_crop(config, index), "missing": index.source.get("missing") if index.features else None,
+        "interpolation": config.data.interpolation,
     }  # fmt: skip

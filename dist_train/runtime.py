@@ -21,6 +21,7 @@ from dist_train.watch import is_lost_contact
 from dist_train.workers import num_cores
 
 EXIT_STOPPED = 85  # stopped on request, a checkpoint is written, `--resume` goes on
+DRIVER = "/proc/driver/nvidia/version"
 LOST_HOST_S = 120  # in which a server of NFSv4 gives up the locks of a host that is gone; its lease is 90 s by default
 
 
@@ -34,6 +35,7 @@ class World:
     local_world_size: int
     device: object
     num_cores: int = 1  # for its threads
+    misses_gpu: bool = False  # it computes on the CPU, unasked, where a driver of GPUs is
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -59,10 +61,7 @@ def where(world: World) -> str:
     on_gpu = world.device.type == "cuda"
     words = f"{world.world_size} {'rank' if world.world_size == 1 else 'ranks'} on "
     words += torch.cuda.get_device_name(world.device) if on_gpu else "the CPU"
-    is_missed = not on_gpu and not _asks_for_cpu(os.environ) and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
-    if is_missed and Path("/proc/driver/nvidia/version").exists():
-        words += ", though this machine has a driver of GPUs: dist-train doctor says why"
-    return words
+    return words + (", though this machine has a driver of GPUs: dist-train doctor says why" if world.misses_gpu else "")
 
 
 def start(precision: str, threads: int, timeout_s: int, deterministic: bool = False):
@@ -110,6 +109,7 @@ def start(precision: str, threads: int, timeout_s: int, deterministic: bool = Fa
                 f"the launcher sets {name} to {env[name]}, which would change the training behind the recipe's back.\n"
                 f"  Leave it out of accelerate's configuration and set {setting} in the recipe."
             )
+    misses_gpu = use_cpu and not _asks_for_cpu(env) and env.get("CUDA_VISIBLE_DEVICES") != "" and Path(DRIVER).exists()
     env["ACCELERATE_USE_CPU"] = "true" if use_cpu else "false"  # without it, ranks on the CPU would each be alone
     # set, or Accelerate would choose a number, and warn
     env["OMP_NUM_THREADS"] = str(threads or max(1, num_cores() // local_world_size))
@@ -134,7 +134,7 @@ def start(precision: str, threads: int, timeout_s: int, deterministic: bool = Fa
                 f"alone.\n  Use launch/local.sh, or accelerate launch with a configuration from launch/accelerate/."
             )
         world = World(accelerator.process_index, world_size, local_rank, local_world_size, accelerator.device)
-        world = replace(world, num_cores=cores_of_rank(world))  # the first message between the ranks
+        world = replace(world, num_cores=cores_of_rank(world), misses_gpu=misses_gpu)  # the first message between the ranks
     except RuntimeError as error:
         if not is_lost_contact(error):
             raise

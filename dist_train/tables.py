@@ -130,12 +130,17 @@ def _giveaways(header: list[str], features: list[Feature], keep: np.ndarray, lab
         of_class = cells[first]
         if len(np.unique(of_class)) == len(first) and np.array_equal(cells, of_class[labels]):
             telling.append(header[f.column])
-        elif f.text < 0 and (np.diff(f.cells) == 1).all():
+        elif f.text < 0 and _counts_up(f.cells):
             counting.append(header[f.column])
     return [
         *_note("columns that count the rows, kept; --drop leaves them out", counting),
         *_note("columns of one value for each class, kept; --drop leaves out what is known only with the class", telling),
     ]
+
+
+def _counts_up(values: np.ndarray) -> bool:
+    with np.errstate(over="ignore", invalid="ignore"):  # float32's largest and infinities are no counts
+        return bool((np.diff(values) == 1).all())
 
 
 def _features(path: Path, header: list[str], rows, lines, wanted: list[int]) -> tuple[list[Feature], list[str]]:

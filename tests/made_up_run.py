@@ -16,9 +16,7 @@ from dist_train.index import SAMPLE, ShardIndex, SplitIndex, file_checksum, save
 from dist_train.settings import to_dict
 
 
-def make_run(
-    folder: Path, classes: list[str], pictures: bool = True, finished: bool = True, num_test: int = 400
-) -> Path:
+def make_run(folder: Path, classes: list[str], pictures: bool = True, finished: bool = True, num_test: int = 400) -> Path:
     """Write runs/demo and shards/demo below folder; return the run's folder."""
     run, shards, rng = folder / "runs/demo", folder / "shards/demo", np.random.default_rng(0)
     run.mkdir(parents=True)
@@ -34,9 +32,7 @@ def make_run(
     if not finished:
         return run
     labels = rng.integers(len(classes), size=num_test)
-    predicted = np.where(
-        rng.random(num_test) < 0.9, labels, (labels + 1 + rng.integers(2, size=num_test)) % len(classes)
-    )
+    predicted = np.where(rng.random(num_test) < 0.9, labels, (labels + 1 + rng.integers(2, size=num_test)) % len(classes))
     confusion = np.zeros((len(classes), len(classes)), int)
     np.add.at(confusion, (labels, predicted), 1)
     wrong = np.flatnonzero(labels != predicted)[:30]

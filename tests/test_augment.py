@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
+from conftest import some_keys
 from torchvision.transforms import InterpolationMode
 
 from dist_train import augment as A
@@ -43,10 +44,6 @@ def normalize(images, mean, std):
     return evaluation_pixels(images, images.shape[2:], mean, std)
 
 
-def some_keys(n: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(order.sample_keys(seed, np.zeros(n, np.int64), np.arange(n)))
-
-
 def noise(n: int, height: int = 20, width: int = 24, channels: int = 3) -> torch.Tensor:
     """uint8 (n, channels, height, width) in channels-last memory, as the decoder gives it."""
     generator = torch.Generator().manual_seed(1)
@@ -55,10 +52,10 @@ def noise(n: int, height: int = 20, width: int = 24, channels: int = 3) -> torch
 
 
 def smooth(n: int, height: int, width: int) -> torch.Tensor:
-    """uint8 pictures of slow waves, which two resamplings in a row hardly blur."""
+    """Pictures in 0..1 of slow waves, which two resamplings in a row hardly blur: float32 (n, 3, height, width)."""
     y, x = torch.linspace(0, 3, height)[:, None], torch.linspace(0, 3, width)
     waves = [torch.sin(y * (1 + i % 3) * 0.7 + c) * torch.cos(x * (1 + i % 2) * 0.6 + i) for i in range(n) for c in range(3)]
-    return (torch.stack(waves).view(n, 3, height, width) * 100 + 128).to(torch.uint8)
+    return torch.stack(waves).view(n, 3, height, width) * 0.4 + 0.5
 
 
 def denormalised(pixels: torch.Tensor) -> torch.Tensor:
@@ -187,7 +184,7 @@ def test_what_is_sampled_by_a_grid_is_reduced_as_is_asked_before():
 @pytest.mark.parametrize("stored, size", [((48, 60), (40, 40)), ((48, 60), (64, 48)), ((96, 120), (40, 40))])
 def test_one_sampling_equals_torchvisions_chain(stored, size):
     config = AugmentConfig(crop="random_resized", flip=0.5, rotate_degrees=15)
-    pictures, keys = smooth(16, *stored), some_keys(16)
+    pictures, keys = (smooth(16, *stored) * 255).to(torch.uint8), some_keys(16)
     transform = Augment(config, size, MEAN, STD)
     found = transform.transform_geometry(pictures, keys, [])
     cuts, flipped = transform.draw_boxes(keys, stored), A.uniform(keys, A.FLIP) < 0.5
@@ -304,10 +301,7 @@ class _Operations(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if any(
-            isinstance(x, torch.Tensor) and x.dtype == torch.float64
-            for x in (out if isinstance(out, tuple) else (out,))
-        ):
+        if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in (out if isinstance(out, tuple) else (out,))):
             self.wide.append(str(function))
         if any(name in str(function) for name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique")):
             self.reads.append(str(function))

@@ -94,9 +94,7 @@ def test_a_training_names_them_and_ends_past_the_limit(shards, tmp_path, capsys)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["bad_samples"] == lines
     assert "the next good sample takes its place" in capsys.readouterr().out
     with pytest.raises(UserError, match="one more than data.max_bad, 2, allows"):
-        train.run_training(
-            [*tiny_run(shards, tmp_path / "other", "--data.global_batch_size", "8"), "--data.max_bad", "2"]
-        )
+        train.run_training([*tiny_run(shards, tmp_path / "other", "--data.global_batch_size", "8"), "--data.max_bad", "2"])
 
 
 @pytest.mark.parametrize("more", [("--data.cache", "disk"), ("--data.folds", "2")])

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import tiny_run
+from conftest import sharded, tiny_run
 
 from dist_train import bench, bench_step
 from dist_train.config import AugmentConfig, DataConfig, RunConfig
@@ -31,10 +31,8 @@ def test_every_part_of_the_feeding_is_measured(digits, capsys):
 
 
 def test_a_table_is_measured_without_decoding(tmp_path):
-    from dist_train import shard
-
-    shard.main(["--source", "sklearn", "--dataset", "iris", "--out", str(tmp_path / "iris"), "--workers", "1"])
-    config = RunConfig(data=DataConfig(shards=str(tmp_path / "iris"), global_batch_size=16, threads=1))
+    iris = sharded(tmp_path / "iris", "--source", "sklearn", "--dataset", "iris")
+    config = RunConfig(data=DataConfig(shards=iris, global_batch_size=16, threads=1))
     figures = bench.measure(config, torch.device("cpu"), 0.01, repeats=2)
     assert set(figures) == {"bytes", "stream", "cached", "limits", "most_to_win", "threads", "batch_size", "on"}
     assert figures["limits"] == "reading"
@@ -42,6 +40,12 @@ def test_a_table_is_measured_without_decoding(tmp_path):
     figures = bench.measure(uncached, torch.device("cpu"), 0.01, repeats=1)
     assert "cached" not in figures and figures["most_to_win"] is None
     assert all(f"{figures[name]['images_per_s']:,.0f}" in bench.verdict(figures, uncached)[0] for name in ("bytes", "stream"))
+
+
+def told(capsys) -> tuple[dict, str]:
+    """The figures of --json, and the words above them on one line."""
+    *lines, last = capsys.readouterr().out.splitlines()
+    return json.loads(last), " ".join(" ".join(lines).split())
 
 
 def test_what_the_network_needs_stands_beside_what_the_feeding_has(digits, tmp_path, capsys):
@@ -54,8 +58,7 @@ def test_what_the_network_needs_stands_beside_what_the_feeding_has(digits, tmp_p
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(settings))
     bench.main(["data", "--config", str(recipe), "--seconds", "0.02", "--json"])
-    *lines, last = capsys.readouterr().out.splitlines()
-    figures, out = json.loads(last), " ".join(" ".join(lines).split())
+    figures, out = told(capsys)
     assert figures["need"] == figures["step"]["images_per_s"] > 0 and figures["threads"] == 1
     assert figures["epochs"]["first"]["have"] == figures["stream"]["images_per_s"]
     assert figures["epochs"]["later"]["have"] == figures["cached"]["images_per_s"]
@@ -123,8 +126,7 @@ def test_a_step_is_timed_from_shards_and_from_memory(digits, tmp_path, capsys, m
     monkeypatch.setattr(bench_step, "choose_decoder",
                         lambda config, folder, device, num_threads: asked.append(num_threads) or config)  # fmt: skip
     bench.main(["step", *settings[:at], *settings[at + 2 :], "--steps", "4", "--turns", "2", "--json"])
-    *lines, last = capsys.readouterr().out.splitlines()
-    figures, out = json.loads(last), " ".join(" ".join(lines).split())
+    figures, out = told(capsys)
     assert figures["images_per_s"] == pytest.approx(96 / figures["step_s"])
     for rate, spread in (("images_per_s", "spread"), ("synthetic_images_per_s", "synthetic_spread")):
         assert 0 < figures[spread][0] < figures[rate] < figures[spread][1]

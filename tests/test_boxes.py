@@ -3,14 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from conftest import some_keys
 from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 from dist_train import augment, boxes, order
 from dist_train.config import AugmentConfig
-
-
-def some_keys(n: int) -> torch.Tensor:
-    return torch.from_numpy(order.sample_keys(0, np.zeros(n, np.int64), np.arange(n)))
 
 
 def torchvision_box(height, width, scale, ratio, key):
@@ -41,9 +38,7 @@ def test_random_boxes_follow_torchvisions_rule_on_pictures_of_all_shapes():
         found = boxes.random_resized_boxes(keys, heights, widths, scale, ratio)
         expected = [torchvision_box(*row, scale, ratio, key) for *row, key in zip(heights, widths, keys, strict=True)]
         assert found.dtype == np.float64
-        assert (found == expected).all(
-            1
-        ).mean() > 0.998  # a side that is a half to the seventh digit may round the other way
+        assert (found == expected).all(1).mean() > 0.998  # a side that is a half to the seventh digit may round the other way
         assert np.abs(found - expected).max() <= 1
         top, left, height, width = found.T
         assert (found[:, 2:] >= 1).all() and (found >= 0).all()

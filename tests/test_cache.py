@@ -17,6 +17,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import sharded, take
+from test_sources import picture
 
 from dist_train import cache, decode, decoded_file, loader, open_stream
 from dist_train.cache import DecodedCache, Rows, available_bytes
@@ -31,10 +33,6 @@ def put(path: Path, content: bytes) -> None:
     """Another file under the same name: a thread of an earlier stream may still read from the old one's mapping."""
     path.with_suffix(".new").write_bytes(content)
     path.with_suffix(".new").replace(path)
-
-
-def take(stream, count):
-    return list(itertools.islice(stream, count))
 
 
 def assert_equal(batches, expected):
@@ -55,11 +53,6 @@ def count_decoded(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(loader, "decode_from_files", counting)
     return counted
-
-
-@pytest.fixture
-def copied(digits, tmp_path):
-    return shutil.copytree(digits, tmp_path / "digits")
 
 
 @pytest.mark.parametrize("size", [0, 12])
@@ -127,30 +120,19 @@ def test_the_evaluation_is_the_same_from_the_cache(digits, tmp_path, mode):
         assert_equal(to_device(open_evaluation(index, "test", 50, cache=kept), torch.device("cpu")), expected)
 
 
-def test_rows_of_tables_are_kept_too(tmp_path):
-    from dist_train import shard
-
-    out = str(tmp_path / "cancer")
-    shard.main(["--source", "sklearn", "--dataset", "breast_cancer", "--out", out, "--workers", "1"])
-    expected = take(open_stream(out, batch_size=64, cache="none"), 20)
+def test_rows_of_tables_are_kept_too(table, tmp_path):
+    expected = take(open_stream(table, batch_size=64, cache="none"), 20)
     for mode in ("auto", *MODES):
         kept = DecodedCache(mode, folder=str(tmp_path / "cache"))
-        assert_equal(take(open_stream(out, batch_size=64, cache=kept), 20), expected)
+        assert_equal(take(open_stream(table, batch_size=64, cache=kept), 20), expected)
         assert all(rows is not None for rows in kept._rows.values())
 
 
 def test_central_crops_of_different_rules_are_kept_apart(tmp_path):
-    from PIL import Image
-
-    from dist_train import shard
-
     rng = np.random.default_rng(0)
     for k in range(24):
-        path = tmp_path / "raw" / "ab"[k % 2] / f"{k}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (*rng.integers(10, 40, 2), 3), dtype=np.uint8)).save(path)
-    shard.main(["--source", "folder", "--path", str(tmp_path / "raw"), "--out", str(tmp_path / "out"), "--workers", "1"])
-    index, kept = load_index(tmp_path / "out"), DecodedCache("memory")
+        picture(tmp_path / "raw" / "ab"[k % 2] / f"{k}.png", k, rng.integers(10, 40, 2))
+    index, kept = load_index(sharded(tmp_path / "out", "--path", str(tmp_path / "raw"))), DecodedCache("memory")
     for crop in (0.875, 0.5, 0.0, 0.875):
         expected = list(open_evaluation(index, "train", 8, 16, crop))
         assert_equal(open_evaluation(index, "train", 8, 16, crop, cache=kept), expected)
@@ -204,13 +186,7 @@ def test_the_gather_refuses_what_lies_outside():
     rows, out = np.arange(40, dtype=np.uint8).reshape(10, 4), np.zeros((2, 4), np.uint8)
     decode.native.gather(rows, 4, np.array([9, 0]), out)
     assert out.tolist() == rows[[9, 0]].tolist()
-    for samples, into, row_bytes in (
-        ([10, 0], out, 4),
-        ([-1, 0], out, 4),
-        ([1], out, 4),
-        ([1, 2], out, 0),
-        ([1, 2], out, 3),
-    ):
+    for samples, into, row_bytes in (([10, 0], out, 4), ([-1, 0], out, 4), ([1], out, 4), ([1, 2], out, 0), ([1, 2], out, 3)):
         with pytest.raises(ValueError, match="wrong number of bytes"):
             decode.native.gather(rows, row_bytes, np.array(samples), into)
 

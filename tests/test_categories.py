@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import sharded, table_run
 
 from dist_train import shard
 from dist_train.csv_files import numbers_in
@@ -110,14 +111,10 @@ def test_rare_texts_enter_as_10_at_most_and_the_loss_stays_finite(tmp_path):
     labels = [int((i % 7 > 3) ^ ("gold" in cells)) for i, cells in enumerate(zip(*coats, strict=True))]  # they surprise
     rows = [",".join(map(str, row)) for row in zip((i % 7 for i in range(5000)), *coats, labels, strict=True)]
     (tmp_path / "t.csv").write_text("\n".join([",".join(["x", *(f"c{c}" for c in range(12)), "k"]), *rows]) + "\n")
-    shard.main(["--source", "csv", "--path", str(tmp_path / "t.csv"), "--target", "k", "--out", str(tmp_path / "set"),
-                "--workers", "1"])  # fmt: skip
-    index = load_index(str(tmp_path / "set"))
+    index = load_index(sharded(tmp_path / "set", "--source", "csv", "--path", str(tmp_path / "t.csv"), "--target", "k"))
     assert index.features[:3] == ["x", "c0=gold", "c0=plain"] and index.std.count(0.1) > 12
     assert {*index.std[1:]} <= {0.1, CONSTANT_STD}
-    assert run_training(["--data.shards", str(tmp_path / "set"), "--run", str(tmp_path / "run"), "--model.name", "mlp",
-                         "--optim.lr", "0.1", "--train.epochs", "2", "--track.wandb", "off",
-                         "--runtime.threads", "1"]) == 0  # fmt: skip
+    assert run_training(table_run(index.folder, tmp_path / "run", "--optim.lr", "0.1", "--train.epochs", "2")) == 0
     assert np.isfinite(json.loads((tmp_path / "run" / "result.json").read_text())["test"]["loss"])
 
 
@@ -143,9 +140,8 @@ def test_what_never_changes_in_training_moves_no_output_whatever_stands_elsewher
     assert capsys.readouterr().out.count(f"{UNTAUGHT.replace('1', '3', 1)}c, town=Lima, town=Rome\n") == 1
     index = load_index(str(tmp_path / "set"))
     assert index.mean[1:] == [7, 0, 1] and index.std[1:] == [CONSTANT_STD] * 3
-    assert run_training(["--data.shards", str(tmp_path / "set"), "--run", str(run), "--model.name", "mlp", "--optim.lr", "0.05",
-                         "--train.epochs", "20", "--data.val_split", "", "--track.wandb", "off",
-                         "--runtime.threads", "1"]) == 0  # fmt: skip
+    argv = ["--optim.lr", "0.05", "--train.epochs", "20", "--data.val_split", ""]
+    assert run_training(table_run(index.folder, run, *argv)) == 0
     assert json.loads((run / "result.json").read_text())["test"]["top1"] == 1
     path.write_text("x,c,town\n" + "".join(f"3,{c},{town}\n" for c, town in ((7, "Rome"), (50000, "Lima"), (-1e9, "Oslo"))))
     assert len({*predicted(capsys, run, path)[0]}) == 1
@@ -238,12 +234,10 @@ def town_run(tmp_path_factory):
         town = towns[i % len(towns)]
         lines.append(f"{random.normal(40, 9):.2f},{town},{bool(random.random() < 0.5)},{TOWNS[town]}")
     (folder / "t.csv").write_text("\n".join(lines) + "\n")
-    shard.main(["--source", "csv", "--path", str(folder / "t.csv"), "--target", "region", "--out", str(folder / "set"),
-                "--workers", "1"])  # fmt: skip
+    sharded(folder / "set", "--source", "csv", "--path", str(folder / "t.csv"), "--target", "region")
     run = folder / "run"
-    assert run_training(["--data.shards", str(folder / "set"), "--run", str(run), "--model.name", "mlp", "--model.hidden", "[16]",
-                         "--data.global_batch_size", "32", "--train.epochs", "12", "--optim.lr", "0.05", "--track.wandb", "off",
-                         "--runtime.threads", "1"]) == 0  # fmt: skip
+    argv = ["--model.hidden", "[16]", "--data.global_batch_size", "32", "--train.epochs", "12", "--optim.lr", "0.05"]
+    assert run_training(table_run(str(folder / "set"), run, *argv)) == 0
     return run, folder / "set"
 
 

@@ -32,6 +32,14 @@ def saved(step, value=1.0):
     return Saved(step, {"model": {"weight": torch.full((3, 2), value)}, "optimizer": {}}, {"best_value": 0.5})
 
 
+def two_saved(folder, best: int = 0) -> Checkpoints:
+    checkpoints = Checkpoints(folder, keep=3)
+    for step in (1, 2):
+        checkpoints.save(saved(step), is_best=step == best)
+    checkpoints.wait()
+    return checkpoints
+
+
 def test_a_checkpoint_reads_back_equal(tmp_path):
     kernel = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     write_checkpoint(tmp_path / "step-00000007", Saved(7, {"model": {"kernel": kernel.contiguous()}}, {"a": [1, None]}))
@@ -59,10 +67,7 @@ def test_500_flipped_bits_are_all_found(tmp_path):
 
 
 def test_a_damaged_newest_checkpoint_falls_back_and_is_named(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=3)
-    for step in (1, 2):
-        checkpoints.save(saved(step), is_best=False)
-    checkpoints.wait()
+    checkpoints = two_saved(tmp_path)
     newest = checkpoints.folder / "step-00000002" / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"x")
     found, complaints = checkpoints.newest()
@@ -70,10 +75,7 @@ def test_a_damaged_newest_checkpoint_falls_back_and_is_named(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path, keep=3)
-    for step in (1, 2):
-        checkpoints.save(saved(step), is_best=step == 2)
-    checkpoints.wait()
+    checkpoints = two_saved(tmp_path, best=2)
     assert checkpoints.newest()[0].step == 2
 
     def fail(path):
@@ -86,10 +88,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(tmp_path, mon
 
 
 def test_nothing_is_begun_anew_over_checkpoints_that_are_all_damaged(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=3)
-    for step in (1, 2):
-        checkpoints.save(saved(step), is_best=False)
-    checkpoints.wait()
+    checkpoints = two_saved(tmp_path)
     for path in checkpoints.finished():
         (path / "state.json").write_text("{}")
     with pytest.raises(UserError, match="(?s)step-00000002/state.json.*step-00000001/state.json.*No whole checkpoint is left"):
@@ -136,10 +135,7 @@ def test_a_file_that_does_not_read_back_is_an_error(tmp_path, monkeypatch):
 
 
 def test_a_rank_takes_the_checkpoint_that_rank_zero_has_read_and_waits_for_it(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path, keep=3)
-    for step in (1, 2):
-        checkpoints.save(saved(step), is_best=False)
-    checkpoints.wait()
+    checkpoints = two_saved(tmp_path)
     monkeypatch.setattr("dist_train.checkpoint.on_main", lambda world, find: (newest, ["said"]))  # rank zero's word
     newest, elsewhere = checkpoints.folder / "step-00000002", tmp_path / "not-seen-yet"
     newest.rename(elsewhere)

@@ -1,17 +1,16 @@
 """Settings: every fault is named at once, later sources win, the written file reads back equal."""
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from dist_train.config import DataConfig, RunConfig, StudyConfig, conflicts
 from dist_train.errors import UserError
 from dist_train.settings import ALSO_CALLED, NO_SETTINGS, from_dict, read_config, setting_names, to_dict, which_setting
 from dist_train.shard_config import ShardConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 TRAINING = setting_names(RunConfig)
 
 
@@ -44,10 +43,7 @@ def test_every_fault_is_named_at_once(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("text, complaint", [
-    ("- a\n- b\n", "expected `key: value` lines"),
-    ("a: [1\n", "not YAML"),
-])  # fmt: skip
+@pytest.mark.parametrize("text, complaint", [("- a\n- b\n", "expected `key: value` lines"), ("a: [1\n", "not YAML")])
 def test_a_file_that_is_no_settings_file_is_named(tmp_path, text, complaint):
     path = write(tmp_path, text)
     with pytest.raises(UserError, match=complaint) as error:

@@ -6,12 +6,12 @@ import itertools
 import os
 import resource
 import threading
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import take, wait_for
 from PIL import Image
 
 from dist_train import open_stream
@@ -25,11 +25,6 @@ from dist_train.index import load_index
 from dist_train.order import sample_keys
 from dist_train.sizes import input_size
 from dist_train.store import MAX_FILES, Store
-
-
-def take(stream, count):
-    with_end = itertools.islice(stream, count)
-    return list(with_end)
 
 
 def test_an_epoch_holds_every_sample_once_with_its_label(digits):
@@ -103,13 +98,13 @@ def test_evaluation_reads_every_sample_once(digits, world_size):
 
 
 def test_the_threads_end_with_the_stream(digits):
+    of_others = set(threading.enumerate())
     stream = open_stream(digits, batch_size=32, threads=3)
     next(stream)
+    threads = set(threading.enumerate()) - of_others
+    assert sum(thread.name.startswith("decode") for thread in threads) == 3
     stream.close()
-    for thread in threading.enumerate():
-        if thread.name.startswith("decode"):
-            thread.join(5)
-            assert not thread.is_alive()
+    wait_for(lambda: not any(thread.is_alive() for thread in threads), "the end of its threads", 5)
 
 
 def test_batches_ahead_are_bounded_by_memory(digits):
@@ -138,13 +133,6 @@ def test_a_batch_too_large_for_one_a_thread_is_decoded_by_several(digits, copied
 def test_to_device_keeps_the_order(digits):
     batches = list(to_device(open_stream(digits, batch_size=64, stop_step=5), torch.device("cpu")))
     assert [b.step for b in batches] == list(range(5))
-
-
-@pytest.fixture
-def copied(digits, tmp_path):
-    import shutil
-
-    return shutil.copytree(digits, tmp_path / "digits")
 
 
 def test_too_few_open_files_are_asked_for_and_then_named(digits, monkeypatch):
@@ -254,10 +242,8 @@ def test_more_open_shards_than_the_limit_are_closed_and_opened_again(digits, mon
     stream = open_stream(digits, batch_size=64, threads=1, cache="none")
     assert torch.equal(next(stream).images, reference)
     stream.close()
-    deadline = time.monotonic() + 10
-    while len(os.listdir("/proc/self/fd")) > before + 4 and time.monotonic() < deadline:
-        time.sleep(0.02)  # a batch in the making holds the shards it reads
-    assert len(os.listdir("/proc/self/fd")) <= before + 4
+    # a batch in the making holds the shards it reads
+    wait_for(lambda: len(os.listdir("/proc/self/fd")) <= before + 4, "the shards to be closed", 10)
 
 
 def test_importing_the_package_is_light():
@@ -268,12 +254,8 @@ def test_importing_the_package_is_light():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_table_rows_come_as_stored(tmp_path):
-    from dist_train import shard
-
-    out = str(tmp_path / "cancer")
-    shard.main(["--source", "sklearn", "--dataset", "breast_cancer", "--out", out, "--workers", "1"])
-    index = load_index(out)
+def test_table_rows_come_as_stored(table):
+    index = load_index(table)
     batch = next(open_stream(index, batch_size=32))
     assert batch.images.dtype == torch.float32 and batch.images.shape == (32, len(index.features))
     import sklearn.datasets

@@ -20,6 +20,7 @@ import pytest
 import simplejpeg
 import torch
 import xxhash
+from conftest import ROOT
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resized_crop
@@ -30,7 +31,6 @@ from dist_train.decode import DecodeError, decode_batch, decode_from_files, deco
 sys.path.insert(0, str(Path(__file__).parent))
 import fuzz_decode  # noqa: E402  a script beside the tests
 
-ROOT = Path(__file__).parents[1]
 SAMPLINGS = ("444", "422", "420", "440", "411")
 
 

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from dist_train import control_groups, decode, doctor
 from dist_train.launch_traps import launch_traps
 
-ROOT = Path(__file__).resolve().parents[1]
 INSTALLED = {"torch": "2.15.0", "torchvision": "0.29.2", "accelerate": "1.15.0", "numpy": "2.4.6"}
 
 
@@ -196,10 +196,8 @@ def test_the_exit_code_is_one_where_something_is_broken(monkeypatch, capsys):
 def test_this_machine_is_looked_at_and_torch_comes_last(capsys):
     assert doctor.main([]) in (0, 1)
     said = capsys.readouterr().out
-    order = [
-        said.index(word)
-        for word in ("Python ", "torch ", "cores", "memory", "open files", "jpeg: ", "shard cache", "SLURM", "GPU")
-    ]
+    words = ("Python ", "torch ", "cores", "memory", "open files", "jpeg: ", "shard cache", "SLURM", "GPU")
+    order = [said.index(word) for word in words]
     assert order == sorted(order)
 
 

@@ -3,14 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from conftest import some_keys
 from scipy.special import betaincinv
 
 from dist_train import augment as A
 from dist_train import boxes, draws, mixing, order, policies
-
-
-def some_keys(n: int) -> torch.Tensor:
-    return torch.from_numpy(order.sample_keys(0, np.zeros(n, np.int64), np.arange(n)))
 
 
 def test_device_and_loader_draw_the_same_bits():

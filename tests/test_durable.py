@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_run, write_table
+from conftest import lines_of, tiny_run, write_table
 
 from dist_train import shard
 from dist_train.checkpoint import Saved, write_checkpoint
@@ -83,7 +83,7 @@ def test_a_shard_is_on_the_disk_before_its_name_is(tmp_path, order):
 def test_a_set_of_shards_is_on_the_disk_before_its_name_is(tmp_path, order):
     out, staging, replaced = (tmp_path / f"table{ending}" for ending in ("", ".partial", ".replaced"))
     rows = np.random.default_rng(0).normal(size=(40, 2))
-    argv = [*write_table(tmp_path / "table.csv", "ab", rows, ["yes", "no"] * 20), "--out", str(out)]
+    argv = [*write_table(tmp_path / "table.csv", "ab", rows, ["yes", "no"] * 20), "--out", str(out), "--workers", "1"]
     shard.main(argv)
     *before, note, synced, named, last = order
     assert note.startswith(f"remove {staging}/") and note.endswith(".done")  # the last that is changed in the folder
@@ -100,7 +100,7 @@ def test_the_figures_up_to_a_checkpoint_are_on_the_disk_before_its_name_is(digit
     run = tmp_path / "run"
     assert run_training(tiny_run(digits, run, "--train.max_steps", "2")) == 0  # no evaluation, which syncs by itself
     metrics = run / "metrics.jsonl"
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2]
+    assert [line["step"] for line in lines_of(run)] == [1, 2]
     named = order.index(f"rename to {run}/checkpoints/step-00000002")
     assert f"sync {metrics}, {metrics.stat().st_size} bytes" in order[:named]
 

@@ -1,21 +1,14 @@
 """One training on 1, then 2, then 4, then 1 rank: the curve of one rank all the way."""
 
-import json
-
 import pytest
-from conftest import tiny_run, train_in_turns
-
-
-def curve(run):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"]) for row in rows if row["kind"] == "train"]
+from conftest import lines_of, tiny_run, train_in_turns
 
 
 def train_on(plan, run, tmp_path, digits, *more):
     """Train as the plan says, "ranks:until step ranks:until step"; return the curve."""
     settings = tiny_run(digits, run, "--optim.lr", "0.004", "--train.eval_every_epochs", "1", "--resume", *more)
     train_in_turns(plan, settings, tmp_path)
-    return curve(run)
+    return [(line["step"], line["loss"]) for line in lines_of(run, "train")]
 
 
 @pytest.mark.two_process

@@ -1,7 +1,5 @@
 """What an evaluation sees of a picture, whoever asks for it, and evaluation without training."""
 
-import contextlib
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_run
+from conftest import same_tensors, sharded, tiny_run
 from PIL import Image
-from safetensors.torch import load_file
 from torchvision.models import VisionTransformer
 from torchvision.transforms import v2
 
-from dist_train import report, runtime, shard
+from dist_train import report, runtime
 from dist_train.config import AugmentConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from dist_train.data import open_evaluation
 from dist_train.errors import UserError
@@ -99,9 +96,7 @@ def made_shards(folder: Path, parts: dict[str, int], side: int = 40) -> str:
             path = folder / "raw" / part / f"class{k % 3}" / f"{k}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((side, side)).save(path)
-    with contextlib.redirect_stdout(io.StringIO()):
-        shard.main(["--path", str(folder / "raw"), "--out", str(folder / "shards"), "--workers", "1"])
-    return str(folder / "shards")
+    return sharded(folder / "shards", "--path", str(folder / "raw"))
 
 
 def printed(capsys) -> list[dict]:
@@ -156,15 +151,13 @@ def test_training_eval_predict_and_exported_files_see_the_same_middle(tmp_path, 
     ("digits", "--data.image_size", "8", "--augment.start_size", "6", "--model.name", "resnet18", "--model.width", "1"),
 ])  # fmt: skip
 def test_training_resizes_as_it_is_told_in_the_decoder_on_the_device_and_while_pictures_grow(tmp_path, request, settings):
-    shards, found = request.getfixturevalue(settings[0]), []
-    for interpolation in ("bilinear", "bicubic"):
-        run = tmp_path / interpolation
-        argv = tiny_run(shards, run, "--data.interpolation", interpolation, "--train.epochs", "0.1", *settings[1:])
+    shards, runs = request.getfixturevalue(settings[0]), [tmp_path / "bilinear", tmp_path / "bicubic"]
+    for run in runs:
+        argv = tiny_run(shards, run, "--data.interpolation", run.name, "--train.epochs", "0.1", *settings[1:])
         argv += ["--augment.crop", "none", "--augment.rotate_degrees", "0", "--data.global_batch_size", "16",
                  "--data.val_split", "none", "--data.test_split", "none"]
         assert run_training(argv) == 0
-        found.append(load_file(run / "weights.safetensors"))
-    assert any(not torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert not same_tensors(*runs)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -213,8 +206,7 @@ def test_published_weights_are_evaluated_without_training(tmp_path, capsys):
     result = json.loads((run / "result.json").read_text())
     assert result["val"] == json.loads((before / "result.json").read_text())["val"]
     assert (result["step"], result["best_step"]) == (0, 0)
-    trained, kept = (load_file(folder / "weights.safetensors") for folder in (before, run))
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in trained.items())
+    assert same_tensors(before, run)
 
     assert run_training(tiny_run(shards, run, *argv, "--resume")) == 0
     assert json.loads((run / "result.json").read_text()) == result

@@ -1,8 +1,6 @@
 """Exported files: the same predictions from the file alone, everything needed to use it inside, nothing left of a bad one."""
 
-import contextlib
 import importlib.util
-import io
 import json
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import tiny_run
+from conftest import train_tiny
 from safetensors.torch import save_file
 
 from dist_train import export as export_module
@@ -24,7 +22,6 @@ from dist_train.predict import load_run
 from dist_train.run_folder import inference
 from dist_train.settings import to_dict
 from dist_train.sizes import input_size
-from dist_train.train import run_training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,9 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory) -> Path:
     """A real run, evaluated on six views of each picture."""
-    run = tmp_path_factory.mktemp("runs") / "trained"
-    assert run_training(tiny_run(digits, run, "--train.flip_test", "true", "--train.shift_test", "2")) == 0
-    return run
+    return train_tiny(digits, tmp_path_factory.mktemp("runs") / "trained", "--train.flip_test", "true", "--train.shift_test", "2")
 
 
 def untrained(run: Path, shards: str, image_size: int = 0, **model) -> Path:
@@ -57,17 +52,6 @@ def untrained(run: Path, shards: str, image_size: int = 0, **model) -> Path:
     replace_json(run / "inference.json", inference(config, index, size))
     save_file(network.state_dict(), run / "weights.safetensors")
     return run
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory) -> str:
-    """breast_cancer, a table of 30 columns."""
-    from dist_train import shard
-
-    out = tmp_path_factory.mktemp("shards") / "table"
-    with contextlib.redirect_stdout(io.StringIO()):
-        shard.main(["--source", "sklearn", "--dataset", "breast_cancer", "--out", str(out), "--workers", "1"])
-    return str(out)
 
 
 @pytest.mark.parametrize("kind", FILES)

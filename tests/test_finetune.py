@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
-from conftest import finish_ranks, start_ranks, tiny_run
+from conftest import losses, run_to_end, same_tensors, tiny_run
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -43,11 +43,6 @@ def weights(tmp_path_factory) -> str:
 def tuned(digits: str, run: Path, weights: str, freeze_epochs: float, *argv: str) -> list[str]:
     more = ["--model.pretrained", weights, "--optim.freeze_epochs", str(freeze_epochs), "--train.epochs", "1"]
     return tiny_run(digits, run, *more, *argv)
-
-
-def losses(run: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["kind"] == "train"]
 
 
 def checkpoint(run: Path, step: int, file: str = "model") -> dict[str, torch.Tensor]:
@@ -102,8 +97,7 @@ def test_resuming_around_the_thaw_gives_the_same_bits(digits, weights, thawed, t
     assert run_training([*argv, "--train.max_steps", str(step)]) == 0
     assert not (run / "result.json").exists()
     assert run_training([*argv, "--resume"]) == 0
-    first, second = load_file(thawed / "weights.safetensors"), load_file(run / "weights.safetensors")
-    assert all(torch.equal(t, second[name]) for name, t in first.items())
+    assert same_tensors(thawed, run)
     assert losses(run) == losses(thawed)
 
 
@@ -112,8 +106,7 @@ def test_two_processes_give_the_curve_of_one_across_the_thaw(digits, weights, tm
     # frozen, the ranks' gradients are averaged here; thawed, by DistributedDataParallel, with the same wrapper
     one, two = tmp_path / "one", tmp_path / "two"
     more = ["--train.max_steps", "8", "--optim.lr", "0.004", "--optim.layer_decay", "0.8", "--optim.clip_norm", "1"]
-    ranks = start_ranks(2, tuned(digits, two, weights, 0.25, *more), tmp_path)
-    assert finish_ranks(ranks, tmp_path) == [0, 0], (tmp_path / "rank0.log").read_text()
+    run_to_end(2, tuned(digits, two, weights, 0.25, *more), tmp_path)
     assert run_training(tuned(digits, one, weights, 0.25, *more)) == 0
     assert len(losses(one)) == 8 and losses(one) == pytest.approx(losses(two), abs=1e-3)
     before, after = below_head(load_file(weights)), checkpoint(two, 8)

@@ -1,7 +1,5 @@
 """k-fold: every sample is validated exactly once, classes are kept in proportion, and no statistic leaks."""
 
-import contextlib
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_run, write_table
+from conftest import sharded, tiny_run, write_table
 
 from dist_train.config import DataConfig, RunConfig
 from dist_train.data import open_evaluation, open_stream
@@ -20,17 +18,6 @@ from dist_train.predict import eval_main, load_run
 from dist_train.report import write_report
 from dist_train.tables import CONSTANT_STD
 from dist_train.train import run_training
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory) -> str:
-    """The breast-cancer table as shards."""
-    from dist_train import shard
-
-    out = tmp_path_factory.mktemp("shards") / "breast-cancer"
-    with contextlib.redirect_stdout(io.StringIO()):
-        shard.main(["--source", "sklearn", "--dataset", "breast_cancer", "--out", str(out), "--workers", "1"])
-    return str(out)
 
 
 def settings(shards: str, folds: int, fold: int, seed: int = 0, **data) -> RunConfig:
@@ -110,13 +97,9 @@ def test_what_is_missing_counts_as_the_mean_of_the_folds_training_part(tmp_path)
     from sklearn.impute import SimpleImputer
     from sklearn.preprocessing import StandardScaler
 
-    from dist_train import shard
-
     def converted(name: str, rows: np.ndarray) -> str:
-        settings = write_table(tmp_path / f"{name}.csv", "xy", rows, ["abc"[k % 3] for k in range(len(rows))])
-        with contextlib.redirect_stdout(io.StringIO()):
-            shard.main([*settings, "--out", str(tmp_path / name)])
-        return str(tmp_path / name)
+        labels = ["abc"[k % 3] for k in range(len(rows))]
+        return sharded(tmp_path / name, *write_table(tmp_path / f"{name}.csv", "xy", rows, labels))
 
     def rows_of(index, split: str) -> list[int]:
         return [int(name.split()[1]) - 2 for name in index.split(split).names()]
@@ -139,14 +122,13 @@ def test_what_is_missing_counts_as_the_mean_of_the_folds_training_part(tmp_path)
 
 
 def test_what_never_changes_in_a_folds_training_part_enters_as_0(tmp_path, capsys):
-    from dist_train import shard
     from dist_train.evaluate import standardised
 
     rows, labels = np.random.default_rng(0).normal(3, 2, (60, 2)), ["abc"[k % 3] for k in range(60)]
-    shard.main([*write_table(tmp_path / "t.csv", "xy", rows, labels), "--out", str(tmp_path / "drawn")])
-    odd = int(load_index(tmp_path / "drawn").split("train").names()[5].split()[1]) - 2  # trains, whatever is in the rows
+    drawn = sharded(tmp_path / "drawn", *write_table(tmp_path / "t.csv", "xy", rows, labels))
+    odd = int(load_index(drawn).split("train").names()[5].split()[1]) - 2  # trains, whatever is in the rows
     rows[:, 1] = np.where(np.arange(60) == odd, 50_000, 7)
-    shard.main([*write_table(tmp_path / "t.csv", "xy", rows, labels), "--out", str(tmp_path / "set")])
+    sharded(tmp_path / "set", *write_table(tmp_path / "t.csv", "xy", rows, labels))
     held_out = 0
     for fold in range(3):
         capsys.readouterr()

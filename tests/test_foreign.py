@@ -17,6 +17,8 @@ from PIL import Image
 from dist_train import foreign, shard, verify
 from dist_train.errors import UserError
 from dist_train.index import load_index
+from dist_train.read_foreign import Sums
+from dist_train.tables import CONSTANT_STD
 
 
 def jpeg(seed=0, size=(10, 12), kind="JPEG") -> bytes:
@@ -218,6 +220,14 @@ def test_vectors_are_indexed_and_pickles_refused(tmp_path):
     write_tar(tmp_path / "val.tar", [("p.npy", npy(vectors[0, :3])), ("p.cls", b"0")])
     with pytest.raises(UserError, match="differ in length: 3 and 4"):
         foreign.index_tars(tmp_path)
+
+
+def test_a_column_that_is_constant_in_the_vectors_read_is_learnt_from_where_others_were_not_read(capsys):
+    vectors = np.array([[1, 0], [2, 0], [3, 0]], np.float32)
+    assert foreign._statistics("tars", [Sums(1, [], list(vectors))], vectors=True)[1][1] == CONSTANT_STD
+    assert "feature 1" in capsys.readouterr().out
+    assert foreign._statistics("tars", [Sums(5, [], list(vectors))], vectors=True)[1][1] == 1
+    assert capsys.readouterr().out == ""
 
 
 def test_a_table_that_is_read_survives_another_index(tmp_path):
@@ -435,10 +445,8 @@ def test_mean_and_std_weigh_every_tar_by_its_samples(tmp_path, monkeypatch):
     for name, grey, count in (("a.tar", 40, 6), ("b.tar", 200, 2)):
         picture = io.BytesIO()
         Image.new("RGB", (8, 8), (grey, grey, grey)).save(picture, "PNG")
-        write_tar(
-            tmp_path / name,
-            [pair for k in range(count) for pair in ((f"{k}.png", picture.getvalue()), (f"{k}.cls", b"0"))],
-        )
+        members = [pair for k in range(count) for pair in ((f"{k}.png", picture.getvalue()), (f"{k}.cls", b"0"))]
+        write_tar(tmp_path / name, members)
     index = foreign.index_tars(tmp_path)
     values = np.repeat([40, 200], [6, 2]) / 255
     np.testing.assert_allclose(index.mean, [values.mean()] * 3, rtol=1e-12)

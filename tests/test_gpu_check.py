@@ -127,9 +127,7 @@ def test_real_shards_are_timed_from_memory_and_decoded_anew(digits, tmp_path, mo
 def test_predicted_bytes_are_those_of_rings_and_slices():
     sizes = {"samples_per_rank": 64, "weights_below": 1000, "layers": [(9216, 4096), (4096, 4096), (4096, 10)]}
     classifier = 9216 * 4096 + 4096 + 4096 * 4096 + 4096 + 4096 * 10 + 10
-    assert predicted_bytes(sizes, "ddp", 2) == pytest.approx(
-        4 * (1000 + classifier)
-    )  # a ring of two sends everything once
+    assert predicted_bytes(sizes, "ddp", 2) == pytest.approx(4 * (1000 + classifier))  # a ring of two sends everything once
     activations = 2 * 64 * 4 * (9216 + 4096 + 10)
     assert predicted_bytes(sizes, "hybrid", 2) == pytest.approx(4 * 1000 + activations)
     # four groups of two: between groups a ring of four, over half a classifier

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import json
 import threading
 import time
 
@@ -11,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import tiny_run
+from conftest import lines_of, sharded, tiny_run
 from PIL import Image
 
-from dist_train import decode, decoder_choice, gpu_decode, shard
+from dist_train import decode, decoder_choice, gpu_decode
 from dist_train.config import AugmentConfig, DataConfig, RunConfig
 from dist_train.data import open_stream
 from dist_train.decode import _resize, decode_batch
@@ -28,6 +27,11 @@ CPU = torch.device("cpu")
 def pillow(encoded):
     pictures = (np.array(Image.open(io.BytesIO(e.numpy().tobytes())).convert("RGB")) for e in encoded)
     return [torch.from_numpy(pixels).permute(2, 0, 1) for pixels in pictures]
+
+
+def counting(seen: list[int]):
+    """The decoder, which notes how many pictures each call brings."""
+    return lambda jpegs: seen.append(len(jpegs)) or pillow(jpegs)
 
 
 def not_compiled(encoded):
@@ -52,8 +56,7 @@ def photographs(tmp_path) -> str:
         path = tmp_path / "raw" / f"class{k % 2}" / f"{k}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(60 + k, 90 - k, seed=k).save(path, quality=95)
-    shard.main(["--source", "folder", "--path", str(tmp_path / "raw"), "--out", str(tmp_path / "set"), "--workers", "1"])
-    return str(tmp_path / "set")
+    return sharded(tmp_path / "set", "--path", str(tmp_path / "raw"))
 
 
 @pytest.mark.parametrize("box", [(0, 0, 90, 70), (3, 5, 40, 33), (10.5, 2.25, 20.5, 61.0), (80, 60, 10, 10)])
@@ -85,14 +88,8 @@ def test_what_the_gpu_does_not_take_is_decoded_by_the_cpu_and_refusals_are_its_o
     whole = picture(50, 40)
     payloads = [encoded(whole, quality=95), encoded(whole, "PNG"), encoded(whole.convert("CMYK")), encoded(whole.convert("L")),
                 encoded(whole, exif=turned), np.frombuffer(b"no picture", np.uint8)]  # fmt: skip
-    seen = []
-
-    def counting(jpegs):
-        seen.append(len(jpegs))
-        return pillow(jpegs)
-
     out = torch.zeros(len(payloads), 24, 24, 3, dtype=torch.uint8)
-    failures = GpuDecoder(CPU, counting).decode(payloads, None, out)
+    failures = GpuDecoder(CPU, counting(seen := [])).decode(payloads, None, out)
     expected = np.zeros(out.shape, np.uint8)
     assert failures == decode_batch([p.tobytes() for p in payloads], expected)
     assert seen == [2] and [i for i, _ in failures] == [5]
@@ -105,13 +102,8 @@ def test_a_batch_is_decoded_in_parts_that_memory_bounds(monkeypatch):
     whole = torch.zeros(len(payloads), 24, 24, 3, dtype=torch.uint8)
     GpuDecoder(CPU, pillow).decode(payloads, None, whole)
     monkeypatch.setattr(gpu_decode, "PART_BYTES", 3 * 50 * 40 * 2)
-    seen, parts = [], torch.zeros_like(whole)
-
-    def counting(jpegs):
-        seen.append(len(jpegs))
-        return pillow(jpegs)
-
-    assert GpuDecoder(CPU, counting).decode(payloads, None, parts) == []
+    parts = torch.zeros_like(whole)
+    assert GpuDecoder(CPU, counting(seen := [])).decode(payloads, None, parts) == []
     assert seen == [1, 1, 2, 1, 1] and torch.equal(parts, whole)
 
 
@@ -200,15 +192,15 @@ def test_both_decoders_are_timed_where_pictures_are_cut(photographs, digits, tmp
     with pytest.raises(UserError, match="the pictures differ in size, so a size is needed"):
         unsized = dataclasses.replace(config, data=DataConfig(shards=photographs))
         decoder_choice.rates(unsized, GpuDecoder(CPU, pillow))
-    shard.main(["--source", "sklearn", "--dataset", "iris", "--out", str(tmp_path / "iris"), "--workers", "1"])
-    table = dataclasses.replace(config, data=DataConfig(shards=str(tmp_path / "iris"), crop="random_resized"))
+    iris = sharded(tmp_path / "iris", "--source", "sklearn", "--dataset", "iris")
+    table = dataclasses.replace(config, data=DataConfig(shards=iris, crop="random_resized"))
     assert decoder_choice.rates(table, GpuDecoder(CPU, pillow)) is None
 
 
 def test_the_cpus_speed_is_that_of_its_threads_together(photographs, monkeypatch):
     cores = threading.Semaphore(2)
 
-    def decode_on_two_cores(fds, offsets, sizes, checksums, boxes, out):
+    def decode_on_two_cores(fds, offsets, sizes, checksums, boxes, out, how):
         assert len(fds) == len(offsets) == len(sizes) == len(boxes) == len(out)
         with cores:
             time.sleep(0.001 * len(out))
@@ -260,5 +252,4 @@ def test_a_run_does_not_change_its_decoder(digits, tmp_path):
     config.write_text(config.read_text().replace("decode: cpu", "decode: gpu"))
     with pytest.raises(UserError, match="data.decode: 'gpu' in the run, 'cpu' now"):
         run_training([*argv[:-1], "3", "--resume", "--data.decode", "cpu"])
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2]
+    assert [line["step"] for line in lines_of(tmp_path / "run", "train")] == [1, 2]

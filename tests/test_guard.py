@@ -34,10 +34,7 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path, value):
         save(run, state, is_best)
 
     save = Run.save
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(UserError, match="no longer finite, so they were not saved"),
-    ):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="no longer finite, so they were not saved"):
         patch.setattr(Run, "save", spoil)
         training.run_training(tiny_run(digits, tmp_path / "run", "--train.max_steps", "1"))
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
@@ -51,9 +48,7 @@ def train_without_reads(digits, run, monkeypatch, *argv):
             loop(run, state)
 
     monkeypatch.setattr(training, "train", watched)
-    monkeypatch.setattr(
-        Run, "check_weights", lambda run, state: None
-    )  # a checkpoint, unlike a step, waits by its nature
+    monkeypatch.setattr(Run, "check_weights", lambda run, state: None)  # a checkpoint, unlike a step, waits by its nature
     quiet = ["--train.max_steps", "4", "--train.eval_every_epochs", "0", *argv]
     return training.run_training(tiny_run(digits, run, *quiet))
 
@@ -86,9 +81,7 @@ def test_weights_stay_from_the_first_bad_loss_on(name):
         guard.note(step, loss, stop=False)
         optimizer.step()
         seen.append([p.detach().clone() for p in network.parameters()])
-    changed = [
-        any(not torch.equal(a, b) for a, b in zip(x, y, strict=True)) for x, y in zip(seen, seen[1:], strict=False)
-    ]
+    changed = [any(not torch.equal(a, b) for a, b in zip(x, y, strict=True)) for x, y in zip(seen, seen[1:], strict=False)]
     assert changed == [True, False, False]
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT, wait_for
 
-PROJECT = Path(__file__).parent.parent
-SCRIPTS = [PROJECT / "launch" / name for name in ("local.sh", "train.sbatch", "site.env.example", "shard.sbatch", "study.sbatch")]
-ACCELERATE = [PROJECT / "accelerate_config.yaml", *sorted((PROJECT / "launch/accelerate").glob("*.yaml"))]
+SCRIPTS = [ROOT / "launch" / name for name in ("local.sh", "train.sbatch", "site.env.example", "shard.sbatch", "study.sbatch")]
+ACCELERATE = [ROOT / "accelerate_config.yaml", *sorted((ROOT / "launch/accelerate").glob("*.yaml"))]
 
 # Stands in for Python: writes down what it was given, then does what $DO says.
 RANK = """#!/usr/bin/env bash
@@ -48,9 +48,7 @@ def machine(tmp_path):
     """Environment of a machine whose Python and SLURM are stand-ins, and a recipe."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    scontrol = (
-        '#!/usr/bin/env bash\nif [[ $1 == show ]]; then echo n1; echo n2; else echo "$*" >> "$LOG/scontrol"; fi\n'
-    )
+    scontrol = '#!/usr/bin/env bash\nif [[ $1 == show ]]; then echo n1; echo n2; else echo "$*" >> "$LOG/scontrol"; fi\n'
     for name, text in {"rank": RANK, "srun": SRUN, "scontrol": scontrol}.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
@@ -58,14 +56,14 @@ def machine(tmp_path):
     return {
         "PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(tmp_path), "LOG": str(tmp_path),
         "PYTHON": str(tools / "rank"), "DO": "exit 0", "LOCAL_PORT": "29555",
-        "RECIPE": str(tmp_path / "recipe.yaml"), "PROJECT": str(PROJECT),
+        "RECIPE": str(tmp_path / "recipe.yaml"), "ROOT": str(ROOT),
     }  # fmt: skip
 
 
 def start(script, words, env, **more):
-    command = [str(PROJECT / "launch" / script), *words]
+    command = [str(ROOT / "launch" / script), *words]
     return subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=PROJECT,
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         # tests run in the background or by nohup inherit them as ignored, and a shell cannot trap what it inherits so
         preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)], **more,
     )  # fmt: skip
@@ -83,21 +81,16 @@ def ranks(env, count):
     return [file.read_text().split(maxsplit=6) for file in files]
 
 
+def asked_of_slurm(env) -> str:
+    asked = Path(env["LOG"], "scontrol")
+    return asked.read_text() if asked.exists() else ""
+
+
 def await_files(env, *names):
     """Files of the log folder, once all of them are there."""
     files = [Path(env["LOG"], name) for name in names]
-    deadline = time.monotonic() + 20
-    while not all(file.exists() for file in files):
-        assert time.monotonic() < deadline, f"of {names} some did not come"
-        time.sleep(0.02)
+    wait_for(lambda: all(file.exists() for file in files), f"all of {names}")
     return files
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_parse(script):
-    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert os.access(script, os.X_OK) == (script.suffix != ".example")
 
 
 def test_local_gives_every_rank_its_place(machine):
@@ -166,22 +159,13 @@ def test_local_refuses_what_it_cannot_start(machine, words, complaint):
 
 
 def test_dry_runs_show_the_commands_and_start_nothing(machine):
-    env = machine | {
-        "DRY_RUN": "1",
-        "NODES": "2",
-        "RANKS_PER_NODE": "4",
-        "GPUS_PER_NODE": "4",
-        "SBATCH_ACCOUNT": "physics",
-    }
+    env = machine | {"DRY_RUN": "1", "NODES": "2", "RANKS_PER_NODE": "4", "GPUS_PER_NODE": "4", "SBATCH_ACCOUNT": "physics"}
     code, out, err = run("local.sh", ["--gpus", "8", env["RECIPE"]], env)
     assert code == 0 and "8 x ACCELERATE_USE_CPU=false" in out, err
     code, out, err = run("train.sbatch", [env["RECIPE"], "--optim.lr", "0.02"], env)
     assert code == 0, err
     assert "SBATCH_ACCOUNT=physics" in out
-    assert (
-        f"sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 launch/train.sbatch {env['RECIPE']} --optim.lr 0.02"
-        in out
-    )
+    assert f"sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 launch/train.sbatch {env['RECIPE']} --optim.lr 0.02" in out
     assert "srun --kill-on-bad-exit=0 --wait=330 --ntasks=8 --ntasks-per-node=4" in out
     assert f"--config {env['RECIPE']} --run runs/recipe-JOB --resume --optim.lr 0.02" in out
     code, out, _ = run("train.sbatch", [env["RECIPE"]], env | {"LAUNCHER": "accelerate"})
@@ -231,7 +215,7 @@ def test_a_warned_task_of_an_array_queues_itself_again_and_no_other(machine, num
     word = "USR1" if number == signal.SIGUSR1 else "TERM"
     env = machine | {
         "SLURM_JOB_ID": "77", "SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "3", "SLURM_GPUS_ON_NODE": "1",
-        "SLURM_SUBMIT_DIR": str(PROJECT),
+        "SLURM_SUBMIT_DIR": str(ROOT),
         "DO": f'trap "echo {word} >> $LOG/signals; exit {code}" {word}; touch "$LOG/trapped"; while true; do sleep 0.05; done',
     }  # fmt: skip
     with start("study.sbatch", [env["RECIPE"], "--trials", "9"], env) as process:
@@ -249,7 +233,7 @@ def test_a_warned_task_of_an_array_queues_itself_again_and_no_other(machine, num
 def in_job(machine, tasks="2"):
     return machine | {
         "SLURM_JOB_ID": "12345", "SLURM_NNODES": "2", "SLURM_NTASKS": tasks, "SLURM_JOB_NODELIST": "n[1-2]",
-        "SLURM_SUBMIT_DIR": str(PROJECT),
+        "SLURM_SUBMIT_DIR": str(ROOT),
     }  # fmt: skip
 
 
@@ -283,8 +267,7 @@ def test_a_warned_job_queues_itself_again_if_it_stopped_in_order(machine, code_a
         process.send_signal(signal.SIGUSR1)
         process.communicate(timeout=30)
     assert process.returncode == code_after_usr1
-    asked = Path(env["LOG"], "scontrol")
-    assert (asked.read_text() if asked.exists() else "") == ("requeue 12345\n" if requeued else "")
+    assert asked_of_slurm(env) == ("requeue 12345\n" if requeued else "")
 
 
 @pytest.mark.parametrize("restart, code, writes, requeued", [
@@ -298,8 +281,7 @@ def test_a_job_that_ends_by_itself_is_queued_again_where_that_is_wished_and_it_c
     env = in_job(machine) | {"RUN": str(checkpoints.parent), "RESTART": restart, "DO": do}
     found, out, err = run("train.sbatch", [env["RECIPE"]], env)
     assert found == code, err
-    asked = Path(env["LOG"], "scontrol")
-    assert (asked.read_text() if asked.exists() else "") == ("requeue 12345\n" if requeued else "")
+    assert asked_of_slurm(env) == ("requeue 12345\n" if requeued else "")
     assert (f"ended (exit code {code}): queued again" in out) == requeued
 
 

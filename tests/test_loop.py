@@ -7,16 +7,15 @@ import math
 import shlex
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_run
+from conftest import lines_of, sharded, tiny_run, train_tiny
 from safetensors.torch import load_file
 
-from dist_train import initial_network, plan, runtime, shard
+from dist_train import initial_network, plan, runtime
 from dist_train.augment import Augment, evaluation_pixels
 from dist_train.data import open_evaluation, open_stream
 from dist_train.errors import UserError
@@ -34,16 +33,6 @@ from dist_train.train import parse, run_training
 FOUR_EVALUATIONS = ("--train.epochs", "0.4", "--train.eval_every_epochs", "0.1")  # after steps 2, 3, 5 and 6, the last
 
 
-def trained(shards: str, run: Path, *argv: str) -> Path:
-    assert run_training(tiny_run(shards, run, *argv)) == 0
-    return run
-
-
-def curve(run: Path, kind: str = "train") -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
-
-
 def judged_by(monkeypatch, *figures: dict) -> None:
     """Let the next evaluations of a run come out with these figures; those after them are as they are."""
     evaluate, left = Run.evaluate, list(figures)
@@ -59,7 +48,7 @@ def test_a_run_is_the_plain_loop_that_its_settings_describe(digits, tmp_path):
     argv = ["--train.epochs", "0.46", "--train.eval_every_epochs", "0", "--train.log_every_steps", "2", "--optim.lr", "0.06",
             "--optim.warmup_epochs", "0.2", "--optim.final_lr", "0.1", "--optim.clip_norm", "1", "--optim.ema_decay", "0.4",
             "--model.dropout", "0", "--augment.crop", "none", "--augment.rotate_degrees", "0"]  # fmt: skip
-    run = trained(digits, tmp_path / "run", *argv)
+    run = train_tiny(digits, tmp_path / "run", *argv)
 
     config, _, _ = parse(tiny_run(digits, tmp_path, *argv))
     index = load_index(digits)
@@ -85,7 +74,7 @@ def test_a_run_is_the_plain_loop_that_its_settings_describe(digits, tmp_path):
             mean.copy_(keep * mean + (1 - keep) * now if mean.is_floating_point() else now)
     assert max(norms) > 1.5  # else nothing is clipped
 
-    rows = curve(run)
+    rows = lines_of(run, "train")
     assert [row["step"] for row in rows] == [2, 4, 6, 7]
     assert [row["lr"] for row in rows] == pytest.approx([rates[1], rates[3], rates[5], rates[6]], rel=1e-9)
     means = [sum(losses[first:end]) / (end - first) for first, end in ((0, 2), (2, 4), (4, 6), (6, 7))]
@@ -101,7 +90,7 @@ def test_a_run_is_the_plain_loop_that_its_settings_describe(digits, tmp_path):
             logits = judge.eval()(evaluation_pixels(batch.images, (16, 16), index.mean, index.std))
         judged[kind] = F.cross_entropy(logits, batch.labels).item(), (logits.argmax(1) == batch.labels).float().mean().item()
     assert abs(judged["model"][0] - judged["ema"][0]) > 0.01
-    row = curve(run, "eval")[0]
+    row = lines_of(run, "eval")[0]
     assert (row["step"], row["split"]) == (7, "val") and (row["loss"], row["top1"]) == pytest.approx(judged["ema"], abs=1e-4)
 
 
@@ -109,12 +98,12 @@ def test_the_best_and_patience_outlive_a_stop(digits, tmp_path, monkeypatch):
     told = [{"top1": top1} for top1 in (0.9, 0.8, 0.7, 0.6)]
     argv = [*FOUR_EVALUATIONS, "--train.patience", "2", "--train.keep_checkpoints", "9"]
     judged_by(monkeypatch, *told)
-    calm = trained(digits, tmp_path / "calm", *argv)
+    calm = train_tiny(digits, tmp_path / "calm", *argv)
     judged_by(monkeypatch, *told)
-    stopped = trained(digits, tmp_path / "stopped", *argv, "--train.max_steps", "3")
-    assert [row["step"] for row in curve(stopped, "eval")] == [2, 3]
-    trained(digits, stopped, *argv, "--resume")
-    assert [(row["step"], row["top1"]) for row in curve(stopped, "eval")][:3] == [(2, 0.9), (3, 0.8), (5, 0.7)]
+    stopped = train_tiny(digits, tmp_path / "stopped", *argv, "--train.max_steps", "3")
+    assert [row["step"] for row in lines_of(stopped, "eval")] == [2, 3]
+    train_tiny(digits, stopped, *argv, "--resume")
+    assert [(row["step"], row["top1"]) for row in lines_of(stopped, "eval")][:3] == [(2, 0.9), (3, 0.8), (5, 0.7)]
     result = json.loads((stopped / "result.json").read_text())
     assert (result["step"], result["best_step"]) == (5, 2)
     assert result == json.loads((calm / "result.json").read_text())
@@ -140,7 +129,7 @@ def test_a_layer_that_draws_by_itself_draws_anew_in_each_step_and_alike_after_a_
     monkeypatch.setattr(initial_network, "build_network", built_with_torchs_dropout)
     for run, halts in ((tmp_path / "whole", ("6",)), (tmp_path / "parts", ("3", "6"))):
         for halt in halts:
-            trained(digits, run, "--train.max_steps", halt, "--resume")
+            train_tiny(digits, run, "--train.max_steps", halt, "--resume")
     whole, parts = drawn.values()
     assert len(whole) == 6 and torch.equal(torch.stack(whole), torch.stack(parts))
     assert not any(torch.equal(whole[i], whole[j]) for i in range(6) for j in range(i))
@@ -156,8 +145,8 @@ def test_a_layer_that_draws_by_itself_draws_anew_in_each_step_and_alike_after_a_
 ])  # fmt: skip
 def test_the_best_evaluations_averaged_weights_are_kept(digits, tmp_path, monkeypatch, monitor, top1s, losses, best):
     judged_by(monkeypatch, *({"top1": top1, "loss": loss} for top1, loss in zip(top1s, losses, strict=True)))
-    run = trained(digits, tmp_path / "run", *FOUR_EVALUATIONS, "--train.keep_checkpoints", "9", "--train.monitor", monitor)
-    assert [(row["step"], row["top1"]) for row in curve(run, "eval")][:4] == list(zip((2, 3, 5, 6), top1s, strict=True))
+    run = train_tiny(digits, tmp_path / "run", *FOUR_EVALUATIONS, "--train.keep_checkpoints", "9", "--train.monitor", monitor)
+    assert [(row["step"], row["top1"]) for row in lines_of(run, "eval")][:4] == list(zip((2, 3, 5, 6), top1s, strict=True))
     assert json.loads((run / "checkpoints/best.json").read_text()) == {"checkpoint": f"step-{best:08d}"}
     assert json.loads((run / "result.json").read_text())["best_step"] == best
     kept = load_file(run / "weights.safetensors")
@@ -171,8 +160,8 @@ def test_balanced_accuracy_picks_the_checkpoint_where_it_is_monitored(digits, tm
             {"top1": 0.6, "balanced": 0.4}]  # fmt: skip
     for monitor, best in (("top1", 2), ("balanced", 5)):
         judged_by(monkeypatch, *told)
-        run = trained(digits, tmp_path / monitor, *FOUR_EVALUATIONS, "--train.monitor", monitor)
-        assert [row["balanced"] for row in curve(run, "eval")][:4] == [figures["balanced"] for figures in told]
+        run = train_tiny(digits, tmp_path / monitor, *FOUR_EVALUATIONS, "--train.monitor", monitor)
+        assert [row["balanced"] for row in lines_of(run, "eval")][:4] == [figures["balanced"] for figures in told]
         result = json.loads((run / "result.json").read_text())
         assert result["best_step"] == best and 0 < result["test"]["balanced"] < 1
 
@@ -182,9 +171,9 @@ def test_the_rate_falls_with_each_evaluation_that_is_no_better_and_stays_low_aft
     settings = [*FOUR_EVALUATIONS, "--optim.schedule", "plateau", "--optim.plateau_patience", "0", "--optim.step_factor", "0.5"]
     run = tmp_path / "run"
     judged_by(monkeypatch, *({"top1": top1} for top1 in (0.9, 0.8, 0.7, 0.6)))
-    trained(digits, run, *settings, "--train.max_steps", str(halt))
-    trained(digits, run, *settings, "--resume")
-    assert [row["lr"] for row in curve(run)] == [0.02, 0.02, 0.02, 0.01, 0.01, 0.005]
+    train_tiny(digits, run, *settings, "--train.max_steps", str(halt))
+    train_tiny(digits, run, *settings, "--resume")
+    assert [row["lr"] for row in lines_of(run, "train")] == [0.02, 0.02, 0.02, 0.01, 0.01, 0.005]
 
 
 def test_an_update_is_no_longer_than_the_clipped_gradient(digits, tmp_path):
@@ -192,7 +181,7 @@ def test_an_update_is_no_longer_than_the_clipped_gradient(digits, tmp_path):
     config, _, _ = parse(tiny_run(digits, tmp_path))
     before, moved = {name: p.detach() for name, p in build_network(config, load_index(digits)).named_parameters()}, []
     for clip_norm in (0.1, 0):
-        run = trained(digits, tmp_path / str(clip_norm), *settings, "--optim.clip_norm", str(clip_norm))
+        run = train_tiny(digits, tmp_path / str(clip_norm), *settings, "--optim.clip_norm", str(clip_norm))
         after = load_file(run / "checkpoints/step-00000001/model.safetensors")
         moved.append(math.sqrt(sum(float((after[name] - p).square().sum()) for name, p in before.items())))
     assert moved[0] == pytest.approx(0.02 * 0.1, rel=1e-3) and moved[1] > 2 * moved[0]
@@ -201,7 +190,7 @@ def test_an_update_is_no_longer_than_the_clipped_gradient(digits, tmp_path):
 @pytest.mark.parametrize("smoothing", [0.0, 0.5])
 def test_the_logged_loss_is_the_smoothed_cross_entropy(digits, tmp_path, smoothing):
     argv = ("--optim.label_smoothing", str(smoothing), "--train.max_steps", "1")
-    (row,) = curve(trained(digits, tmp_path / "run", *argv))
+    (row,) = lines_of(train_tiny(digits, tmp_path / "run", *argv), "train")
     config, _, _ = parse(tiny_run(digits, tmp_path, *argv))
     index = load_index(digits)
     network = build_network(config, index).train().to(memory_format=torch.channels_last)
@@ -226,8 +215,7 @@ def test_initial_weights_follow_from_the_seed(digits, tmp_path):
 
 
 def test_windows_lanes_and_seed_reach_the_stream_and_the_plan(tmp_path, capsys):
-    shards = tmp_path / "many"
-    shard.main(["--source", "sklearn", "--dataset", "digits", "--out", str(shards), "--workers", "1", "--min_shards", "24"])
+    shards = sharded(tmp_path / "many", "--source", "sklearn", "--dataset", "digits", "--min_shards", "24")
     order = ["--data.window_shards", "2", "--data.lanes", "4", "--seed", "5"]
     config, _, _ = parse(tiny_run(str(shards), tmp_path, *order))
     accelerator, world = runtime.start("fp32", 1, 60)
@@ -246,7 +234,7 @@ def test_windows_lanes_and_seed_reach_the_stream_and_the_plan(tmp_path, capsys):
 
 def test_a_run_on_cut_pictures_is_judged_and_used_by_their_middle(photos, tmp_path, capsys):
     settings = ["--augment.crop", "random_resized", "--data.image_size", "32", "--data.global_batch_size", "16"]
-    run = trained(photos, tmp_path / "run", *settings)
+    run = train_tiny(photos, tmp_path / "run", *settings)
     assert json.loads((run / "inference.json").read_text())["eval_crop"] == 0.875
     capsys.readouterr()
     eval_main([str(run), "--split", "test", "--json"])
@@ -286,4 +274,4 @@ def test_a_training_stops_at_a_picture_that_is_not_the_one_converted(digits, tmp
     argv = ["--train.epochs", "0.1", "--data.cache", "none"]
     with pytest.raises(UserError, match=f"{path.name}: .*checksum differs from the index.*{split}/{sample:08d}"):
         run_training(tiny_run(str(shards), tmp_path / "run", *argv))
-    trained(str(shards), tmp_path / "unproven", *argv, "--data.verify", "false")  # it can be decoded
+    train_tiny(str(shards), tmp_path / "unproven", *argv, "--data.verify", "false")  # it can be decoded

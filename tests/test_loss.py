@@ -1,17 +1,16 @@
 """The weighted loss: worked by hand, the same in any micro-batches, counted on the fold's own training part."""
 
 import contextlib
-import io
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_table
+from conftest import sharded, write_table
 from sklearn.utils.class_weight import compute_class_weight
 
-from dist_train import runtime, shard
+from dist_train import runtime
 from dist_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from dist_train.data import to_device
 from dist_train.index import load_index
@@ -41,9 +40,7 @@ def unbalanced(tmp_path_factory) -> str:
     labels = ["b" if k % 43 == 0 else "c" if k % 10 == 5 else "a" for k in range(300)]
     rows = np.random.default_rng(0).normal(0, 1, (300, 2)) + np.array([[ord(label) - 97] for label in labels])
     settings = write_table(folder / "rows.csv", "xy", rows, labels)
-    with contextlib.redirect_stdout(io.StringIO()):
-        shard.main([*settings, "--split.val", "0", "--split.test", "0", "--out", str(folder / "shards")])
-    return str(folder / "shards")
+    return sharded(folder / "shards", *settings, "--split.val", "0", "--split.test", "0")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Networks against torchvision's on the same weights; heads, stems, sizes, weights from files."""
 
 import argparse
+import json
 import pathlib
 import re
 import sys
@@ -429,6 +430,16 @@ def test_named_weights_bring_the_statistics_they_were_trained_with():
 def test_it_is_said_where_published_weights_were_evaluated_otherwise(name, weights, size, crop, interpolation, told):
     found = evaluated_otherwise(ModelConfig(name=name, pretrained=weights), size, crop, interpolation)
     assert found == [] if told is None else told in found[0] and len(found) == 1
+
+
+def test_it_is_said_where_another_run_resized_its_pictures_otherwise(tmp_path):
+    def told(here, **about):
+        (tmp_path / "inference.json").write_text(json.dumps({"features": None, "mean": [0.5], "std": [0.5], **about}))
+        weights = ModelConfig(name="resnet18", pretrained=str(tmp_path / "weights.safetensors"))
+        return evaluated_otherwise(weights, (32, 32), 0.0, here)
+
+    assert told("bicubic", interpolation="bicubic") == told("bilinear") == []  # runs from before had no choice
+    assert "with data.interpolation bicubic; this run: bilinear." in told("bilinear", interpolation="bicubic")[0]
 
 
 def test_it_is_said_where_a_file_brings_no_statistics():

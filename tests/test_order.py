@@ -222,8 +222,6 @@ def test_a_batch_that_is_written_to_does_not_change_the_order():
 
 def test_the_order_is_the_one_of_earlier_versions():
     # recorded when the order was first published: a run of an earlier version goes on with the same batches
-    found = [
-        Order(np.array([40, 30, 50]), 6, 7, window, lanes).global_batch(41)[0].tolist()
-        for window, lanes in ((16, 0), (1, 3))
-    ]
+    found = [Order(np.array([40, 30, 50]), 6, 7, window, lanes).global_batch(41)[0].tolist()
+             for window, lanes in ((16, 0), (1, 3))]  # fmt: skip
     assert found == [[103, 71, 10, 89, 104, 24], [59, 7, 10, 37, 104, 90]]

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import free_port, tiny_run, train_in_turns
+from conftest import free_port, lines_of, tiny_run, train_in_turns
 from torch import nn
 
 from dist_train import messages, runtime
@@ -219,11 +218,6 @@ def test_what_cannot_be_split_is_refused_by_name(ranks):
     assert "splits the classifier of alexnet" in network
 
 
-def curve(run, kind):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"]) for row in rows if row["kind"] == kind]
-
-
 @pytest.mark.two_process
 def test_one_run_goes_through_all_layouts(digits, tmp_path):
     # checkpoints, weight average, evaluation and resume; BatchNorm, dropout, clipping and weight decay
@@ -232,19 +226,17 @@ def test_one_run_goes_through_all_layouts(digits, tmp_path):
     runs = {tmp_path / "steady": "1:16", tmp_path / "changing": "2:7:hybrid 2:14:fsdp 1:16"}
     for run, plan in runs.items():
         train_in_turns(plan, tiny_run(digits, run, *more), tmp_path)
-    steady, changing = (curve(run, "train") for run in runs)
-    assert [step for step, _ in changing] == [step for step, _ in steady] == list(range(1, 17))
-    assert max(abs(a - b) for (_, a), (_, b) in zip(steady, changing, strict=True)) < 1e-3
-    evaluations = [curve(run, "eval") for run in runs]
-    assert [step for step, _ in evaluations[0]] == [step for step, _ in evaluations[1]] == [6, 12]
-    assert max(abs(a - b) for (_, a), (_, b) in zip(*evaluations, strict=True)) < 1e-3
+    for kind, steps in (("train", list(range(1, 17))), ("eval", [6, 12])):
+        steady, changing = (lines_of(run, kind) for run in runs)
+        assert [line["step"] for line in changing] == [line["step"] for line in steady] == steps
+        assert max(abs(a["loss"] - b["loss"]) for a, b in zip(steady, changing, strict=True)) < 1e-3
 
 
 @pytest.mark.two_process
 def test_a_sharded_run_whose_optimizer_keeps_nothing_goes_on(digits, tmp_path):
     run, more = tmp_path / "run", ["--optim.momentum", "0", "--optim.ema_decay", "0", "--train.epochs", "0.4", "--resume"]
     train_in_turns("2:2:fsdp 2:4:fsdp", tiny_run(digits, run, *more), tmp_path)
-    assert [step for step, _ in curve(run, "train")] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines_of(run, "train")] == [1, 2, 3, 4]
 
 
 def small_network() -> ConvNet:

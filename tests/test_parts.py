@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from test_shard import all_bytes, command, config_for, make_folder
 
 from dist_train import convert as convert_module
@@ -15,7 +16,6 @@ from dist_train.errors import UserError
 from dist_train.index import load_index
 from dist_train.repair import damaged_shards, repair
 
-ROOT = Path(__file__).parent.parent
 SETTINGS = {"shard_mb": 0.01, "workers": 1}
 
 
@@ -206,9 +206,8 @@ def test_a_dry_run_submits_nothing(tmp_path):
 def test_the_job_script_writes_its_part_or_joins_them(tmp_path):
     job = {"SLURM_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_CPUS_PER_TASK": "4"}
     assert sbatch(tmp_path, "datasets/digits.yaml", "--resize", "32", **job).returncode == 0
-    assert (
-        tmp_path / "log"
-    ).read_text() == "python -m dist_train shard datasets/digits.yaml --resize 32 --workers 4 --part 3/8\n"
+    expected = "python -m dist_train shard datasets/digits.yaml --resize 32 --workers 4 --part 3/8\n"
+    assert (tmp_path / "log").read_text() == expected
     (tmp_path / "log").unlink()
     assert sbatch(tmp_path, "datasets/digits.yaml", SLURM_JOB_ID="1", PARTS="join").returncode == 0
     assert (tmp_path / "log").read_text() == "python -m dist_train shard datasets/digits.yaml --join\n"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import sharded
 from test_shard import all_bytes
 from test_sources import picture
 
-from dist_train import shard
 from dist_train.config import DataConfig, RunConfig
 from dist_train.convert import convert, convert_part
 from dist_train.errors import UserError
@@ -64,9 +64,8 @@ def test_names_without_an_ending_and_what_spreadsheets_write_are_read(tmp_path):
 def test_splits_of_the_list_are_kept_and_a_missing_one_is_drawn_from_training(tmp_path):
     rows = [f"{i}.png,{'ab'[i % 2]},{'Train' if i < 20 else 'testing'},x" for i in range(30)]
     write_list(tmp_path, *rows, header="image,label,part,other")
-    shard.main(["--source", "list", "--path", str(tmp_path / "t.csv"), "--target", "label", "--split-column", "part",
-                "--out", str(tmp_path / "set"), "--split.test", "0.5", "--split.val", "0.2", "--workers", "1"])  # fmt: skip
-    splits = load_index(tmp_path / "set").splits
+    argv = ["--source", "list", "--path", str(tmp_path / "t.csv"), "--target", "label", "--split-column", "part"]
+    splits = load_index(sharded(tmp_path / "set", *argv, "--split.test", "0.5", "--split.val", "0.2")).splits
     assert {name: split.class_counts.tolist() for name, split in splits.items()} == {"train": [8, 8], "val": [2, 2], "test": [5, 5]}
     assert sorted(splits["test"].names()) == sorted(f"{i}.png" for i in range(20, 30))
 

@@ -3,27 +3,22 @@ the key alone."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
+from conftest import some_keys
+from test_augment import FILL, MEAN, STD, smooth
 from torchvision.transforms import InterpolationMode, autoaugment, v2
 
 from dist_train import augment as A
-from dist_train import mixing, order, policies
+from dist_train import mixing, policies
 from dist_train.augment import Augment
 from dist_train.config import AugmentConfig
 from dist_train.errors import UserError
 
 HEIGHT, WIDTH = SIZE = (20, 24)
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-FILL = torch.tensor(MEAN).view(1, 3, 1, 1)
 MOVES = policies.OPERATIONS[policies.SHEAR_X : policies.ROTATE + 1]
 TABLE = policies.amount_table("cpu")
-
-
-def some_keys(n: int) -> torch.Tensor:
-    return torch.from_numpy(order.sample_keys(0, np.zeros(n, np.int64), np.arange(n)))
 
 
 def pictures_of_every_kind(n: int, channels: int = 3) -> torch.Tensor:
@@ -168,13 +163,6 @@ def test_pictures_that_are_not_changed_are_as_without(crop):
     else:
         assert torch.equal(found[same], plain[same])
     assert sum(not torch.allclose(a, b, atol=1e-3) for a, b in zip(found, plain, strict=True)) > 150
-
-
-def smooth(n: int, height: int, width: int) -> torch.Tensor:
-    """Pictures in 0..1 of slow waves, which two resamplings in a row hardly blur: float32 (n, 3, height, width)."""
-    y, x = torch.linspace(0, 3, height)[:, None], torch.linspace(0, 3, width)
-    waves = [torch.sin(y * (1 + i % 3) * 0.7 + c) * torch.cos(x * (1 + i % 2) * 0.6 + i) for i in range(n) for c in range(3)]
-    return torch.stack(waves).view(n, 3, height, width) * 0.4 + 0.5
 
 
 @pytest.mark.parametrize("degrees", [0, 15])

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import finish_ranks, start_ranks, write_table
+from conftest import run_ranks, run_to_end, sharded, table_run, write_table
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dist_train import predict, shard
+from dist_train import predict
 from dist_train.config import DataConfig, RunConfig
 from dist_train.decode import decode_into
 from dist_train.errors import UserError
@@ -29,10 +29,11 @@ from dist_train.train import run_training
 from dist_train.watch import EXIT_LOST_RANK
 
 COLUMNS = ("x", "y", "z")
+BRIEF = ("--model.hidden", "[8]", "--data.global_batch_size", "16", "--train.epochs", "2")
 
 
 @pytest.fixture(scope="module")
-def table_run(tmp_path_factory):
+def run_on_table(tmp_path_factory):
     """(run on a table of three columns, the same rows with the columns in another order as shards, the folder)."""
     folder = tmp_path_factory.mktemp("table")
     rows = np.random.default_rng(0).normal(size=(80, 3)).round(3)
@@ -40,13 +41,9 @@ def table_run(tmp_path_factory):
         lines = [",".join([*(COLUMNS[c] for c in order), "kind"])]
         lines += [",".join([*(str(row[c]) for c in order), "ab"[int(row[0] > 0)]]) for row in rows]
         (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
-        shard.main(["--source", "csv", "--path", str(folder / f"{name}.csv"), "--target", "kind",
-                    "--out", str(folder / name), "--workers", "1"])  # fmt: skip
+        sharded(folder / name, "--source", "csv", "--path", str(folder / f"{name}.csv"), "--target", "kind")
     run = folder / "run"
-    settings = ["--data.shards", str(folder / "set"), "--run", str(run), "--model.name", "mlp", "--model.hidden", "[8]",
-                "--data.global_batch_size", "16", "--train.epochs", "2", "--track.wandb", "off",
-                "--runtime.threads", "1"]  # fmt: skip
-    assert run_training(settings) == 0
+    assert run_training(table_run(str(folder / "set"), run, *BRIEF)) == 0
     return run, folder
 
 
@@ -57,8 +54,8 @@ def predictions(capsys, *argv) -> tuple[int, list[dict]]:
     return code, [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON")) for line in lines]
 
 
-def test_every_way_to_write_a_csv_gives_the_same_predictions(table_run, tmp_path, capsys):
-    run, _ = table_run
+def test_every_way_to_write_a_csv_gives_the_same_predictions(run_on_table, tmp_path, capsys):
+    run, _ = run_on_table
     path = tmp_path / "p.csv"
     plain = "x,y,z\n0.5,1,2\n-0.5,1,2\n"
     texts = [plain, "\ufeff" + plain, plain.replace(",", ";"), plain.replace("x,y", "x, y"), "n,z,y,x\na,2,1,0.5\nb,2,1,-0.5\n"]
@@ -70,8 +67,8 @@ def test_every_way_to_write_a_csv_gives_the_same_predictions(table_run, tmp_path
     assert [row["path"].rpartition(":")[2] for row in found[0][1]] == ["2", "3"]
 
 
-def test_cells_that_are_no_finite_numbers_are_named_with_their_line(table_run, tmp_path, capsys):
-    run, _ = table_run
+def test_cells_that_are_no_finite_numbers_are_named_with_their_line(run_on_table, tmp_path, capsys):
+    run, _ = run_on_table
     path = tmp_path / "p.csv"
     path.write_text("x,y,z\n0.5,1,2\n\nnan,1,2\n1,inf,2\n1,1,1e39\n1,1,\n1,1,red\n")
     code, rows = predictions(capsys, run, path)
@@ -87,11 +84,9 @@ def test_what_is_missing_counts_as_the_training_mean_where_the_set_was_made_so(t
     rows = random.normal(2, 3, (120, 3)).astype(np.float32)
     labels = (rows[:, 0] > 2).astype(int)
     rows[random.random(rows.shape) < 0.2] = np.nan
-    shard.main([*write_table(tmp_path / "t.csv", "xyz", rows, ["ab"[label] for label in labels]), "--out", str(tmp_path / "set")])
+    shards = sharded(tmp_path / "set", *write_table(tmp_path / "t.csv", "xyz", rows, ["ab"[label] for label in labels]))
     run = tmp_path / "run"
-    assert run_training(["--data.shards", str(tmp_path / "set"), "--run", str(run), "--model.name", "mlp", "--model.hidden", "[8]",
-                         "--data.global_batch_size", "16", "--train.epochs", "2", "--track.wandb", "off",
-                         "--runtime.threads", "1"]) == 0  # fmt: skip
+    assert run_training(table_run(shards, run, *BRIEF)) == 0
     figures = json.loads((run / "result.json").read_text())
     assert all(math.isfinite(figures[split]["loss"]) for split in ("val", "test"))
 
@@ -108,16 +103,17 @@ def test_what_is_missing_counts_as_the_training_mean_where_the_set_was_made_so(t
     assert said == ["5 missing values count as their column's mean in training: x (2), y (2), z (1).",
                     "3 cells with text in columns of numbers count as their column's mean in training: z (2), y (1)."]  # fmt: skip
     path.write_text('x,y,z\n1,1,2\n"3,7",2,1\n"1,5",,2\n')
-    with pytest.raises(UserError, match=r"p.csv, line 3: column 'x' has '3,7', and 1 more .*'3\.7'\.\n  Write .*point\.$"):
+    expected = r"p.csv, line 3: column 'x' has '3,7', and 1 more .*'3\.7'\.\n  Write numbers with a point and nothing between .*\.$"
+    with pytest.raises(UserError, match=expected):
         main([str(run), str(path)])
 
 
-def test_a_long_table_is_predicted_in_parts(table_run, tmp_path, capsys, monkeypatch):
+def test_a_long_table_is_predicted_in_parts(run_on_table, tmp_path, capsys, monkeypatch):
     path = tmp_path / "p.csv"
     path.write_text("x,y,z\n" + "".join(f"{i / 7},{'' if i == 5 else i % 3},2\n" for i in range(9)))
-    whole = predictions(capsys, table_run[0], path)
+    whole = predictions(capsys, run_on_table[0], path)
     monkeypatch.setattr(predict, "ROWS_AT_ONCE", 4)
-    code, rows = predictions(capsys, table_run[0], path)
+    code, rows = predictions(capsys, run_on_table[0], path)
     trained = SimpleNamespace(features=list("xyz"), fills_holes=False)
     assert [len(names) for names, _, _ in predict._table_batches(trained, [str(path)])] == [4, 3, 1]
     assert code == 2 and sorted(map(str, rows)) == sorted(map(str, whole[1])) and whole[0] == 2
@@ -128,29 +124,27 @@ def test_a_long_table_is_predicted_in_parts(table_run, tmp_path, capsys, monkeyp
     (b"x,y\n1,2\n", "expected the columns x, y, z; lacks z"), (b"x,y,z\n", "no rows"),
     ("x,y,z\n1,é,2\n".encode("latin-1"), "in UTF-8"), (None, "cannot be read"),
 ])  # fmt: skip
-def test_a_file_that_is_no_such_table_is_named(table_run, tmp_path, content, complaint):
+def test_a_file_that_is_no_such_table_is_named(run_on_table, tmp_path, content, complaint):
     path = tmp_path / "p.csv"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=complaint):
-        main([str(table_run[0]), str(path)])
+        main([str(run_on_table[0]), str(path)])
     with pytest.raises(UserError, match="--top is 0"):
-        main([str(table_run[0]), str(path), "--top", "0"])
+        main([str(run_on_table[0]), str(path), "--top", "0"])
 
 
-def test_the_rows_of_a_table_are_not_augmented(table_run, tmp_path):
-    argv = ["--data.shards", str(table_run[1] / "set"), "--run", str(tmp_path / "run"), "--model.name", "mlp"]
+def test_the_rows_of_a_table_are_not_augmented(run_on_table, tmp_path):
     with pytest.raises(UserError, match="augment.mixup: the rows of a table are not augmented"):
-        run_training([*argv, "--augment.mixup", "0.4"])
+        run_training(table_run(str(run_on_table[1] / "set"), tmp_path / "run", "--augment.mixup", "0.4"))
 
 
-def test_another_sets_figures_do_not_take_the_place_of_the_runs_own(table_run, tmp_path, capsys):
-    run, folder = table_run
+def test_another_sets_figures_do_not_take_the_place_of_the_runs_own(run_on_table, tmp_path, capsys):
+    run, folder = run_on_table
     own = (run / "evaluation-test.json").read_text()
     rows = (folder / "set.csv").read_text().splitlines()
     (tmp_path / "other.csv").write_text("\n".join(rows[:60]) + "\n")
-    shard.main(["--source", "csv", "--path", str(tmp_path / "other.csv"), "--target", "kind", "--out", str(tmp_path / "other"),
-                "--workers", "1"])  # fmt: skip
+    sharded(tmp_path / "other", "--source", "csv", "--path", str(tmp_path / "other.csv"), "--target", "kind")
     eval_main([str(run), "--split", "test", "--data.shards", str(tmp_path / "other")])
     assert "left as it is, of another set" in capsys.readouterr().err and (run / "evaluation-test.json").read_text() == own
     (run / "evaluation-test.json").unlink()
@@ -163,8 +157,8 @@ def test_another_sets_figures_do_not_take_the_place_of_the_runs_own(table_run, t
     assert json.loads((run / "evaluation-test.json").read_text())["fingerprint"] == json.loads(own)["fingerprint"]
 
 
-def test_figures_of_other_settings_are_not_kept_and_another_network_is_refused(table_run, capsys):
-    run, _ = table_run
+def test_figures_of_other_settings_are_not_kept_and_another_network_is_refused(run_on_table, capsys):
+    run, _ = run_on_table
     own = (run / "evaluation-test.json").read_text()
     eval_main([str(run), "--split", "test", "--train.shift_test", "0", "--train.flip_test", "true"])
     told = capsys.readouterr()
@@ -174,8 +168,8 @@ def test_figures_of_other_settings_are_not_kept_and_another_network_is_refused(t
         eval_main([str(run), "--model.hidden", "[9]"])
 
 
-def test_a_table_with_other_columns_is_not_evaluated(table_run, tmp_path):
-    run, folder = table_run
+def test_a_table_with_other_columns_is_not_evaluated(run_on_table, tmp_path):
+    run, folder = run_on_table
     before = sorted((path.name, path.stat().st_mtime_ns) for path in run.iterdir())
     turned = ["--data.shards", str(folder / "turned")]
     with pytest.raises(UserError, match="its columns are not those of .*run: in another order: z, x, y there, x, y, z here"):
@@ -205,9 +199,9 @@ def test_a_refusal_shows_what_two_lists_do_not_share(there, here, told):
                            SimpleNamespace(folder="run", classes=["a", "c"], features=here))  # fmt: skip
 
 
-def test_the_precision_of_a_class_that_is_never_predicted_is_undefined_not_zero(table_run, tmp_path, capsys):
+def test_the_precision_of_a_class_that_is_never_predicted_is_undefined_not_zero(run_on_table, tmp_path, capsys):
     run = tmp_path / "run"
-    shutil.copytree(table_run[0], run)
+    shutil.copytree(run_on_table[0], run)
     weights = load_file(run / "weights.safetensors")
     weights["head.bias"] = weights["head.bias"] + weights["head.bias"].new_tensor([100.0, 0.0])
     save_file(weights, run / "weights.safetensors")
@@ -233,8 +227,8 @@ def rows_of(path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def test_eval_writes_what_the_network_says_of_each_sample(table_run, tmp_path, capsys):
-    run, folder = table_run
+def test_eval_writes_what_the_network_says_of_each_sample(run_on_table, tmp_path, capsys):
+    run, folder = run_on_table
     eval_main([str(run), "--split", "train"])
     without = capsys.readouterr().out
     path = tmp_path / "p.csv"
@@ -255,8 +249,8 @@ def test_eval_writes_what_the_network_says_of_each_sample(table_run, tmp_path, c
     assert sum(row["label"] == row["predicted"] for row in rows) / len(rows) == figures["top1"]
 
 
-def test_samples_of_a_fold_go_by_their_numbers_and_names_in_the_stored_split(table_run, tmp_path):
-    run, folder = table_run
+def test_samples_of_a_fold_go_by_their_numbers_and_names_in_the_stored_split(run_on_table, tmp_path):
+    run, folder = run_on_table
     path, stored = tmp_path / "p.csv", load_index(str(folder / "set")).split("train")
     eval_main([str(run), "--split", "val", "--data.folds", "3", "--data.fold", "1", "--predictions", str(path)])
     rows = rows_of(path)
@@ -267,9 +261,9 @@ def test_samples_of_a_fold_go_by_their_numbers_and_names_in_the_stored_split(tab
     assert [row["label"] for row in rows] == ["ab"[label] for label in stored.table()["label"][numbers]]
 
 
-def test_the_file_agrees_with_the_figures_where_the_probabilities_tie(table_run, tmp_path, capsys):
+def test_the_file_agrees_with_the_figures_where_the_probabilities_tie(run_on_table, tmp_path, capsys):
     run, path = tmp_path / "run", tmp_path / "p.csv"
-    shutil.copytree(table_run[0], run)
+    shutil.copytree(run_on_table[0], run)
     weights = load_file(run / "weights.safetensors")
     weights["head.weight"] = weights["head.weight"] * 0
     weights["head.bias"] = weights["head.bias"].new_tensor([0.0, 1e-8])  # the second logit is larger, both are 0.5 then
@@ -281,17 +275,16 @@ def test_the_file_agrees_with_the_figures_where_the_probabilities_tie(table_run,
     assert sum(row["label"] == row["predicted"] for row in rows) / len(rows) == figures["top1"]
 
 
-def test_probabilities_without_a_file_are_refused(table_run):
+def test_probabilities_without_a_file_are_refused(run_on_table):
     with pytest.raises(UserError, match="add --predictions FILE.csv"):
-        eval_main([str(table_run[0]), "--probabilities"])
+        eval_main([str(run_on_table[0]), "--probabilities"])
 
 
 @pytest.mark.two_process
-def test_two_ranks_write_the_predictions_of_one(table_run, tmp_path):
-    argv = ["eval", str(table_run[0]), "--split", "train", "--probabilities", "--predictions"]
+def test_two_ranks_write_the_predictions_of_one(run_on_table, tmp_path):
+    argv = ["eval", str(run_on_table[0]), "--split", "train", "--probabilities", "--predictions"]
     eval_main([*argv[1:], str(tmp_path / "one.csv")])
-    codes = finish_ranks(start_ranks(2, [*argv, str(tmp_path / "two.csv")], tmp_path, "dist_train.cli"), tmp_path, 90)
-    assert codes == [0, 0], [(tmp_path / f"rank{rank}.log").read_text() for rank in range(2)]
+    run_to_end(2, [*argv, str(tmp_path / "two.csv")], tmp_path, module="dist_train.cli")
     one, two = (rows_of(tmp_path / name) for name in ("one.csv", "two.csv"))
     for key in one[0]:
         expected, found = ([row[key] for row in rows] for rows in (one, two))
@@ -302,10 +295,10 @@ def test_two_ranks_write_the_predictions_of_one(table_run, tmp_path):
     assert not list(tmp_path.glob("*.partial*"))
 
 
-def test_predict_on_several_ranks_is_refused(table_run, monkeypatch):
+def test_predict_on_several_ranks_is_refused(run_on_table, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="started 2 processes; expected one"):
-        main([str(table_run[0]), str(table_run[1] / "set.csv")])
+        main([str(run_on_table[0]), str(run_on_table[1] / "set.csv")])
 
 
 def picture_files(folder, num_files: int) -> list[str]:
@@ -371,8 +364,8 @@ def test_files_are_resized_as_the_run_was_trained(tmp_path, interpolation):
 
 
 @pytest.mark.two_process
-def test_a_rank_that_fails_while_it_evaluates_ends_the_others_with_its_reason(table_run, tmp_path):
-    run, folder = table_run
+def test_a_rank_that_fails_while_it_evaluates_ends_the_others_with_its_reason(run_on_table, tmp_path):
+    run, folder = run_on_table
     shards = tmp_path / "set"
     shutil.copytree(folder / "set", shards)
     split = load_index(str(shards)).split("test")
@@ -381,8 +374,7 @@ def test_a_rank_that_fails_while_it_evaluates_ends_the_others_with_its_reason(ta
     data[int(split.table()[0]["offset"]) + int(split.table()[0]["size"]) - 1] ^= 1  # of the first sample: one rank reads it
     damaged.write_bytes(data)
     argv = ["eval", str(run), "--data.shards", str(shards), "--runtime.timeout_s", "20"]
-    codes = finish_ranks(start_ranks(2, argv, tmp_path, "dist_train.cli"), tmp_path, 90)
-    words = [(tmp_path / f"rank{rank}.log").read_text() for rank in range(2)]
+    codes, words = run_ranks(2, argv, tmp_path, module="dist_train.cli")
     assert sorted(codes) == [2, EXIT_LOST_RANK], words
     failed = codes.index(2)
     assert damaged.name in words[failed] and "Traceback" not in words[0] + words[1]

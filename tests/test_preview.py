@@ -152,11 +152,8 @@ def test_what_cannot_be_previewed_is_refused(digits, tmp_path, capsys):
     assert main(["augment-preview", str(tmp_path / "r.yaml"), "--epochs", "0", "--out", "a.gif"]) == 2
     complaint = capsys.readouterr().err
     assert "--epochs is 0" in complaint and "a.gif" in complaint
-    for fault in (
-        ["--augment.flipp", "1"],
-        ["--data.train_split", "none"],
-        ["--augment.mixup", "1", "--data.global_batch_size", "9"],
-    ):
+    for fault in (["--augment.flipp", "1"], ["--data.train_split", "none"],
+                  ["--augment.mixup", "1", "--data.global_batch_size", "9"]):  # fmt: skip
         assert main(["augment-preview", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "a.png"), *fault]) == 2
         assert capsys.readouterr().err
 

@@ -1,12 +1,10 @@
 """Pictures that grow over the run: which size when, exact resume, and what is refused."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import finish_ranks, start_ranks, tiny_run
-from safetensors.torch import load_file
+from conftest import losses, run_to_end, same_tensors, tiny_run, train_tiny
 
 from dist_train.config import AugmentConfig, ModelConfig
 from dist_train.errors import UserError
@@ -75,17 +73,14 @@ def test_pictures_of_an_odd_side_refuse_what_the_pools_do_not_pass():
 
 @pytest.fixture(scope="module")
 def grown(digits, tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "grown"
-    assert run_training(tiny_run(digits, run, *GROWING)) == 0
-    return run
+    return train_tiny(digits, tmp_path_factory.mktemp("runs") / "grown", *GROWING)
 
 
 def test_stopping_while_pictures_grow_changes_no_bit(grown, digits, tmp_path):
     run = tmp_path / "stopped"
     for until in ("5", "13", "0"):
         assert run_training(tiny_run(digits, run, *GROWING, "--train.max_steps", until, "--resume")) == 0
-    first, second = load_file(grown / "weights.safetensors"), load_file(run / "weights.safetensors")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert same_tensors(grown, run)
 
 
 def test_the_network_sees_small_pictures_first(digits, tmp_path, monkeypatch):
@@ -108,12 +103,10 @@ def test_two_ranks_in_micro_batches_give_the_curve_of_one(digits, tmp_path):
     more = [*GROWING, "--model.name", "alexnet", "--model.width", "0.25", "--optim.lr", "0.01"]  # BatchNorm sees micro-batches
     one, two = tmp_path / "one", tmp_path / "two"
     argv = tiny_run(digits, two, *more, "--train.micro_batch_size", "24")
-    ranks = start_ranks(2, argv, tmp_path, is_cold=True)  # as a launcher does: other tests fork theirs
-    assert finish_ranks(ranks, tmp_path) == [0, 0], (tmp_path / "rank0.log").read_text()
+    run_to_end(2, argv, tmp_path, is_cold=True)  # as a launcher does: other tests fork theirs
     assert (tmp_path / "rank1.log").read_text() == ""  # nor does importing say anything
     assert run_training(tiny_run(digits, one, *more)) == 0
-    lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
-    first, second = ([line["loss"] for line in of_run if line["kind"] == "train"] for of_run in lines)
+    first, second = losses(one), losses(two)
     assert len(first) == 30 and max(first) - min(first) > 0.1
     assert max(abs(a - b) for a, b in zip(first, second, strict=True)) < 1e-3
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, lines_of, sharded
 from PIL import Image
 
-from dist_train import shard, train
+from dist_train import train
 
-ROOT = Path(__file__).resolve().parents[1]
 NARROW = ["--model.width", "0.1"]
 
 
@@ -44,9 +44,8 @@ def dogs_foods_vehicles(tmp_path_factory) -> str:
 
 
 def convert(name: str, raw: Path, *settings: str) -> str:
-    out = str(raw.parent / f"{raw.name}-shards")
-    shard.main([str(ROOT / f"datasets/{name}.yaml"), "--path", str(raw), "--out", out, "--workers", "1", *settings])
-    return out
+    dataset = str(ROOT / f"datasets/{name}.yaml")
+    return sharded(raw.parent / f"{raw.name}-shards", dataset, "--path", str(raw), *settings)
 
 
 @pytest.mark.parametrize(
@@ -73,5 +72,5 @@ def test_a_recipe_trains_evaluates_and_resumes_on_files_of_the_real_format(recip
     assert train.run_training([*settings, "--resume"]) == 0
     result = json.loads((run / "result.json").read_text())
     assert result["step"] >= 2 and result["test"]["samples"] == {"svhn": 20, "dogs_foods_vehicles": 6}[data]
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines_of(run)]
     assert steps == sorted(steps) and steps[-1] == result["step"]

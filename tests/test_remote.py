@@ -20,10 +20,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import tiny_run
+from conftest import lines_of, serving, sharded, tiny_run, wait_for
 from test_foreign import dali_index, pairs, write_tar
 
-from dist_train import foreign, plan, remote, remote_index, shard, shard_cache, tries, verify
+from dist_train import foreign, plan, remote, remote_index, shard_cache, tries, verify
 from dist_train import store as store_module
 from dist_train.config import DataConfig, RunConfig
 from dist_train.data import open_evaluation, open_stream
@@ -119,32 +119,21 @@ def hurry(monkeypatch):
     monkeypatch.setattr(remote, "SILENCE_S", 10)  # a busy machine may stall the server for seconds
 
 
-def until(condition, wanted: str, patience_s: float = 30) -> None:
-    deadline = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < deadline, wanted
-        time.sleep(0.01)
-
-
 def threads_of(*names: str) -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith(names)]
 
 
 @pytest.fixture
 def server(many):
-    with FaultyServer(Path(many)) as serving:
-        threading.Thread(target=serving.serve_forever, args=(0.02,), daemon=True).start()
-        yield serving
-        serving.shutdown()
+    server = FaultyServer(Path(many))
+    with serving(server):
+        yield server
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> str:
     """The digits in 24 shards of training."""
-    out = tmp_path_factory.mktemp("many") / "digits"
-    with contextlib.redirect_stdout(None):
-        shard.main(["--source", "sklearn", "--dataset", "digits", "--out", str(out), "--workers", "1", "--min-shards", "24"])
-    return str(out)
+    return sharded(tmp_path_factory.mktemp("many") / "digits", "--source", "sklearn", "--dataset", "digits", "--min-shards", "24")
 
 
 def batches_of(shards, num_steps=30, **settings):
@@ -285,11 +274,9 @@ def test_an_index_cannot_name_files_outside_the_cache(many, tmp_path):
         folder = tmp_path / "bad"
         folder.mkdir(exist_ok=True)
         (folder / "index.json").write_text(json.dumps(bad | {"checksum": _json_checksum(bad)}))
-        with FaultyServer(folder) as serving:
-            threading.Thread(target=serving.serve_forever, args=(0.02,), daemon=True).start()
-            with pytest.raises(UserError, match="evil"):
-                load_index(serving.url, str(tmp_path / "cache"))
-            serving.shutdown()
+        server = FaultyServer(folder)
+        with serving(server), pytest.raises(UserError, match="evil"):
+            load_index(server.url, str(tmp_path / "cache"))
 
 
 def test_the_cache_stays_below_its_limit_and_batches_are_the_same(many, server, tmp_path):
@@ -334,7 +321,7 @@ def test_a_store_lets_go_of_shards_where_two_batches_wait_for_room(many, server,
 def stop_while_it_fetches(store: Store, server) -> None:
     with ThreadPoolExecutor(1) as pool:
         fetching = pool.submit(store.locate, np.array([0]))
-        until(lambda: server.count(".tar"), "a request")
+        wait_for(lambda: server.count(".tar"), "a request")
         store.stopped.set()
         with pytest.raises(InterruptedError):
             fetching.result(timeout=10)
@@ -349,7 +336,7 @@ def test_a_fetch_ends_soon_once_its_stream_is_closed(many, server, tmp_path, mon
     stream = open_stream(load_index(server.url, str(tmp_path)), batch_size=8, threads=1)
     with pytest.raises(UserError, match="cannot be fetched"):
         next(stream)
-    until(lambda: not threads_of("decode", "fetch"), "the end of its threads")
+    wait_for(lambda: not threads_of("decode", "fetch"), "the end of its threads")
 
 
 def test_a_limit_too_small_for_the_shards_in_play_is_refused_at_once(many, server, tmp_path):
@@ -408,7 +395,7 @@ def test_a_fetch_that_was_killed_is_taken_over(many, server, tmp_path):
             "split = load_index(sys.argv[1], sys.argv[2]).split('train'); split.remote.open(split, 0)")  # fmt: skip
     process = subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path)])
     partial = tmp_path / f"{split.shard_checksums[0]}.tar.partial"
-    until(lambda: partial.exists() and partial.stat().st_size, "the room that is taken")
+    wait_for(lambda: partial.exists() and partial.stat().st_size, "the room that is taken")
     assert partial.stat().st_size == split.shard_bytes[0]  # reserved at once
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -477,15 +464,15 @@ def test_reading_ahead_keeps_its_distance_and_its_order(many, server, tmp_path):
         return [name for name in server.requests if name.endswith(".tar")]
 
     with ReadAhead(store, iter(upcoming), distance, num_threads=1):
-        until(lambda: len(fetched()) >= 4, "four fetches ahead")
+        wait_for(lambda: len(fetched()) >= 4, "four fetches ahead")
         time.sleep(0.3)
         assert fetched() == split.files[:4]
         for samples in upcoming[:10]:
             store.locate(samples)
-        until(lambda: len(fetched()) > 10, "fetches that keep ahead")
+        wait_for(lambda: len(fetched()) > 10, "fetches that keep ahead")
         time.sleep(0.3)
         assert len(fetched()) <= 15 and len(fetched()) == len(set(fetched()))
-    until(lambda: not threads_of("fetch"), "the end of its thread")
+    wait_for(lambda: not threads_of("fetch"), "the end of its thread")
     done = len(server.requests)
     for samples in upcoming[:10]:
         store.locate(samples)
@@ -498,7 +485,7 @@ def test_batches_that_are_kept_are_not_looked_at_without_end(many, server, tmp_p
     with ReadAhead(store, itertools.repeat(np.zeros(0, np.int64)), 1 << 20) as ahead:
         for num_read in (0, 500):  # by so much the reader has moved on
             ahead.num_read, most = num_read, shard_cache._IDLE_BATCHES + num_read
-            until(lambda ahead=ahead, most=most: ahead.num_looked > most, "a look at what comes")
+            wait_for(lambda ahead=ahead, most=most: ahead.num_looked > most, "a look at what comes")
             time.sleep(0.2)
             assert ahead.num_looked == most + 1
 
@@ -509,8 +496,7 @@ def test_another_set_at_the_same_url_is_noticed(many, server, tmp_path):
     server.folder = copied
     before = batches_of(load_index(server.url, str(tmp_path / "cache")), 3)
     shutil.rmtree(copied)
-    with contextlib.redirect_stdout(None):
-        shard.main(["--source", "sklearn", "--dataset", "digits", "--out", str(copied), "--workers", "1", "--seed", "5"])
+    sharded(copied, "--source", "sklearn", "--dataset", "digits", "--seed", "5")
     after = batches_of(load_index(server.url, str(tmp_path / "cache")), 3)
     assert after == batches_of(str(copied), 3) != before
 
@@ -661,8 +647,7 @@ def test_a_run_trains_on_tars_behind_urls(foreign_tars, server, tmp_path, capsys
     foreign.main([f"{server.url}/{{train-000000,train-000001,val-000000}}.tar", "--out", out, "--cache-dir", cache])
     argv = ["--data.cache_dir", cache, "--data.global_batch_size", "8", "--train.max_steps", "2"]
     assert run_training(tiny_run(out, tmp_path / "run", *argv)) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2]
+    assert [line["step"] for line in lines_of(tmp_path / "run", "train")] == [1, 2]
 
 
 def test_verify_inspect_and_plan_know_tars_behind_urls(foreign_tars, server, tmp_path, capsys, monkeypatch):
@@ -717,7 +702,7 @@ def test_indexing_waits_for_the_room_that_another_tar_takes(foreign_tars, server
     with ThreadPoolExecutor(1) as pool:
         with cache.fetched(f"{server.url}/train-000000.tar"):
             second, said = pool.submit(fetch), []
-            until(lambda: said.append(capsys.readouterr().err) or "waiting for room to fetch" in "".join(said), "a word of it")
+            wait_for(lambda: said.append(capsys.readouterr().err) or "waiting for room to fetch" in "".join(said), "a word of it")
             time.sleep(0.3)
             assert not second.done()
         assert second.result(timeout=30) == file_checksum(foreign_tars / "train-000001.tar")
@@ -733,12 +718,8 @@ def test_faults_of_tars_behind_urls_name_the_url(foreign_tars, server, tmp_path)
         foreign.index_tars(f"{server.url}/train-1.tar", out=tmp_path / "index", cache=cache)
     server.has_ranges = False  # then sizes come with the file
     server.faults["train-000000.tar"] = ["none", "truncated", 503]
-    assert (
-        foreign.index_tars(f"{server.url}/train-000000.tar", out=tmp_path / "index", cache=cache)
-        .split("train")
-        .num_samples
-        == 20
-    )
+    index = foreign.index_tars(f"{server.url}/train-000000.tar", out=tmp_path / "index", cache=cache)
+    assert index.split("train").num_samples == 20
 
 
 def test_a_wids_list_behind_a_url_names_tars_beside_it(foreign_tars, server, tmp_path):
@@ -752,13 +733,8 @@ def test_a_wids_list_behind_a_url_names_tars_beside_it(foreign_tars, server, tmp
 
 def test_object_storage_is_read_in_parts_too_and_its_tars_are_indexed(foreign_tars, server, tmp_path, monkeypatch):
     pytest.importorskip("obstore")
-    settings = {
-        "ENDPOINT_URL": server.url.removesuffix("/set"),
-        "ACCESS_KEY_ID": "me",
-        "SECRET_ACCESS_KEY": "word",
-        "REGION": "x",
-    }
-    for name, value in settings.items():
+    settings = {"ENDPOINT_URL": server.url.removesuffix("/set"), "ACCESS_KEY_ID": "me", "SECRET_ACCESS_KEY": "word"}
+    for name, value in (settings | {"REGION": "x"}).items():
         monkeypatch.setenv(f"AWS_{name}", value)
     body = (foreign_tars / "val-000000.tar").read_bytes()
     assert remote.file_size("s3://set/val-000000.tar") == len(body)
@@ -785,7 +761,7 @@ def test_nothing_left_to_fetch_is_no_work_and_no_thread_outlives_its_stream(many
     time.sleep(1)
     assert time.process_time() - began < 0.5
     stream.close()
-    until(lambda: not threads_of("fetch"), "the end of its threads")
+    wait_for(lambda: not threads_of("fetch"), "the end of its threads")
 
 
 # A server that is away for a while

@@ -10,15 +10,15 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import tiny_run
+from conftest import lines_of, serving, train_tiny
 from made_up_run import make_run
 from PIL import Image
 from safetensors.torch import save_file
@@ -33,7 +33,6 @@ from dist_train.index import load_index
 from dist_train.models import build_model
 from dist_train.settings import to_dict
 from dist_train.table_plots import read_rows
-from dist_train.train import run_training
 
 DIGITS = [str(i) for i in range(10)]
 
@@ -47,9 +46,7 @@ def made_up(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, digits):
     """A run of an epoch on the digits."""
-    run = tmp_path_factory.mktemp("trained") / "runs/tiny"
-    assert run_training(tiny_run(digits, run, "--train.epochs", "1")) == 0
-    return run
+    return train_tiny(digits, tmp_path_factory.mktemp("trained") / "runs/tiny", "--train.epochs", "1")
 
 
 class Links(HTMLParser):
@@ -141,27 +138,33 @@ def test_the_page_says_where_a_step_goes_and_how_near_the_peak_it_is(tmp_path):
     assert "0.31, 77.0%" in page
 
 
+def set_in(run: Path, settings: dict) -> None:
+    """Change settings in a run's config.yaml."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for name, value in settings.items():
+        section, _, key = name.partition(".")
+        config[section][key] = value
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def page_with(run: Path, settings: dict) -> str:
+    set_in(run, settings)
+    return report.write_report(run).read_text()
+
+
 def test_a_loss_of_softened_targets_is_told_from_a_plain_one(tmp_path):
     run = make_run(tmp_path, ["a", "b"], finished=False)
     assert "softened targets" not in report.write_report(run).read_text()
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    config["optim"]["label_smoothing"], config["augment"]["cutmix"] = 0.1, 1.0
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    page = report.write_report(run).read_text()
+    page = page_with(run, {"optim.label_smoothing": 0.1, "augment.cutmix": 1.0})
     assert page.count("softened targets (optim.label_smoothing 0.1, augment.cutmix 1)") == 1
 
 
 def test_a_weighted_loss_is_told_from_a_plain_one(tmp_path):
     run = make_run(tmp_path, ["a", "b"], finished=False)
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    config["optim"]["class_weights"] = 0.5
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    page = report.write_report(run).read_text()
+    page = page_with(run, {"optim.class_weights": 0.5})
     assert page.count("measured with samples weighted by their class (optim.class_weights 0.5), evaluations with all alike: ") == 1
     assert "softened" not in page
-    config["optim"]["label_smoothing"] = 0.1
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    page = report.write_report(run).read_text()
+    page = page_with(run, {"optim.label_smoothing": 0.1})
     assert "against softened targets (optim.label_smoothing 0.1) and with samples weighted by their class" in page
 
 
@@ -170,13 +173,10 @@ def test_a_weighted_loss_is_told_from_a_plain_one(tmp_path):
 ])  # fmt: skip
 def test_balanced_accuracy_stands_beside_accuracy_where_it_says_something_else(tmp_path, short_of, monitor, has_chart):
     run = make_run(tmp_path, DIGITS)
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    config["train"]["monitor"] = monitor
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    set_in(run, {"train.monitor": monitor})
     result = json.loads((run / "result.json").read_text())
     if short_of is not None:  # else the run is of an earlier version
-        lines = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
-        lines = [line | ({"balanced": line["top1"] - short_of} if "top1" in line else {}) for line in lines]
+        lines = [line | ({"balanced": line["top1"] - short_of} if "top1" in line else {}) for line in lines_of(run)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         result["test"]["balanced"] = result["test"]["top1"] - short_of
         (run / "result.json").write_text(json.dumps(result))
@@ -210,10 +210,8 @@ def test_a_table_run_lists_its_mistakes(tmp_path):
 
 def test_a_finished_run_on_a_table_has_its_pictures_and_the_right_areas(tmp_path):
     run = make_run(tmp_path, ["benign", "malignant"], pictures=False)
-    config = RunConfig(
-        data=DataConfig(shards=str(tmp_path / "shards/demo"), train_split="test"),
-        model=ModelConfig(name="mlp", hidden=(4,)),
-    )
+    data = DataConfig(shards=str(tmp_path / "shards/demo"), train_split="test")
+    config = RunConfig(data=data, model=ModelConfig(name="mlp", hidden=(4,)))
     (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     about = {"classes": ["benign", "malignant"], "features": ["a", "b"], "mean": [0.4, 0.6], "std": [0.2, 0.3],
              "image_size": None, "eval_crop": 0.0, "one_size": False}  # fmt: skip
@@ -261,22 +259,15 @@ def test_shards_behind_a_url_show_their_pictures(made_up, tmp_path, monkeypatch)
 
     run = tmp_path / "runs/demo"
     shutil.copytree(made_up[0], run)
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}?signature=geheim"
-    config["data"] |= {"shards": url, "cache_dir": str(tmp_path / "cache")}
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    (run / "environment.json").write_text(json.dumps({"command": f"dist-train train --data.shards {url}"}))
-    try:
+    with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)) as address:
+        url = f"{address}?signature=geheim"
+        set_in(run, {"data.shards": url, "data.cache_dir": str(tmp_path / "cache")})
+        (run / "environment.json").write_text(json.dumps({"command": f"dist-train train --data.shards {url}"}))
         page = report.write_report(run).read_text()
         assert "--data.shards http://127.0.0.1" in page and "geheim" not in page
         (run / "inference.json").write_text(json.dumps({"classes": DIGITS[::-1]}))
         assert "geheim" not in report.write_report(run).read_text()
         (run / "inference.json").write_bytes((made_up[0] / "inference.json").read_bytes())
-    finally:
-        server.shutdown()
-        server.server_close()
     pictures = re.findall(r'src="(data:image/png[^"]+)"', page)
     assert pictures == re.findall(r'src="(data:image/png[^"]+)"', made_up[1])
     page = report.write_report(run).read_text()  # the server is gone

@@ -8,12 +8,11 @@ import platform
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, wait_for
 
 from dist_train import runtime
 from dist_train.errors import UserError
@@ -24,14 +23,8 @@ def job(monkeypatch):
     """The environment of a launcher's rank, on a machine whose GPUs can be set."""
 
     def set_environment(num_gpus=0, **values):
-        for name in (
-            "WORLD_SIZE",
-            "RANK",
-            "LOCAL_RANK",
-            "LOCAL_WORLD_SIZE",
-            "ACCELERATE_USE_CPU",
-            "ACCELERATE_MIXED_PRECISION",
-        ):
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_CPU",
+                     "ACCELERATE_MIXED_PRECISION"):  # fmt: skip
             monkeypatch.delenv(name, raising=False)
         for name, value in values.items():
             monkeypatch.setenv(name, value)
@@ -54,6 +47,13 @@ def test_a_wrong_launch_is_refused(job, num_gpus, values, precision, complaint):
         runtime.start(precision, threads=1, timeout_s=5)
 
 
+def launcher_in(folder: Path) -> Path:
+    """Stands for accelerate's launcher, whose command line is what counts: starts child.py and waits for it."""
+    launcher = folder / "accelerate"
+    launcher.write_text("import subprocess, sys\nsys.exit(subprocess.call([sys.executable, 'child.py']))\n")
+    return launcher
+
+
 @pytest.mark.parametrize("options, refused", [
     (["--cpu", "--num_processes", "2"], True),
     (["--num_processes=3"], True),
@@ -67,8 +67,7 @@ def test_accelerate_starting_one_process_for_several_is_refused(tmp_path, option
     own = tmp_path / "home/accelerate/default_config.yaml"
     own.parent.mkdir(parents=True)
     own.write_text((tmp_path / "cpu.yaml").read_text())
-    launcher = tmp_path / "accelerate"  # stands for the launcher: what counts is the command line of the parent
-    launcher.write_text("import subprocess, sys\nsys.exit(subprocess.call([sys.executable, 'child.py']))\n")
+    launcher = launcher_in(tmp_path)
     (tmp_path / "child.py").write_text(
         "from dist_train import runtime\nfrom dist_train.errors import UserError\n"
         "try:\n    runtime._refuse_lonely_launch(1)\nexcept UserError as error:\n    print(error)\n"
@@ -112,8 +111,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
     (["-m"], {"WORLD_SIZE": "1"}, False),  # a shell may end before what it started in the background
 ])  # fmt: skip
 def test_a_process_whose_launcher_is_gone_is_asked_to_stop(tmp_path, words, env, ends):
-    launcher = tmp_path / "accelerate"
-    launcher.write_text("import subprocess, sys\nsys.exit(subprocess.call([sys.executable, 'child.py']))\n")
+    launcher = launcher_in(tmp_path)
     (tmp_path / "child.py").write_text(
         "import os, time\nfrom pathlib import Path\nfrom dist_train import runtime\nparent = os.getppid()\n"
         "requests = runtime.StopRequests(Path('.'))\nPath('ready').touch()\ngone_at = None\n"
@@ -123,18 +121,11 @@ def test_a_process_whose_launcher_is_gone_is_asked_to_stop(tmp_path, words, env,
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)} | env
     process = subprocess.Popen([sys.executable, str(launcher), *words], cwd=tmp_path, env=env)
-    wait_for(tmp_path / "ready")
+    wait_for((tmp_path / "ready").exists, "ready")
     process.kill()
     process.wait()
-    wait_for(tmp_path / "reason")
+    wait_for((tmp_path / "reason").exists, "reason")
     assert (tmp_path / "reason").read_text() == ("its launcher is gone" if ends else "none")
-
-
-def wait_for(path):
-    deadline = time.monotonic() + 30
-    while not path.exists():
-        assert time.monotonic() < deadline, f"waited 30 s for {path.name}"
-        time.sleep(0.02)
 
 
 def test_a_stop_file_is_a_request(tmp_path):
@@ -180,9 +171,7 @@ def test_one_trainer_a_folder(tmp_path):
 def test_the_environment_is_recorded():
     world = runtime.World(0, 1, 0, 1, torch.device("cpu"))
     about = runtime.environment(world)
-    assert (
-        about["packages"]["torch"] == torch.__version__.split("+")[0] or about["packages"]["torch"] == torch.__version__
-    )
+    assert about["packages"]["torch"] in (torch.__version__.split("+")[0], torch.__version__)
     assert about["cores"] >= 1 and about["device"] == "cpu" and json.dumps(about)
 
 
@@ -221,6 +210,18 @@ def test_a_run_in_fp16_predicts_in_fp32_on_a_cpu(job):
     assert runtime.precision_here("fp16") == "fp16"
     job(1, ACCELERATE_USE_CPU="true")
     assert runtime.precision_here("fp16") == "fp32"
+
+
+@pytest.mark.parametrize("values, told", [
+    ({}, True), ({"ACCELERATE_USE_CPU": "true"}, False), ({"CUDA_VISIBLE_DEVICES": ""}, False),
+])  # fmt: skip
+def test_a_start_on_the_cpu_tells_of_a_driver_of_gpus_unless_the_cpu_was_asked_for(job, tmp_path, monkeypatch, values, told):
+    (tmp_path / "version").touch()
+    monkeypatch.setattr(runtime, "DRIVER", str(tmp_path / "version"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    job(0, **values)
+    _, world = runtime.start("fp32", threads=1, timeout_s=5)
+    assert runtime.where(world).startswith("1 rank on the CPU") and ("doctor says why" in runtime.where(world)) == told
 
 
 def test_a_disk_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):

@@ -58,15 +58,7 @@ def test_imagenet_that_is_half_unpacked_is_refused(tmp_path):
 
 
 def test_folders_are_searched_deeply_and_oddly_named_files_are_found(tmp_path):
-    names = [
-        "a/x.y.z.jpg",
-        "a/deep/er/ä ö.JPEG",
-        "a/line\nbreak.png",
-        "b/.hidden.jpg",
-        "b/2.png",
-        "b/Thumbs.db",
-        "b/.DS_Store",
-    ]
+    names = ["a/x.y.z.jpg", "a/deep/er/ä ö.JPEG", "a/line\nbreak.png", "b/.hidden.jpg", "b/2.png", "b/Thumbs.db", "b/.DS_Store"]
     for k, name in enumerate(names):
         if name.lower().endswith(("jpg", "jpeg", "png")):
             picture(tmp_path / "raw" / name, seed=k)
@@ -278,9 +270,7 @@ def test_a_csv_becomes_float_vectors_with_the_training_statistics(tmp_path):
     values = random.normal(1e6, 3, (60, 3))
     lines = [f"{k};{a!r};{b!r};{c!r};7;{'ab'[k % 2]};n{k}" for k, (a, b, c) in enumerate(values.tolist())]
     (tmp_path / "t.csv").write_text("\ufeffid;x;y;z;same;kind;name\n" + "\n".join(lines) + "\n", encoding="utf-8")
-    config = ShardConfig(
-        source="csv", path=str(tmp_path / "t.csv"), target="kind", drop=("id",), out=str(tmp_path / "set")
-    )
+    config = ShardConfig(source="csv", path=str(tmp_path / "t.csv"), target="kind", drop=("id",), out=str(tmp_path / "set"))
     source = open_source(config)
     assert source.features == ["x", "y", "z"] and source.classes == ["a", "b"]
     assert any("name" in note for note in source.notes) and any("same" in note for note in source.notes)
@@ -304,8 +294,7 @@ def test_rows_with_holes_follow_the_rule(tmp_path):
     assert dropped.notes == ["4 of 6 rows were left out for missing values: y (2), k (1), x (1)"]
     kept = open_source(ShardConfig(**settings, missing="mean"))
     np.testing.assert_array_equal(kept.store.rows, np.float32([[1, 2], [np.nan, 4], [3, np.nan], [9, 10]]))
-    assert kept.left_out == [{"name": "line 5", "why": "column k is empty"},
-                             {"name": "line 6", "why": "column y is 'inf'"}]  # fmt: skip
+    assert kept.left_out == [{"name": "line 5", "why": "column k is empty"}, {"name": "line 6", "why": "column y is 'inf'"}]
     assert "2 missing values count as their column's mean over the training split: x (1), y (1)" in kept.notes
     with pytest.raises(UserError, match=r"4 of 6 rows .*(.|\n)*line 3: column x is empty"):
         open_source(ShardConfig(**settings, missing="error"))
@@ -650,11 +639,8 @@ def test_a_download_that_fails_says_what_to_fetch(tmp_path, monkeypatch):
 
 
 def test_torchvision_sets_that_cannot_be_had_are_refused(tmp_path):
-    for dataset, message in (
-        ("CIFAR11", "Did you mean CIFAR10"),
-        ("EMNIST", "needs more settings"),
-        ("svhn", "Did you mean SVHN"),
-    ):
+    for dataset, message in (("CIFAR11", "Did you mean CIFAR10"), ("EMNIST", "needs more settings"),
+                             ("svhn", "Did you mean SVHN")):  # fmt: skip
         with pytest.raises(UserError, match=message):
             open_source(ShardConfig(source="torchvision", dataset=dataset, path=str(tmp_path)))
 

@@ -1,11 +1,10 @@
 """Where a step's time goes: a window of steps, each part to its own clock; and what a log line makes of it."""
 
-import json
 import time
 
 import pytest
 import torch
-from conftest import tiny_run
+from conftest import lines_of, tiny_run
 
 from dist_train import messages, step_parts
 from dist_train.metrics import flops_per_sample, peak_flops
@@ -97,11 +96,10 @@ def test_no_window_is_no_work():
 def test_a_training_says_where_its_time_went_and_what_it_reached(digits, tmp_path, capsys):
     argv = tiny_run(digits, tmp_path / "run", "--train.profile_steps", "3", "--train.epochs", "1.5")
     assert run_training(argv) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    (profile,) = [line for line in lines if line["kind"] == "profile"]
+    (profile,) = lines_of(tmp_path / "run", "profile")
     assert profile["forward"] > 0 and profile["backward"] > 0 and profile["step_s"] > 0
     assert sum(profile[part] for part in PARTS) == pytest.approx(1, abs=1e-3)
-    after = [line for line in lines if line["kind"] == "train" and line["step"] > profile["step"]]
+    after = [line for line in lines_of(tmp_path / "run", "train") if line["step"] > profile["step"]]
     assert after and all(0 < line["mfu"] < 1.5 and line["tflops"] > 0 for line in after)
     assert "where a step's" in capsys.readouterr().out
 

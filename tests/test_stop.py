@@ -12,11 +12,9 @@ import threading
 import time
 
 import pytest
-import torch
-from conftest import ROOT, finish_ranks, run_ranks, start_ranks, tiny_run
-from safetensors.torch import load_file
+from conftest import ROOT, figures, finish_ranks, reach, run_ranks, same_tensors, sharded, start_ranks, tiny_run
 
-from dist_train import evaluate, runtime, shard
+from dist_train import evaluate, runtime
 from dist_train.errors import UserError
 from dist_train.stop import is_training, main
 from dist_train.train import run_training
@@ -111,12 +109,6 @@ def train_into(output, argv, **more):
     return subprocess.Popen([sys.executable, "-m", "dist_train.train", *argv], env=env, stdout=output, stderr=output, **more)
 
 
-def await_figures(run, process):
-    while not (run / "metrics.jsonl").exists() or not figures(run):
-        assert process.poll() is None
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("by_nohup", [False, True])
 def test_a_terminal_that_is_closed_stops_a_training_in_order(digits, tmp_path, by_nohup):
     keyboard, screen = pty.openpty()
@@ -130,12 +122,12 @@ def test_a_terminal_that_is_closed_stops_a_training_in_order(digits, tmp_path, b
     epochs = "8" if by_nohup else "1000"
     process = train_into(screen, tiny_run(digits, run, "--train.epochs", epochs), preexec_fn=on_a_terminal)
     os.close(screen)
-    await_figures(run, process)
+    reach(run, 1, process)
     os.close(keyboard)
     assert process.wait(60) == (0 if by_nohup else runtime.EXIT_STOPPED)
     assert (run / "result.json").exists() == by_nohup
     last = json.loads(sorted((run / "checkpoints").glob("*/state.json"))[-1].read_text())
-    assert last["step"] == figures(run)[-1 if not by_nohup else -3][2]
+    assert last["step"] == figures(run)[-1 if not by_nohup else -3]["step"]
 
 
 def test_a_full_disk_under_its_lines_changes_no_exit_code(digits, tmp_path):
@@ -149,7 +141,7 @@ def test_a_training_outlives_the_reader_of_its_lines(digits, tmp_path):
     reader, writer = os.pipe()
     process = train_into(writer, tiny_run(digits, run))
     os.close(writer)
-    await_figures(run, process)
+    reach(run, 1, process)
     os.close(reader)
     assert process.wait(60) == 0
     assert (run / "result.json").exists()
@@ -159,15 +151,6 @@ def test_a_lock_that_another_host_left_is_not_trusted(run):
     (run / "lock").write_text("process 7 on elsewhere")  # file systems without shared locks
     assert main([str(run)]) == 0
     assert (run / "stop").exists()
-
-
-def figures(run):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        (row["kind"], row.get("split"), row["step"], row["loss"], row.get("top1"))
-        for row in rows
-        if row["kind"] in ("train", "eval")
-    ]
 
 
 def test_a_stop_in_any_evaluation_loses_and_repeats_nothing(digits, tmp_path, monkeypatch):
@@ -194,33 +177,29 @@ def test_a_stop_in_any_evaluation_loses_and_repeats_nothing(digits, tmp_path, mo
         assert run_training(tiny_run(digits, stopped, *more, "--resume")) == runtime.EXIT_STOPPED
         assert len(evaluated) == number, "it ends after the batch in which the signal came"
         assert not (stopped / "result.json").exists()
-        assert sum(kind == "eval" for kind, *_ in figures(stopped)) == evaluations
+        assert sum(line["kind"] == "eval" for line in figures(stopped)) == evaluations
     stop_after.clear()
     assert run_training(tiny_run(digits, stopped, *more, "--resume")) == 0
     assert figures(stopped) == figures(calm)
     assert (stopped / "result.json").read_text() == (calm / "result.json").read_text()
-    first, second = load_file(calm / "weights.safetensors"), load_file(stopped / "weights.safetensors")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert same_tensors(calm, stopped)
 
 
 @pytest.mark.two_process
 def test_one_rank_asked_in_a_long_evaluation_stops_all_in_time(tmp_path):
-    shards, run = tmp_path / "digits", tmp_path / "run"
-    source = ["--source", "sklearn", "--dataset", "digits", "--split.val", "0.9", "--split.test", "0"]
-    shard.main([*source, "--out", str(shards), "--workers", "1"])
+    run, source = tmp_path / "run", ["--source", "sklearn", "--dataset", "digits", "--split.val", "0.9", "--split.test", "0"]
+    shards = sharded(tmp_path / "digits", *source)
     # over 1,600 batches of one large picture on each rank: half a minute, and it begins after the second step
-    argv = tiny_run(str(shards), run, "--data.global_batch_size", "2", "--data.image_size", "160", "--model.width", "0.25",
+    argv = tiny_run(shards, run, "--data.global_batch_size", "2", "--data.image_size", "160", "--model.width", "0.25",
                     "--train.eval_every_epochs", "0.02", "--train.flip_test", "true")  # fmt: skip
     ranks = start_ranks(2, argv, tmp_path)
-    while not (run / "metrics.jsonl").exists() or len(figures(run)) < 2:
-        assert ranks[0].poll() is None, (tmp_path / "rank0.log").read_text()
-        time.sleep(0.01)
+    reach(run, 2, *ranks)
     time.sleep(1.0)
     ranks[1].send_signal(signal.SIGTERM)
     began = time.monotonic()
     assert finish_ranks(ranks, tmp_path) == [runtime.EXIT_STOPPED] * 2, (tmp_path / "rank0.log").read_text()
     assert time.monotonic() - began < 10
-    assert [(kind, step) for kind, _, step, *_ in figures(run)] == [("train", 1), ("train", 2)]
+    assert [(line["kind"], line["step"]) for line in figures(run)] == [("train", 1), ("train", 2)]
     saved = json.loads(next((run / "checkpoints").glob("step-00000002/state.json")).read_text())
     assert saved["judged_step"] < saved["step"] == 2
     assert "stopped at step 2 (another rank was asked)" in (tmp_path / "rank0.log").read_text()

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import io
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import lines_of, wait_for
 
 from dist_train import decoder_choice, runtime
 from dist_train import trial as one_trial
@@ -41,17 +41,6 @@ RECIPE = {
     "runtime": {"threads": 1},
     "track": {"wandb": "off"},
 }
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory) -> str:
-    """The breast-cancer table as shards."""
-    from dist_train import shard
-
-    out = tmp_path_factory.mktemp("shards") / "breast-cancer"
-    with contextlib.redirect_stdout(io.StringIO()):
-        shard.main(["--source", "sklearn", "--dataset", "breast_cancer", "--out", str(out), "--workers", "1"])
-    return str(out)
 
 
 @pytest.fixture
@@ -123,8 +112,7 @@ def test_a_trial_is_what_a_plain_training_of_that_fold_gives(write_study, tmp_pa
     trial = trials_of(path)[1]
     argv = ["--config", "base.yaml", "--optim.lr", str(trial.params["optim.lr"]), "--data.folds", "2", "--data.fold", "1"]
     assert run_training([*argv, "--run", str(tmp_path / "plain")]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()]
-    best = best_line([line for line in lines if line.get("split") == "val"], "top1")
+    best = best_line([line for line in lines_of(tmp_path / "plain", "eval") if line["split"] == "val"], "top1")
     fold = trial.user_attrs["folds"][1]
     assert (fold["top1"], fold["loss"], fold["best_epoch"]) == (best["top1"], best["loss"], best["epoch"])
 
@@ -249,9 +237,7 @@ def test_a_killed_study_goes_on_and_two_processes_share_it(write_study):
     rates = [round(0.004 + 0.001 * i, 3) for i in range(6)]
     path = write_study({"sampler": "grid", "folds": 3, "prune": False}, search={"optim.lr": rates})
     first = start_study(path)
-    while not list(Path("runs/tune").glob("trials/*/fold-1/metrics.jsonl")):
-        assert first.poll() is None
-        time.sleep(0.02)
+    wait_for(lambda: list(Path("runs/tune").glob("trials/*/fold-1/metrics.jsonl")), "a second fold", 120, processes=[first])
     first.send_signal(signal.SIGKILL)
     first.wait()
     kept = {p: p.read_text() for p in Path("runs/tune").glob("trials/*/fold-*/result.json")}
@@ -521,8 +507,7 @@ def test_a_fold_of_a_trial_is_a_run_that_report_and_compare_read(write_study):
     assert f"{trials[0].user_attrs['folds'][0]['top1']:.2%}" in write_report(folders[0]).read_text()
     assert yaml.safe_load((folders[0] / "config.yaml").read_text())["data"]["decode"] == "cpu", "settled, as a training's is"
     for fold, folder in zip(trials[1].user_attrs["folds"], folders[2:], strict=True):
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        last = [line for line in lines if line["kind"] == "eval"][-1]
+        last = lines_of(folder, "eval")[-1]
         assert (fold["last_top1"], fold["last_loss"]) == (last["top1"], last["loss"])
         assert json.loads((folder / "result.json").read_text())["last_top1"] == last["top1"]
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from optuna.trial import TrialState
-from test_study import RECIPE, pretend, table, write_study  # noqa: F401
-from test_track import arrived, machine, recorded, server  # noqa: F401
+from test_study import RECIPE, pretend, write_study  # noqa: F401
+from test_track import arrived, be_patient, machine, recorded, server  # noqa: F401
 
-from dist_train import study_wandb, wandb_log
+from dist_train import study_wandb
 from dist_train.config import RunConfig, TrackConfig
 from dist_train.errors import UserError
 from dist_train.journal import locked
@@ -41,8 +41,7 @@ def test_a_line_a_finished_trial_with_the_best_beside_it_up_to_the_first_that_go
 
 
 def test_without_a_server_every_trial_is_recorded_once_and_the_report_with_them(tmp_path, machine):
-    machine.setattr(wandb_log, "START_S", 20)
-    machine.setattr(wandb_log, "UPLOAD_S", 20)
+    be_patient(machine)
     page = tmp_path / "report.html"
     page.write_text("<html><head></head><body>what was found</body></html>")
     trials = [trial(0, 0.5, **{"optim.lr": 0.1, "variant": "a"}), trial(1, 0.7)]
@@ -59,8 +58,7 @@ def test_without_a_server_every_trial_is_recorded_once_and_the_report_with_them(
 
 
 def test_progress_reaches_the_server_now_and_then_and_nobody_sends_beside_another(tmp_path, server, monkeypatch, capsys):
-    monkeypatch.setattr(wandb_log, "START_S", 20)
-    monkeypatch.setattr(wandb_log, "UPLOAD_S", 20)
+    be_patient(monkeypatch)
     trials = [trial(0, 0.5), trial(1, 0.7), trial(2, 0.0, "RUNNING")]
     log = log_of(tmp_path, trials)
     log.progress()

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import finish_ranks, start_ranks, tiny_run
+from conftest import losses, run_to_end, tiny_run
 from torch import nn
 
 from dist_train.config import ModelConfig, RunConfig
@@ -258,18 +258,12 @@ def test_the_head_alone_learns_while_the_rest_is_frozen():
     assert net.bn1.num_batches_tracked == 0
 
 
-def losses(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["kind"] == "train"]
-
-
 @pytest.mark.two_process
 def test_two_processes_give_the_curve_of_one(digits, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     more = ["--model.name", "timm/test_efficientnet", "--model.width", "1", "--data.image_size", "32", "--train.max_steps", "4",
             "--optim.layer_decay", "0.9"]  # fmt: skip
-    ranks = start_ranks(2, tiny_run(digits, two, *more), tmp_path)
-    assert finish_ranks(ranks, tmp_path) == [0, 0], (tmp_path / "rank0.log").read_text()
+    run_to_end(2, tiny_run(digits, two, *more), tmp_path)
     assert run_training(tiny_run(digits, one, *more)) == 0
     assert len(losses(one)) == 4 and losses(one) == pytest.approx(losses(two), abs=1e-3)
 
@@ -286,6 +280,5 @@ def test_a_run_is_exported_as_it_classifies(digits, tmp_path, name, kind):
 def test_tables_that_are_no_weights_stay_out_of_averages_and_files(digits, tmp_path):
     more = ["--model.name", "timm/test_maxvit", "--model.width", "1", "--data.image_size", "32", "--train.epochs", "0.14",
             "--train.parallel", "fsdp"]  # fmt: skip
-    ranks = start_ranks(2, tiny_run(digits, tmp_path / "run", *more), tmp_path)
-    assert finish_ranks(ranks, tmp_path) == [0, 0], (tmp_path / "rank0.log").read_text()
+    run_to_end(2, tiny_run(digits, tmp_path / "run", *more), tmp_path)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["test"]["samples"] > 0

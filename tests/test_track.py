@@ -1,6 +1,5 @@
 """What a run says: metrics.jsonl, the console, and Weights & Biases through its real client and a stand-in server."""
 
-import json
 import subprocess
 import sys
 import threading
@@ -8,6 +7,7 @@ import time
 
 import psutil
 import pytest
+from conftest import lines_of, wait_for
 from PIL import Image
 from wandb_server import wandb_server
 
@@ -41,7 +41,7 @@ def test_every_line_reads_back_as_it_was_given(tmp_path):
     tracker.train(10, values(10))
     tracker.evaluation(10, "val", {"epoch": 0.2, "loss": 0.5, "time_s": 7.5})
     tracker.finish(True)
-    first, second = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    first, second = lines_of(tmp_path)
     assert 0 <= first.pop("time_s") < 60
     assert first == {"kind": "train", "step": 10, **values(10)}
     assert second == {"kind": "eval", "split": "val", "step": 10, "epoch": 0.2, "loss": 0.5, "time_s": 7.5}
@@ -225,6 +225,12 @@ def server(machine):
         yield server
 
 
+def be_patient(monkeypatch):
+    """Where the server answers, or there is none, patience costs nothing."""
+    monkeypatch.setattr(wandb_log, "START_S", 20)
+    monkeypatch.setattr(wandb_log, "UPLOAD_S", 20)
+
+
 def arrived(rows, name):
     return [row[f"{name}/step"] for row in rows if f"{name}/step" in row]
 
@@ -235,8 +241,7 @@ def recorded(folder):
 
 
 def test_a_resumed_run_is_one_run_with_every_step_once(tmp_path, server, monkeypatch):
-    monkeypatch.setattr(wandb_log, "START_S", 20)  # the server answers: patience costs nothing
-    monkeypatch.setattr(wandb_log, "UPLOAD_S", 20)
+    be_patient(monkeypatch)
     run = tmp_path / "digits"
     tracker = open_tracker(run, AUTO, True, 100, None)
     train(tracker, range(10, 61, 10))
@@ -265,8 +270,7 @@ def picture(folder, name):
 
 
 def test_pictures_arrive_once_however_often_the_end_is_reached(tmp_path, server, monkeypatch):
-    monkeypatch.setattr(wandb_log, "START_S", 20)
-    monkeypatch.setattr(wandb_log, "UPLOAD_S", 20)
+    be_patient(monkeypatch)
     run = tmp_path / "digits"
     for names in (["samples", "filters"], ["samples", "filters", "confusion"]):
         tracker = open_tracker(run, AUTO, True, 100, 50 if (run / "metrics.jsonl").exists() else None)
@@ -282,8 +286,7 @@ def test_pictures_arrive_once_however_often_the_end_is_reached(tmp_path, server,
 
 
 def test_pictures_of_a_run_without_a_server_are_recorded_once(tmp_path, machine, callers):
-    machine.setattr(wandb_log, "START_S", 20)
-    machine.setattr(wandb_log, "UPLOAD_S", 20)
+    be_patient(machine)
     run = tmp_path / "digits"
     for resume_step in (None, 50):
         tracker = open_tracker(run, AUTO, True, 100, resume_step)
@@ -321,8 +324,7 @@ def test_a_server_that_hangs_in_the_middle_holds_up_nothing(tmp_path, server, ca
     monkeypatch.setattr(wandb_log, "START_S", 20)
     tracker = open_tracker(tmp_path / "digits", AUTO, True, 100, None)
     train(tracker, [10])
-    while not server.runs:
-        time.sleep(0.02)
+    wait_for(lambda: server.runs, "a run on the server")
     server.fault = "hang"
     began = time.monotonic()
     train(tracker, range(20, 101, 10))
@@ -336,8 +338,7 @@ def test_a_server_that_hangs_in_the_middle_holds_up_nothing(tmp_path, server, ca
 def test_a_client_that_is_frozen_is_left_behind(tmp_path, machine, capsys):
     machine.setattr(wandb_log, "FINISH_S", 2)
     tracker = open_tracker(tmp_path / "digits", AUTO, True, 100, None)
-    while not list((tmp_path / "digits").glob("wandb/offline-run-*/*.wandb")):
-        time.sleep(0.02)
+    wait_for(lambda: list((tmp_path / "digits").glob("wandb/offline-run-*/*.wandb")), "the client's record")
     (client,) = (child for child in psutil.Process().children() if "wandb-core" in child.name())
     client.suspend()
     train(tracker, range(10, 101, 10))
@@ -358,8 +359,7 @@ def test_recordings_on_the_disk_hold_every_step_once_and_go_to_the_server_later(
     assert arrived(recorded(run), "train") == list(range(10, 81, 10))
     assert arrived(recorded(run), "val") == [20, 40, 60, 80]
 
-    machine.setattr(wandb_log, "START_S", 20)
-    machine.setattr(wandb_log, "UPLOAD_S", 20)
+    be_patient(machine)
     with wandb_server() as (server, url):
         machine.setenv("WANDB_BASE_URL", url)
         machine.setenv("WANDB_API_KEY", "a" * 40)

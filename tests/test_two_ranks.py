@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import run_ranks, tiny_run
-from safetensors.torch import load_file
+from conftest import run_ranks, same_tensors, tiny_run
 from torch import nn
 
 from dist_train.errors import UserError
@@ -207,7 +206,6 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_nothing_is_lost(di
     assert [path.name for path in stopped.glob("checkpoints/step-*")] == ["step-00000005"]
     codes, _ = train(stopped, -1, "--resume")
     assert codes == [0, 0]
-    first, second = (load_file(run / "checkpoints/step-00000008/model.safetensors") for run in (calm, stopped))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert same_tensors(*(run / "checkpoints/step-00000008/model.safetensors" for run in (calm, stopped)))
     results = [json.loads((run / "result.json").read_text()) for run in (calm, stopped)]
     assert results[0] == results[1] and results[0]["step"] == 8

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_sources import picture
 
 from dist_train import shard, verify
 from dist_train.convert import convert
@@ -17,12 +18,9 @@ from dist_train.shard_config import ShardConfig, SplitConfig
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    folder, random = tmp_path_factory.mktemp("verify"), np.random.default_rng(0)
-    for name in ("cats", "dogs"):
-        (folder / "raw" / name).mkdir(parents=True)
-        for i in range(6):
-            pixels = random.integers(0, 256, (9, 12, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "raw" / name / f"{i}.png")
+    folder = tmp_path_factory.mktemp("verify")
+    for k in range(12):
+        picture(folder / "raw" / ("cats", "dogs")[k % 2] / f"{k // 2}.png", k, (9, 12))
     settings = {"path": str(folder / "raw"), "split": SplitConfig(0.2, 0.2), "min_shards": 2}
     return Path(convert(ShardConfig(**settings, out=str(folder / "set"))).folder)
 

@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from conftest import finish_ranks, start_ranks, tiny_run
+from conftest import finish_ranks, reach, start_ranks, tiny_run
 
 from dist_train.watch import EXIT_LOST_RANK, Watch
 
@@ -16,9 +16,7 @@ LONG = ["--train.epochs", "500", "--train.eval_every_epochs", "0", "--runtime.ti
 def start_job(digits, tmp_path, world_size):
     run = tmp_path / "run"
     ranks = start_ranks(world_size, tiny_run(digits, run, *LONG), tmp_path)
-    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 5:
-        assert all(rank.poll() is None for rank in ranks), (tmp_path / "rank0.log").read_text()
-        time.sleep(0.05)
+    reach(run, 5, *ranks)
     return ranks
 
 

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from conftest import serving
+
 
 @dataclass
 class Run:
@@ -111,12 +113,8 @@ def wandb_server():
 
         def handle_error(self, *args): ...  # clients that gave up during a fault
 
-    http = Quiet(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield server, f"http://127.0.0.1:{http.server_address[1]}"
-    finally:
-        server.fault = None
-        http.shutdown()
-        http.server_close()
+    with serving(Quiet(("127.0.0.1", 0), Handler)) as url:
+        try:
+            yield server, url
+        finally:
+            server.fault = None

@@ -1,16 +1,17 @@
 """Real hosts and a real SLURM, made for the tests that ask for them; skipped, with the reason, where that cannot be."""
 
+import functools
 import os
 import shutil
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
+import conftest
 import pytest
 
 HERE = Path(__file__).parent
-PROJECT = HERE.parents[1]
+wait_for = functools.partial(conftest.wait_for, timeout_s=180, pause_s=0.1)
 os.environ["PATH"] += ":/usr/sbin:/sbin"
 
 
@@ -26,7 +27,7 @@ class Hosts:
     def run(self, host: str, *words: str, **env: str) -> str:
         """What a command says on a host. Raises CalledProcessError if it fails."""
         done = subprocess.run(
-            self.command(host, *words), env=os.environ | env, cwd=PROJECT, capture_output=True, text=True, timeout=60
+            self.command(host, *words), env=os.environ | env, cwd=conftest.ROOT, capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -52,20 +53,10 @@ def slurm():
     yield from _start("slurm", ["ip", "unshare", "slurmctld", "slurmd", "sbatch", "munged"], 3)
 
 
-def wait_for(claim, what: str, timeout_s: float = 180) -> None:
-    """Return when claim() is true. Raises AssertionError with what it waited for after timeout_s."""
-    deadline = time.monotonic() + timeout_s
-    while not claim():
-        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what() if callable(what) else what}"
-        time.sleep(0.1)
-
-
 def _start(kind: str, programs: list[str], count: int):
     missing = [program for program in programs if not shutil.which(program)]
     if os.getuid() != 0 or missing:
-        pytest.skip(
-            f"needs root and {', '.join(programs)}; missing: {', '.join(missing) or 'root'}. Try: make test-cluster"
-        )
+        pytest.skip(f"needs root and {', '.join(programs)}; missing: {', '.join(missing) or 'root'}. Try: make test-cluster")
     folder = Path(tempfile.mkdtemp(prefix=f"{kind}-"))  # pytest's own folders are closed to others, which munge refuses
     subprocess.run([HERE / f"{kind}-up.sh", folder, str(count)], check=True)
     try:

@@ -9,8 +9,8 @@ import time
 
 import psutil
 import pytest
-from clusters import PROJECT, hosts, wait_for  # noqa: F401
-from conftest import tiny_run
+from clusters import hosts, wait_for  # noqa: F401
+from conftest import ROOT, reach, tiny_run
 
 from dist_train.watch import EXIT_LOST_RANK
 
@@ -28,11 +28,8 @@ def start_job(hosts, shards, folder):
                             "MASTER_ADDR": "node1", "MASTER_PORT": "29411", "ACCELERATE_USE_CPU": "true"}  # fmt: skip
         command = hosts.command(f"node{rank + 1}", sys.executable, "-m", "dist_train.train", *argv)
         with open(folder / f"rank{rank}.log", "w") as log:
-            ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=PROJECT))
-    metrics = folder / "run/metrics.jsonl"
-    wait_for(
-        lambda: metrics.exists() and metrics.read_text().count("\n") > 5, lambda: words(folder, 0) + words(folder, 1)
-    )
+            ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=ROOT))
+    reach(folder / "run", 6, *ranks)
     return ranks
 
 
@@ -68,7 +65,7 @@ def test_a_frozen_process_ends_the_job_on_the_other_host_and_itself_once_it_wake
         assert time.monotonic() - began < TIMEOUT_S + 4
         assert "rank 1 on node2 no longer answers" in words(tmp_path, 0)
         trainer.resume()
-        wait_for(lambda: has_ended(trainer), "the frozen rank to end", TIMEOUT_S + 10)
+        wait_for(lambda: has_ended(trainer), "the frozen rank to end", timeout_s=TIMEOUT_S + 10)
     finally:
         for process in (trainer, *ranks):
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,40 +1,33 @@
 """Jobs on a real SLURM of three nodes: pushed out, warned, or struck by a power cut, they end as if nothing had been."""
 # ruff: noqa: F811
 
-import json
 import re
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from clusters import slurm, wait_for  # noqa: F401
-from conftest import finish_ranks, start_ranks, tiny_run
-from safetensors.torch import load_file
+from conftest import figures, run_to_end, same_tensors, tiny_run
+
+from dist_train.track import read_metrics
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 MORE = ["--train.epochs", "10", "--train.eval_every_epochs", "4", "--runtime.timeout_s", "30"]
 
 
-def lines(run, kind):
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    measured = ("time_s", "images_per_s", "data_wait", "tflops", "mfu")
-    return [{k: v for k, v in row.items() if k not in measured} for row in rows if row["kind"] == kind]
+def steps_of(run, kind):
+    return [line["step"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] == kind]
 
 
 def restarts_of(run):
-    return [row["step"] for row in lines(run, "restart") if row["step"]]  # 0: stopped before its first checkpoint
+    return [step for step in steps_of(run, "restart") if step]  # 0: stopped before its first checkpoint
 
 
 @pytest.fixture(scope="module")
 def calm(digits, tmp_path_factory):
     """The same training on two ranks, undisturbed."""
     folder = tmp_path_factory.mktemp("calm")
-    ranks = start_ranks(2, tiny_run(digits, folder / "run", *MORE), folder)
-    assert finish_ranks(ranks, folder) == [0, 0], (folder / "rank0.log").read_text()
+    run_to_end(2, tiny_run(digits, folder / "run", *MORE), folder)
     return folder / "run"
 
 
@@ -58,7 +51,7 @@ class Job:
         return f"{self.slurm.state(self.id)}: {path.read_text()[-3000:] if path.exists() else 'no output'}"
 
     def reach(self, num_steps):
-        wait_for(lambda: len(lines(self.run, "train")) >= num_steps, self.log)
+        wait_for(lambda: len(steps_of(self.run, "train")) >= num_steps, self.log)
 
     def finish(self):
         wait_for(lambda: self.slurm.state(self.id) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"), self.log)
@@ -68,17 +61,13 @@ class Job:
 def assert_same_run(run, calm, num_restarts=1):
     restarts = restarts_of(run)
     assert len(restarts) == num_restarts
-    for kind in ("train", "eval"):
-        assert lines(run, kind) == lines(calm, kind)  # every step once, every figure to the last digit
-    first, second = load_file(run / "weights.safetensors"), load_file(calm / "weights.safetensors")
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert figures(run) == figures(calm)  # every step once, every figure to the last digit
+    assert same_tensors(run, calm)
     return restarts
 
 
 def test_a_job_that_is_pushed_out_goes_on_where_it_was(slurm, digits, calm, tmp_path):
-    job = Job(
-        slurm, digits, tmp_path, "--track.wandb", "offline", "--track.project", "cluster-test", WANDB_MODE="offline"
-    )
+    job = Job(slurm, digits, tmp_path, "--track.wandb", "offline", "--track.project", "cluster-test", WANDB_MODE="offline")
     job.reach(5)
     slurm.run("ctl", "sbatch", "-p", "urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
     wait_for(lambda: slurm.state(job.id) != "RUNNING", job.log)
@@ -107,10 +96,10 @@ def test_a_job_near_its_time_limit_is_warned_by_slurm_itself_and_goes_on(slurm, 
     wait_for(lambda: restarts_of(job.run), job.log)
     step = restarts_of(job.run)[0]
     assert f"stopped at step {step:,} (SIGUSR1)" in job.log() and "queued again" in job.log()
-    wait_for(lambda: len(lines(job.run, "train")) >= step + 3, job.log)
+    wait_for(lambda: len(steps_of(job.run, "train")) >= step + 3, job.log)
     slurm.run("ctl", "scancel", job.id)
     wait_for(lambda: slurm.state(job.id) == "CANCELLED", job.log)
-    steps = [row["step"] for row in lines(job.run, "train")]
+    steps = steps_of(job.run, "train")
     assert steps == list(range(1, len(steps) + 1))
     assert "TIME LIMIT" not in job.log()
 
@@ -174,7 +163,7 @@ def test_a_signal_to_the_ranks_alone_queues_the_job_again_and_a_stop_file_does_n
     job.reach(5)
     slurm.run("ctl", "scancel", "--signal=USR1", job.id)
     wait_for(lambda: slurm.state(job.id) == "PENDING", job.log)
-    job.reach(len(lines(job.run, "train")) + 3)
+    job.reach(len(steps_of(job.run, "train")) + 3)
     (job.run / "stop").touch()
     wait_for(lambda: slurm.state(job.id) in ("FAILED", "COMPLETED"), job.log)
     assert slurm.state(job.id) == "FAILED" and "(the file" in job.log()

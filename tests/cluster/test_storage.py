@@ -1,15 +1,12 @@
 """Disks that fill up, turn read-only or fail, while a checkpoint is written or a shard is read: named, and nothing is lost."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 
 import pytest
-import torch
-from conftest import ROOT, tiny_run
-from safetensors.torch import load_file
+from conftest import ROOT, lines_of, same_tensors, tiny_run, train_tiny
 
 from dist_train.checkpoint import Checkpoints
 from dist_train.errors import UserError
@@ -37,9 +34,7 @@ def remount(folder, options):
 
 @pytest.fixture(scope="module")
 def calm(digits, tmp_path_factory):
-    run = tmp_path_factory.mktemp("calm") / "run"
-    assert run_training(tiny_run(digits, run)) == 0
-    return run
+    return train_tiny(digits, tmp_path_factory.mktemp("calm") / "run")
 
 
 @pytest.mark.parametrize("fault, mended", [("size", "size=64m"), ("ro", "rw")])
@@ -47,9 +42,7 @@ def test_a_disk_that_takes_no_more_keeps_the_last_checkpoint(calm, digits, disk,
     run = disk / "run"
     argv = tiny_run(digits, run, "--train.checkpoint_every_steps", "2", "--resume")
     assert run_training([*argv, "--train.max_steps", "4"]) == 0
-    used = int(
-        subprocess.run(["df", "--output=used", "-k", str(disk)], capture_output=True, text=True).stdout.split()[1]
-    )
+    used = int(subprocess.run(["df", "--output=used", "-k", str(disk)], capture_output=True, text=True).stdout.split()[1])
     remount(disk, f"size={used + 64}k" if fault == "size" else "ro")
     # metrics and settings are small; the next checkpoint does not fit
     with pytest.raises((UserError, OSError)) as error:
@@ -63,10 +56,8 @@ def test_a_disk_that_takes_no_more_keeps_the_last_checkpoint(calm, digits, disk,
 
 
 def assert_same_run(run, calm):
-    first, second = load_file(calm / "weights.safetensors"), load_file(run / "weights.safetensors")
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [row["step"] for row in rows if row["kind"] == "train"]
+    assert same_tensors(calm, run)
+    steps = [line["step"] for line in lines_of(run, "train")]
     assert steps == list(range(1, len(steps) + 1))
 
 
@@ -74,13 +65,7 @@ def run_on_failing_disk(argv, calls, when, path=None):
     """Train in a process whose system calls of some kinds, on one file if there is a path, fail with EIO from the when-th on."""
     if not shutil.which("strace"):
         pytest.skip("needs strace, which makes system calls fail")
-    inject = [
-        "-e",
-        f"trace={calls}",
-        "-e",
-        f"inject={calls}:error=EIO:when={when}+",
-        *(["-P", str(path)] if path else []),
-    ]
+    inject = ["-e", f"trace={calls}", "-e", f"inject={calls}:error=EIO:when={when}+", *(["-P", str(path)] if path else [])]
     words = ["strace", "-f", "--seccomp-bpf", "-qq", "-o", "/dev/null", *inject]
     command = [*words, sys.executable, "-m", "dist_train.train", *argv]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -96,9 +81,7 @@ def run_on_failing_disk(argv, calls, when, path=None):
     ("rename,renameat,renameat2", 1, "checkpoints/step-00000006.partial", "the checkpoint could not be written"),
     ("write", 4, "metrics.jsonl", "cannot write the run's figures"),
 ])  # fmt: skip
-def test_a_disk_that_fails_under_a_write_keeps_the_last_checkpoint(
-    calm, digits, tmp_path, calls, when, path, complaint
-):
+def test_a_disk_that_fails_under_a_write_keeps_the_last_checkpoint(calm, digits, tmp_path, calls, when, path, complaint):
     run = tmp_path / "run"
     argv = tiny_run(digits, run, "--train.checkpoint_every_steps", "2", "--resume")
     assert run_training([*argv, "--train.max_steps", "4"]) == 0

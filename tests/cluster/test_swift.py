@@ -40,9 +40,7 @@ def bucket(swift, digits, monkeypatch) -> str:
     for name, seconds in {"FIRST_WAIT_S": 0.01, "PATIENCE_S": 0, "SHORT_PATIENCE_S": 0}.items():
         monkeypatch.setattr(tries, name, seconds)
     make_bucket(swift, "shards")
-    store = store_module.from_url(
-        "s3://shards", endpoint=swift["AWS_ENDPOINT_URL"], client_options={"allow_http": True}
-    )
+    store = store_module.from_url("s3://shards", endpoint=swift["AWS_ENDPOINT_URL"], client_options={"allow_http": True})
     for path in Path(digits).iterdir():
         store.put(f"sets/digits/{path.name}", path.read_bytes())
     return "s3://shards/sets/digits"
@@ -51,9 +49,7 @@ def bucket(swift, digits, monkeypatch) -> str:
 def make_bucket(swift, name: str) -> None:
     """Through Swift's own API: obstore makes no buckets."""
     user = {"X-Auth-User": swift["AWS_ACCESS_KEY_ID"], "X-Auth-Key": swift["AWS_SECRET_ACCESS_KEY"]}
-    with urllib.request.urlopen(
-        urllib.request.Request(f"{swift['AWS_ENDPOINT_URL']}/auth/v1.0", headers=user)
-    ) as answer:
+    with urllib.request.urlopen(urllib.request.Request(f"{swift['AWS_ENDPOINT_URL']}/auth/v1.0", headers=user)) as answer:
         url, token = answer.headers["X-Storage-Url"], answer.headers["X-Auth-Token"]
     request = urllib.request.Request(f"{url}/{name}", method="PUT", headers={"X-Auth-Token": token})
     urllib.request.urlopen(request).close()
@@ -75,9 +71,7 @@ def test_what_s3_refuses_is_said_at_once(bucket, tmp_path, monkeypatch):
         load_index("s3://nowhere/sets", str(tmp_path))
     monkeypatch.setattr(tries, "TRIES", 1)  # refusals must not count as faults that pass
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(
-        UserError, match="(?s)access is refused: .*SignatureDoesNotMatch.*Set credentials .*AWS_ACCESS_KEY_ID"
-    ):
+    with pytest.raises(UserError, match="(?s)access is refused: .*SignatureDoesNotMatch.*Set credentials .*AWS_ACCESS_KEY_ID"):
         load_index(bucket, str(tmp_path))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="cannot be fetched: .*1 tries"):
