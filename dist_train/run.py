@@ -100,8 +100,9 @@ class Run:
     def summary(self) -> str:
         """What is trained on what, where, in a line."""
         config, split = self.config, self.index.split(self.config.data.train_split)
+        steps = f"{self.num_steps:,} {'step' if self.num_steps == 1 else 'steps'}"
         return (f"{self.folder}: {config.model.name}, {self.num_parameters:,} parameters, on {split.num_samples:,} samples of "
-                f"{self.index.num_classes} classes; {self.num_steps:,} steps of {config.data.global_batch_size}, "
+                f"{self.index.num_classes} classes; {steps} of {config.data.global_batch_size}, "
                 f"{config.train.precision}; {runtime.where(self.world)}")  # fmt: skip
 
     def new_parts(self, num_steps: int) -> StepParts:

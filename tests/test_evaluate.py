@@ -170,7 +170,7 @@ def test_a_run_is_evaluated_and_exported_at_another_size_than_it_is_trained_at(t
     assert (trained.network_size, trained.image_size, trained.eval_crop) == ((24, 24), (32, 32), 0.875)
     (batch,) = open_evaluation(load_index(shards), "test", 64, 32, 0.875)
     with torch.no_grad():
-        logits = trained.network(central_pixels(batch.images, (32, 32), trained.mean, trained.std, 0.875))
+        logits = trained.network(central_pixels(batch.images, (32, 32), trained.mean, trained.std, 0.875, "bilinear"))
     assert torch.nn.functional.cross_entropy(logits, batch.labels).item() == pytest.approx(result["loss"], rel=1e-4)
     capsys.readouterr()
     eval_main([str(run), "--json"])
