@@ -51,7 +51,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"dist-train bench: {what} is not a benchmark; there are bench data and bench step.")
     parser = argparse.ArgumentParser(
         "dist-train bench data", description="What the feeding can give, part by part, and what a recipe's step needs of it.",
-        epilog="There is also dist-train bench step --config RECIPE: where the time of a training step goes.",
+        epilog="Other options are those of dist-train train, such as --data.window_shards 4. There is also dist-train bench step "
+        "--config RECIPE: where the time of a training step goes.", allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--shards", metavar="DIR", help="set to read; with --config it replaces the recipe's")
     parser.add_argument(
@@ -63,8 +64,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--threads", type=int, help="decoding threads; default the recipe's, else the cores at hand")
     parser.add_argument("--seconds", type=float, default=0.5, help="length of one measurement; each is taken 5 times")
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
-    options = parser.parse_args(argv[1:] if argv[0] == "data" else argv)
-    config = read_config(RunConfig, _settings(options), "dist-train bench data")
+    options, settings = parser.parse_known_args(argv[1:] if argv[0] == "data" else argv)
+    config = read_config(RunConfig, [*_settings(options), *settings], "dist-train bench data")
     if not config.data.shards:
         raise UserError("dist-train bench data: no shards; name them with --shards, or a recipe with --config.")
     precision = runtime.precision_here(config.train.precision) if options.config else "fp32"

@@ -17,7 +17,7 @@ from dist_train.step_parts import StepParts
 
 
 def test_every_part_of_the_feeding_is_measured(digits, capsys):
-    bench.main(["data", "--shards", digits, "--batch-size", "64", "--threads", "1", "--seconds", "0.02", "--json"])
+    bench.main(["data", "--data.shards", digits, "--batch-size", "64", "--threads", "1", "--seconds", "0.02", "--json"])
     lines = capsys.readouterr().out.splitlines()
     figures = json.loads(lines[-1])
     parts = {name: part for name, part in figures.items() if isinstance(part, dict)}
