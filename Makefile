@@ -11,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt
 PIP_INSTALL := $(BIN)/pip install --quiet -c constraints.txt
+OUTER := PATH='$(PATH)' $(PYTHON)
 IS_NEW := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -20,10 +21,10 @@ install: $(VENV)/installed
 
 # uv installs the same packages from the same place in a fifth of pip's time; pip takes over where uv cannot be had
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard setup.py dist_train/*.[ch])
-	@$(BIN)/python $(IS_NEW) 2> /dev/null || $(PYTHON) $(IS_NEW) || \
-		{ echo "Python 3.11 or newer is needed, $(PYTHON) is not: make PYTHON=python3.12 ..."; exit 2; }
-	@$(BIN)/python $(IS_NEW) 2> /dev/null; test $$? != 1 || rm -rf $(VENV)  # one that does not start may only lack a module
-	test -x $(BIN)/pip || $(BIN)/python -m ensurepip --default-pip > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@test ! -e $(BIN) || { $(BIN)/python $(IS_NEW) 2> /dev/null; case $$? in 0) ;; 1) rm -rf $(VENV) ;; \
+		*) echo "$(BIN)/python does not start: load the module it was made with, or make clean"; exit 2 ;; esac; }
+	@test -e $(BIN) || $(OUTER) $(IS_NEW) || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
+	test -x $(BIN)/pip || $(BIN)/python -m ensurepip --default-pip > /dev/null 2>&1 || $(OUTER) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check uv || true
 	if test -x $(BIN)/uv; then $(UV_INSTALL) -e '.[dev]'; else $(PIP_INSTALL) -e '.[dev]'; fi
 	$(BIN)/python -m compileall -q dist_train  # where Python is told to write no bytecode, every start would compile anew

@@ -109,7 +109,7 @@ def start(precision: str, threads: int, timeout_s: int, deterministic: bool = Fa
                 f"the launcher sets {name} to {env[name]}, which would change the training behind the recipe's back.\n"
                 f"  Leave it out of accelerate's configuration and set {setting} in the recipe."
             )
-    misses_gpu = use_cpu and not _asks_for_cpu(env) and env.get("CUDA_VISIBLE_DEVICES") != "" and Path(DRIVER).exists()
+    misses_gpu = use_cpu and _is_gpu_expected(env)
     env["ACCELERATE_USE_CPU"] = "true" if use_cpu else "false"  # without it, ranks on the CPU would each be alone
     # set, or Accelerate would choose a number, and warn
     env["OMP_NUM_THREADS"] = str(threads or max(1, num_cores() // local_world_size))
@@ -322,6 +322,11 @@ def environment(world: World) -> dict:
 
 def _asks_for_cpu(env) -> bool:
     return env.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def _is_gpu_expected(env) -> bool:
+    is_hidden = env.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
+    return Path(DRIVER).exists() and not is_hidden and not _asks_for_cpu(env)
 
 
 def _is_launched() -> bool:

@@ -50,7 +50,7 @@ class State:
         except RuntimeError as error:
             raise UserError(f"the checkpoint of step {saved.step} does not fit this network:\n  {error}") from None
         parameters = dict(self.network.named_parameters())
-        restore_optimizer(plain(self.optimizer), saved.tensors.get("optimizer", {}), saved.state["optimizer"], parameters)
+        restore_optimizer(plain(self.optimizer), saved.tensors["optimizer"], saved.state["optimizer"], parameters)
         if self.average:
             self.average.restore(saved.tensors["ema"], saved.state["ema_updates"])
         self.plateau.load_state_dict(saved.state["plateau"])

@@ -28,7 +28,6 @@ from dist_train.search import Space, changed, check_values, read_space, recipe_w
 from dist_train.settings import flatten, option_lines, read_config, to_dict
 from dist_train.streams import outlive_readers
 
-LATER = [("data.interpolation", "bilinear")]  # settings younger than some study, at what was done before: no part of a trial's name
 FAILURES_IN_A_ROW = 3  # of one process, before it asks whether its machine is at fault, which takes a step and an evaluation
 
 
@@ -107,7 +106,7 @@ class Plan:
 
     def trial_folder(self, config: RunConfig) -> Path:
         """One for each set of settings: whoever trains them again finds the folds that are done."""
-        settings = sorted((k, v) for k, v in flatten(to_dict(config)).items() if _counts(k) and (k, v) not in LATER)
+        settings = sorted((k, v) for k, v in flatten(to_dict(config)).items() if _counts(k))
         name = xxhash.xxh3_64_hexdigest(f"{settings} {self.config.folds} {self.shards}".encode())
         return self.folder / "trials" / name
 

@@ -111,6 +111,7 @@ def test_training_eval_predict_and_exported_files_see_the_same_middle(tmp_path, 
     argv += ["--data.interpolation", interpolation]
     assert run_training(tiny_run(shards, run, *argv)) == 0
     result, index = json.loads((run / "result.json").read_text()), load_index(shards)
+    assert json.loads((run / "inference.json").read_text())["interpolation"] == interpolation
     capsys.readouterr()
     eval_main([str(run), "--json"])
     assert printed(capsys) == [{"split": "test", **result["test"]}]

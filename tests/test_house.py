@@ -5,6 +5,7 @@ import dataclasses
 import graphlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -176,3 +177,30 @@ def test_no_device_is_named_in_the_code():
 def test_accelerates_file_sets_the_machine_only():
     settings = yaml.safe_load((ROOT / "accelerate_config.yaml").read_text())
     assert settings.get("mixed_precision", "no") in ("no", False)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize("here, outside, code, kept", [
+    (None, 0, 0, False), (1, 0, 0, False), (0, 1, 0, True),  # none, too old, new
+    (None, 1, 2, False), (1, 1, 2, False), (127, 0, 2, True),  # no other to be had; one that does not start
+])  # fmt: skip
+def test_make_replaces_an_environment_whose_python_is_too_old_and_no_other(tmp_path, here, outside, code, kept):
+    def stand_in(folder: Path, asked: int) -> None:  # for a Python that ends with this code when it is asked whether it is new
+        folder.mkdir(parents=True)
+        words = f'case "$*" in *version_info*) exit {asked};; *venv*) cp -r "$NEW" .venv;; esac'
+        (folder / "python3").write_text(f"#!/bin/sh\n{words}\n")
+        (folder / "python3").chmod(0o755)
+        (folder / "python").symlink_to("python3")
+        (folder / "pip").symlink_to("/bin/true")
+
+    stand_in(tmp_path / "outside", outside)
+    stand_in(tmp_path / "new/bin", 0)
+    if here is not None:
+        stand_in(tmp_path / ".venv/bin", here)
+        (tmp_path / ".venv/before").touch()
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    env = {"PATH": f"{tmp_path}/outside:{os.environ['PATH']}", "NEW": str(tmp_path / "new")}
+    done = subprocess.run(["make", "-f", ROOT / "Makefile", "install"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == code and (tmp_path / ".venv/before").exists() == kept, done
+    assert (tmp_path / ".venv/installed").exists() == (code == 0)

@@ -56,7 +56,7 @@ def machine(tmp_path):
     return {
         "PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(tmp_path), "LOG": str(tmp_path),
         "PYTHON": str(tools / "rank"), "DO": "exit 0", "LOCAL_PORT": "29555",
-        "RECIPE": str(tmp_path / "recipe.yaml"), "ROOT": str(ROOT),
+        "RECIPE": str(tmp_path / "recipe.yaml"), "PROJECT": str(ROOT),
     }  # fmt: skip
 
 

@@ -212,16 +212,18 @@ def test_a_run_in_fp16_predicts_in_fp32_on_a_cpu(job):
     assert runtime.precision_here("fp16") == "fp32"
 
 
-@pytest.mark.parametrize("values, told", [
-    ({}, True), ({"ACCELERATE_USE_CPU": "true"}, False), ({"CUDA_VISIBLE_DEVICES": ""}, False),
+@pytest.mark.parametrize("env, told", [
+    ({}, True), ({"CUDA_VISIBLE_DEVICES": "0"}, True), ({"CUDA_VISIBLE_DEVICES": ""}, False),
+    ({"CUDA_VISIBLE_DEVICES": "-1"}, False), ({"ACCELERATE_USE_CPU": "true"}, False),
 ])  # fmt: skip
-def test_a_start_on_the_cpu_tells_of_a_driver_of_gpus_unless_the_cpu_was_asked_for(job, tmp_path, monkeypatch, values, told):
+def test_a_run_on_the_cpu_tells_of_a_driver_of_gpus_unless_they_are_hidden(tmp_path, monkeypatch, env, told):
     (tmp_path / "version").touch()
     monkeypatch.setattr(runtime, "DRIVER", str(tmp_path / "version"))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    job(0, **values)
-    _, world = runtime.start("fp32", threads=1, timeout_s=5)
-    assert runtime.where(world).startswith("1 rank on the CPU") and ("doctor says why" in runtime.where(world)) == told
+    assert runtime._is_gpu_expected(env) == told
+    world = runtime.World(0, 2, 0, 2, torch.device("cpu"), misses_gpu=told)
+    assert runtime.where(world).startswith("2 ranks on the CPU") and ("doctor says why" in runtime.where(world)) == told
+    monkeypatch.setattr(runtime, "DRIVER", str(tmp_path / "absent"))
+    assert not runtime._is_gpu_expected(env)
 
 
 def test_a_disk_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):

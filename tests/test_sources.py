@@ -466,6 +466,7 @@ def test_columns_that_count_the_rows_or_are_the_class_are_named(tmp_path):
     lines[50] = (150.5, 1, 3.5, "w", "a")
     assert notes(lines) == []
     assert notes([(i, i % 7, i % 2, "uv"[i % 2], i % 2) for i in range(49)]) == []  # by chance
+    assert notes([(i * (-1) ** i, (-3e38, 3e38)[i % 2], i % 5, "uv"[i % 3 % 2], i % 2 + i // 59) for i in range(60)]) == []
 
 
 def test_numbers_that_float32_cannot_tell_apart_are_not_said_to_be_constant(tmp_path):
