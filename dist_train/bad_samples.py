@@ -66,9 +66,10 @@ class BadSamples:
         with self._lock:
             if sample in self.reasons:
                 return
+            what = reason.partition("\n")[0]
             if len(self.reasons) >= min(self.limit, num_samples - 1):
-                raise UserError(f"{reason}\n  {self._advice()}")
-            self.reasons[sample] = reason.partition("\n")[0].rstrip(".")
+                raise UserError(f"{what}\n  {self._advice()}")
+            self.reasons[sample] = what.rstrip(".")
 
     def news(self, everyone: list[dict[int, str]]) -> list[str]:
         """The reasons of bad samples of any rank that were not returned before. everyone: `noted` of each rank.

@@ -89,7 +89,9 @@ def read_finished(folder: Path) -> Finished:
         figures = {split: values for split, values in result.items() if isinstance(values, dict) and "top1" in values}
     except FileNotFoundError as error:
         what = f"it has no {Path(error.filename).name}" if folder.is_dir() else "there is no such folder"
-        raise UserError(f"{folder}: not a finished run: {what}; expected the folder of one, such as runs/NAME.") from None
+        folds = sorted(folder.glob("fold-*/config.yaml"))
+        expected = f"its runs are: {folder}/fold-*" if folds else "expected the folder of one, such as runs/NAME"
+        raise UserError(f"{folder}: not a finished run: {what}; {expected}.") from None
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{folder}: the run cannot be read: {error}") from None
     lines = read_metrics(folder / "metrics.jsonl")

@@ -9,7 +9,9 @@ from dist_train.page import Section, write_page
 from dist_train.picture_plots import draw_gallery, figure_image, histogram_chart, sample_gallery, save_png
 from dist_train.plots import without_formulas
 from dist_train.table_plots import read_rows, table_section
+from dist_train.tables import CONSTANT_STD
 
+_NUM_FIGURES = 20  # columns of a table whose names and statistics are printed
 _CLASSES, _PER_CLASS = 24, 10  # rows and columns: a picture that still fits a screen
 
 
@@ -25,10 +27,14 @@ def print_facts(index: ShardIndex) -> None:
         for side in ("height", "width"):
             print(f"{side}: {rows[side].min()} to {rows[side].max()} pixels, median {int(np.median(rows[side]))}")
     else:
-        names = index.features[:8] + ["..."] * (len(index.features) > 8)
-        print(f"{len(index.features)} features: {', '.join(names)}")
+        print(f"{len(index.features)} features: {_first(index.features)}")
     for name in ("mean", "std"):
-        print(f"{name} of the training split: {', '.join(f'{value:.4g}' for value in getattr(index, name)[:8])}")
+        figures = ["constant" if value == CONSTANT_STD else f"{value:.4g}" for value in getattr(index, name)]
+        print(f"{name} of the training split: {_first(figures)}")
+
+
+def _first(words: list[str]) -> str:
+    return ", ".join(words[:_NUM_FIGURES] + ["..."] * (len(words) > _NUM_FIGURES))
 
 
 def draw_samples(index: ShardIndex, path: Path) -> Path:

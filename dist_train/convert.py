@@ -219,8 +219,9 @@ def _check_bad(config: ShardConfig, bad: list[tuple[str, str]]) -> None:
     """Raise UserError if more samples are unreadable than config.max_bad. bad: (name, reason)."""
     if len(bad) > config.max_bad:
         few = "".join(f"\n  {name}: {why}" for name, why in sorted(bad)[:5])
+        samples = f"{len(bad)} {'sample' if len(bad) == 1 else 'samples'}"
         raise UserError(
-            f"{config.raw}: {len(bad)} samples so far cannot be read; max_bad allows {config.max_bad}.{few}\n"
+            f"{config.raw}: {samples} so far cannot be read; max_bad allows {config.max_bad}.{few}\n"
             f"  Mend or remove them, or leave them out with --max-bad {max(10, 2 * len(bad))}. "
             f"What is finished is kept for the next start."
         )

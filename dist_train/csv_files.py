@@ -2,7 +2,9 @@
 
 import csv
 import re
+import shlex
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ _TRUTH = {"true": 1.0, "false": 0.0}  # as pandas writes them
 _COMMA = re.compile(r"[+-]?((\d+|\d{1,3}(\.\d{3})+),\d+|\d{1,3}(,\d{3})+(\.\d+)?)")  # 1,5  1.250,5  1,234,567  1,234.5
 _HOLDS = {"picture": "picture's path", "target": "class", "split_column": "split", "group": "group"}
 _NUM_LISTED = 20  # names in a line
+_ONE = {"columns": "column", "classes": "class", "change": "changes", "change,": "changes,", "count": "counts", "them": "it",
+        "their": "its"}  # fmt: skip
 _HEAD = 1 << 16  # characters in which the header line's delimiter is looked for, outside quotes
 
 
@@ -48,7 +52,8 @@ def read_csv(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
         raise UserError(f"{path}: cannot be read: {error.strerror}.\n  Set `path` to the CSV file.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a CSV file in UTF-8: {error}.\n"
-                        f"  Save it so: in Excel as type CSV UTF-8, elsewhere with iconv -t UTF-8.") from None  # fmt: skip
+                        f"  Save it so: in Excel as type CSV UTF-8, elsewhere with iconv -f CP1252 -t UTF-8 FILE > NEW."
+                        ) from None  # fmt: skip
     except csv.Error as error:
         raise UserError(f"{path}: not a CSV file from line {1 + (lines[-1] if lines else above)} on: {error}.\n"
                         f"  Close every quote that opens a cell, and write one inside it twice.") from None  # fmt: skip
@@ -139,5 +144,20 @@ def text_in(cell: str) -> str:
     return printable(cell.strip())
 
 
-def listed(names: list[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """The first names, and how many more there are; columns without a name are left out."""
+    names = [name for name in names if name]
     return ", ".join(names[:_NUM_LISTED]) + (f" and {len(names) - _NUM_LISTED:,} more" if len(names) > _NUM_LISTED else "")
+
+
+def counted(number: int, what: str) -> str:
+    """"2 columns that never change": what is in the plural, and put into the singular for 1."""
+    return f"{number:,} " + (" ".join(_ONE.get(word, word) for word in what.split(" ")) if number == 1 else what)
+
+
+def drop_option(name: str) -> str:
+    """How a shell is told to leave a column out."""
+    import yaml  # only where something is wrong
+
+    names = yaml.safe_dump([name], default_flow_style=True, allow_unicode=True, width=10_000)
+    return f"--drop {shlex.quote(names.strip())}"

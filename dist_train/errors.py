@@ -20,10 +20,10 @@ class UserError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The last sentence of a complaint about a name: the nearest one that there is, whatever its case, or `otherwise`."""
+    """The last sentence of a complaint about a name: the nearest one that is not empty, whatever its case, or `otherwise`."""
     import difflib  # only where something is wrong: every command imports this file
 
-    by_lower = {other.lower(): other for other in known}
+    by_lower = {other.lower(): other for other in known if other}
     near = difflib.get_close_matches(name.lower(), by_lower, n=1)
     return f"Did you mean {by_lower[near[0]]}?" if near else otherwise
 

@@ -56,7 +56,18 @@ def main(argv: list[str]) -> None:
     out = Path(options.out or Path(options.run, "export"))
     about = export(options.run, options.to, out, options.split, overrides, options.views)
     print(f"{out / about['file']}, described in {about['file']}.json")
+    print(told(about["check"]))
     print(json.dumps(about["check"]))
+
+
+def told(check: dict) -> str:
+    """The figures of `compare` in a sentence."""
+    samples, changed = check["samples"], check["changed_predictions"]
+    run = "" if check["top1_run"] == check["top1_file"] else f" {check['top1_run']:.2%}"
+    return (f"{samples:,} {check['split']} {'sample' if samples == 1 else 'samples'} through the file: top-1 "
+            f"{check['top1_file']:.2%}, {'that of' if run else 'as'} the run's network{run}; "
+            f"{f'{changed:,}' if changed else 'no'} {'prediction differs' if changed <= 1 else 'predictions differ'}; "
+            f"logits differ by {check['largest_logit_difference']:.2g} at most")  # fmt: skip
 
 
 def export(

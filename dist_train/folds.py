@@ -7,6 +7,7 @@ split, and the other 4 are trained on. Which part a sample belongs to follows fr
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import numpy as np
 import xxhash
@@ -130,6 +131,12 @@ def part_of(whole: SplitIndex, name: str, members: np.ndarray, labels: np.ndarra
     )  # fmt: skip
 
 
+@cache
+def _tell_once(line: str) -> None:
+    """Print a line to stderr, once a process: the folds of every trial have much the same to say."""
+    print(line, file=sys.stderr)
+
+
 def statistics(index: ShardIndex, split: SplitIndex, num_threads: int = 0) -> tuple[list[float], list[float]]:
     """(mean, std) over the samples of a split: per column of a table (`column_statistics`), or per channel of pixels/255.
 
@@ -140,7 +147,7 @@ def statistics(index: ShardIndex, split: SplitIndex, num_threads: int = 0) -> tu
     if index.features is not None:
         rows = store.read_vectors(samples, np.empty((len(samples), len(index.features)), np.float32))
         for note in untaught_columns(rows, index.features):
-            print(f"{index.folder}: {note}", file=sys.stderr)
+            _tell_once(f"{index.folder}: {note}")
         return column_statistics(rows)
 
     def sums_of(part: np.ndarray) -> list[int]:

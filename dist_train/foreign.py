@@ -20,6 +20,7 @@ from dist_train.sources import SPLIT_WORDS, SPLITS, printable
 from dist_train.tables import CONSTANT_STD, column_statistics, untaught_columns
 from dist_train.tar_lists import NamedTar, named_tars
 
+_NAMED = 5  # samples at fault; more are counted
 _STATISTICS_SAMPLES = 20_000  # decoded a split for mean and std: the third digit is settled far earlier
 
 
@@ -78,7 +79,9 @@ def index_tars(
     files = [_file_name(tar.place, folder) for tar in tars]
     left_out = [{"name": f"{shown(file)}: {printable(key)}", "why": why}
                 for file, tar in zip(files, parsed, strict=True) for key, why in tar.bad]  # fmt: skip
-    _check_left_out(what, left_out, max_bad, sum(len(tar.labels) for tar in parsed))
+    left_aside = list(dict.fromkeys(extension for tar in parsed for extension in tar.left_aside))
+    _check_left_out(what, left_out, max_bad, sum(len(tar.labels) for tar in parsed), left_aside)
+    _name_damaged(what, files, of_split, sums)
     twice = sum(tar.repeated for tar in parsed)
     if twice:
         print(f"{what}: {twice:,} names occur more than once in their tar; each is a sample of its own.")
@@ -153,18 +156,43 @@ def _check_own(folder: Path) -> None:
         )
 
 
-def _check_left_out(what: str, left_out: list[dict], max_bad: int, num_good: int) -> None:
-    few = "".join(f"\n  {entry['name']}: {entry['why']}" for entry in left_out[:5])
+def _check_left_out(what: str, left_out: list[dict], max_bad: int, num_good: int, left_aside: list[str]) -> None:
+    few = _few([f"{entry['name']}: {entry['why']}" for entry in left_out])
     if not num_good:
+        found = ", ".join(f".{printable(extension)}" for extension in left_aside[:_NAMED]) + ", ..." * bool(left_aside[_NAMED:])
+        aside = f"\n  What there is: {found}; what follows the first dot of a file name is its extension." * bool(found)
         raise UserError(
             f"{what}: no usable sample in the tars; expected a picture (.jpg, .png, .webp) or vector (.npy) "
-            f"and a label (.cls, or .json with a label) of the same name.{few}"
+            f"and a label (.cls, or .json with a label) of the same name.{few}{aside}"
         )
     if len(left_out) > max_bad:
         raise UserError(
             f"{what}: {len(left_out):,} of {len(left_out) + num_good:,} samples cannot be used; max_bad allows "
             f"{max_bad}.{few}\n  Index the others with --max-bad {len(left_out)}; the index names what is left out."
         )
+
+
+def _name_damaged(what: str, files: list[str], of_split: list[str], sums: Sequence[Sums]) -> None:
+    """Print which of the pictures that were decoded cannot be, and what to do: they are in the index all the same."""
+    damaged = [(split, f"{shown(file)}: {printable(key)}: {why}")
+               for file, split, tar in zip(files, of_split, sums, strict=True) for key, why in tar.damaged]  # fmt: skip
+    if not damaged:
+        return
+    decoded, in_train = sum(tar.num_decoded for tar in sums), sum(split == "train" for split, _ in damaged)
+    others = [split for split in dict.fromkeys(split for split, _ in damaged) if split != "train"]
+    print(f"{what}: {len(damaged):,} of {decoded:,} pictures decoded are damaged, and in the index all the same:"
+          f"{_few([line for _, line in damaged])}")  # fmt: skip
+    if in_train:
+        more = " or more: not all were decoded" if any(tar.weight > 1 for tar in sums) else ""
+        print(f"  Write the tars without them, or train with --data.max_bad {in_train}{more}.")
+    if others:
+        print(f"  An evaluation needs every picture: write the tars of {' and '.join(others)} without them.")
+
+
+def _few(lines: list[str]) -> str:
+    """The first lines, each on a line of its own, and how many more there are."""
+    more = f"\n  and {len(lines) - _NAMED:,} more" if len(lines) > _NAMED else ""
+    return "".join(f"\n  {line}" for line in lines[:_NAMED]) + more
 
 
 def _classes_path(classes_file: str | None, home: Path | None, folder: Path) -> Path | None:
@@ -229,8 +257,4 @@ def _statistics(what: str, sums: list[Sums], vectors: bool) -> tuple[list[float]
         return mean, std, features
     from dist_train.pictures import mean_and_std
 
-    damaged = sum(tar.num_damaged for tar in sums)
-    if damaged:
-        decoded = sum(tar.num_decoded for tar in sums)
-        print(f"{what}: {damaged:,} of {decoded:,} pictures, decoded for mean and std, are damaged.")
     return *mean_and_std([sum(tar.weight * tar.pixels[k] for tar in sums) for k in range(7)]), None

@@ -15,6 +15,7 @@ from dist_train.errors import UserError
 from dist_train.index import SAMPLE, file_checksum
 
 _PAYLOADS = ("jpg", "jpeg", "png", "webp", "npy")
+_KINDS = (*_PAYLOADS, "cls", "json")
 _LABEL_KEYS = ("label", "cls", "class", "target")
 
 
@@ -31,6 +32,7 @@ class Parsed:
     num_bytes: int
     key_counts: set[int]  # what other tools may give as the number of samples: distinct keys, or runs of them
     lengths: set[int]  # of the vectors
+    left_aside: list[str]  # where there are no rows, extensions of members that are neither payload nor label
 
 
 @dataclass
@@ -93,7 +95,7 @@ def parse_tar(path: Path, place: str) -> Parsed:
     bad += [(key, "a dot before its extension, which webdataset takes for the key's end") for key in _dotted(members)]
     return Parsed(
         np.array(rows, SAMPLE), keys, labels, bad, repeated=len(keys) - len(set(keys)), checksum=file_checksum(path),
-        num_bytes=size, key_counts=_key_counts(members), lengths=lengths,
+        num_bytes=size, key_counts=_key_counts(members), lengths=lengths, left_aside=[] if rows else _left_aside(members),
     )  # fmt: skip
 
 
@@ -106,6 +108,11 @@ def _dotted(members: list[Member]) -> list[str]:
         if key and dot:
             kinds.setdefault(f"{key}.{rest}", set()).add("payload" if last in _PAYLOADS else last)
     return [key for key, found in kinds.items() if {"payload", "cls"} <= found]
+
+
+def _left_aside(members: list[Member]) -> list[str]:
+    extensions = dict.fromkeys(extension for key, extension in (_split_name(name) for name, _, _ in members) if key)
+    return [extension for extension in extensions if extension.lower() not in _KINDS]
 
 
 def _key_counts(members: list[Member]) -> set[int]:
@@ -124,7 +131,7 @@ def _split_name(name: str) -> tuple[str, str]:
 def _add_member(groups: list[_Group], member: tarfile.TarInfo, file) -> None:
     key, extension = _split_name(member.name)
     extension = extension.lower()
-    if not key or extension not in (*_PAYLOADS, "cls", "json"):
+    if not key or extension not in _KINDS:
         return
     kind = "payload" if extension in _PAYLOADS else "label"
     if not groups or groups[-1].key != key or extension in groups[-1].seen:

@@ -173,12 +173,12 @@ def load_index(folder: str | os.PathLike, cache_dir: str = "", cache_gb: float =
             f"   (or index tars made by others with: dist-train index {folder})"
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}\n  {_advice(folder)}") from None
+        raise UserError(f"{path}: cannot be read as JSON: {error}\n  {_write_again(folder)}") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-        raise UserError(f"{path}: format is {found!r}; this version reads {FORMAT!r}.\n  {_advice(folder)}")
+        raise UserError(f"{path}: format is {found!r}; this version reads {FORMAT!r}.\n  {_write_again(folder)}")
     if raw.pop("checksum", None) != _json_checksum(raw):
-        raise UserError(f"{path}: its own checksum does not match: the file was changed or damaged.\n  {_advice(folder)}")
+        raise UserError(f"{path}: its own checksum does not match: the file was changed or damaged.\n  {_write_again(folder)}")
     splits = {
         name: SplitIndex(
             name=name, folder=str(folder), files=s["files"], shard_checksums=s["checksums"],
@@ -262,6 +262,14 @@ def file_checksum(path: str | os.PathLike | int) -> str:
 
 def _json_checksum(raw: dict) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(raw, sort_keys=True).encode())
+
+
+def _write_again(folder) -> str:
+    """What to do about an index.json without which nothing else can be looked at."""
+    if holds_foreign_index(folder):
+        return f"Index the tars again with dist-train index, and --out {folder} if they lie elsewhere."
+    return ("Write the set again with dist-train shard and --overwrite true. Of tars made by others, remove index.json, and index "
+            "them again.")  # fmt: skip
 
 
 def _advice(folder) -> str:

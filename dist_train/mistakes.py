@@ -14,11 +14,13 @@ EMBED_BYTES = 40_000  # larger pictures are embedded as small copies
 THUMBNAIL = 256  # pixels, longer side of such a copy
 
 
-def worst_mistakes(evaluation: dict, classes: list[str], split: SplitIndex | None) -> tuple[list[dict], str]:
+def worst_mistakes(
+    evaluation: dict, classes: list[str], split: SplitIndex | None, has_pictures: bool = True
+) -> tuple[list[dict], str]:
     """The mistakes with the largest losses, worst first, and a remark where pictures are missing.
 
-    evaluation: what `evaluate.write_evaluation` wrote; split: the one it was made on, None where there are no pictures to
-    show. A row has sample, label, predicted, probability, loss, name, picture (a data URI or None) and small.
+    evaluation: what `evaluate.write_evaluation` wrote; split: the one it was made on, None where it is not there; has_pictures:
+    False of a table. A row has sample, label, predicted, probability, loss, name, picture (a data URI or None) and small.
     """
     rows = [
         {
@@ -31,20 +33,24 @@ def worst_mistakes(evaluation: dict, classes: list[str], split: SplitIndex | Non
         return rows, ""
     stored = split.stored  # samples are numbered as they lie in the shards, also where a fold was evaluated
     try:
-        store, names = Store(stored), stored.names()
+        names = stored.names()
+        store = Store(stored) if has_pictures else None
     except UserError as error:
-        return rows, f"No pictures: {error}"
+        return rows, f"No {'pictures' if has_pictures else 'names'}: {error}"
     left_out = ""
     for row in rows:
         try:
             if not 0 <= row["sample"] < stored.num_samples:
                 raise UserError(f"there is no sample {row['sample']}")
             row["name"] = names[row["sample"]] if names else ""
-            row["picture"], row["small"] = picture_uri(store.payload(row["sample"]))
+            if store:
+                row["picture"], row["small"] = picture_uri(store.payload(row["sample"]))
         except UserError as error:
             left_out = left_out or str(error).splitlines()[0]
             if stored.remote:  # asking a server that does not answer takes minutes each time
                 break
+    if not store:
+        return rows, f"Samples are numbered: {left_out}" if left_out else ""
     num_missing = sum(row["picture"] is None for row in rows)
     why = "" if stored.remote else "the shards have changed since: "
     return rows, f"{num_missing} pictures are left out: {why}{left_out}" if left_out else ""

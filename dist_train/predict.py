@@ -32,7 +32,7 @@ from dist_train.pretrained import put_weights
 from dist_train.settings import from_dict, read_config, to_dict
 from dist_train.sizes import check_eval_size, range_problems, shift_problems
 from dist_train.sources import PICTURES, files_below, printable
-from dist_train.tables import NUM_TOLD, feature_places, most, text_places
+from dist_train.tables import CONSTANT_STD, NUM_TOLD, feature_places, most, text_places
 from dist_train.watch import Watch
 
 BATCH_SIZE = 64
@@ -300,7 +300,7 @@ def _table_batches(trained: Trained, paths: list[str]) -> Iterator[tuple]:
     """
     for path in paths:
         header, rows, lines = read_csv(Path(path))
-        values, columns, notes = _feature_values(Path(path), header, rows, lines, trained.features, trained.fills_holes)
+        values, columns, notes = _feature_values(Path(path), header, rows, lines, trained)
         for note in notes:
             print(f"{path}: {note}", file=sys.stderr)
         for first in range(0, len(rows), ROWS_AT_ONCE):
@@ -312,28 +312,34 @@ def _table_batches(trained: Trained, paths: list[str]) -> Iterator[tuple]:
                     names.append(f"{path}:{lines[r]}")
                     continue
                 column = columns[int(bad[r - first].argmax())]
-                complaints.append((f"{path}:{lines[r]}", f"not a number: column {header[column]} is {rows[r][column][:40]!r}"))
+                complaints.append((f"{path}:{lines[r]}", _why_not(header[column], rows[r][column])))
             yield names, torch.from_numpy(part[good]) if names else None, complaints
 
 
+def _why_not(name: str, cell: str) -> str:
+    if cell.strip().lower() not in NO_CLASS:
+        return f"not a number: column {name} is {cell[:40]!r}"
+    return f"column {name} is {repr(cell) if cell.strip() else 'empty'}; shard with --missing mean to predict such rows"
+
+
 def _feature_values(
-    path: Path, header: list[str], rows: list[list[str]], lines: list[int], features: list[str], fills_holes: bool
+    path: Path, header: list[str], rows: list[list[str]], lines: list[int], trained: Trained
 ) -> tuple[np.ndarray, list[int], list[str]]:
     """A run's features of the rows of a file, (N, F) float32, the column of each feature, and lines for the user.
 
     NaN for what is no number, an infinity for what float32 cannot hold; a text that the run does not know is 0 in every feature of
-    its column. fills_holes: NaN counts as the column's mean; then the lines say of which cells, and decimal commas are refused.
-    Raises UserError as `feature_places` does.
+    its column, as is one of which nothing was learnt and that the file does not have. Where the run fills holes, NaN counts as the
+    column's mean, and the lines say of which cells. Raises UserError as `feature_places` does, and on decimal commas.
     """
-    places, notes = feature_places(path, header, features), []
-    values = np.empty((len(rows), len(features)), np.float32)
-    for c in dict.fromkeys(c for c, _ in places):
+    untaught = {name for name, std in zip(trained.features, trained.std, strict=True) if std == CONSTANT_STD}
+    places, notes = feature_places(path, header, trained.features, untaught), []
+    values = np.zeros((len(rows), len(places)), np.float32)
+    for c in dict.fromkeys(c for c, _ in places if c >= 0):
         cells = [row[c] for row in rows]
         known = {text: k for k, (other, text) in enumerate(places) if other == c}
         if (k := known.pop("", None)) is not None:
             values[:, k] = numbers = numbers_in(cells)
-            if fills_holes:
-                refuse_decimal_commas(path, header[c], cells, numbers, lines)
+            refuse_decimal_commas(path, header[c], cells, numbers, lines)
         if known:
             text_of = {cell: text_in(cell) for cell in {*cells}}
             of_cells = text_places(cells, text_of, list(known))
@@ -343,8 +349,8 @@ def _feature_values(
             few = ", ".join(repr(text[:40]) for text, _ in found.most_common(NUM_TOLD)) + (", ..." if len(found) > NUM_TOLD else "")
             notes += [f"column {header[c]}: {found.total():,} cells have a text that the run does not know, and count as none of "
                       f"its texts: {few}"] if found else []  # fmt: skip
-    if fills_holes:
-        columns = {k: c for k, (c, text) in enumerate(places) if not text}
+    if trained.fills_holes:
+        columns = {k: c for k, (c, text) in enumerate(places) if not text and c >= 0}
         notes += _told_holes(header, rows, values, columns)
     return values, [c for c, _ in places], notes
 

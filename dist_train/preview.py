@@ -23,28 +23,32 @@ _CHUNK = 1 << 20  # places of an epoch that are looked through at once
 
 
 def main(argv: list[str]) -> None:
-    """`dist-train augment-preview RECIPE [--out FILE.png|html] [--per-class N] [--epochs K] [--SECTION.KEY VALUE ...]`."""
-    parser = argparse.ArgumentParser(prog="dist-train augment-preview", allow_abbrev=False, description=__doc__)
-    parser.add_argument("recipe", help="YAML file of settings; --SECTION.KEY VALUE changes one")
-    parser.add_argument("--out", type=Path, help="FILE.png or FILE.html; default augment-preview-RECIPE.png")
+    """`dist-train augment-preview [RECIPE] [--out FILE.png|html] [--per-class N] [--epochs K] [--SECTION.KEY VALUE ...]`."""
+    parser = argparse.ArgumentParser(
+        prog="dist-train augment-preview", allow_abbrev=False, description=__doc__, usage="%(prog)s [RECIPE] [options]",
+        epilog="RECIPE, or --config RECIPE: YAML file of settings. Other options are those of dist-train train.",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, help="FILE.png or FILE.html; default augment-preview-NAME.png, of recipe or shards")
     parser.add_argument("--per-class", type=int, default=1, help="samples of each class (default 1)")
     parser.add_argument("--epochs", type=int, default=6, help="epochs shown, from the first on (default 6)")
-    options, overrides = parser.parse_known_args(argv)
-    out = options.out or Path(f"augment-preview-{Path(options.recipe).stem}.png")
+    recipe = ["--config", *argv[:1]] if argv and not argv[0].startswith("-") else []
+    options, settings = parser.parse_known_args(argv[len(recipe) // 2 :])
+    config = read_config(RunConfig, [*recipe, *settings], "dist-train augment-preview")
+    name = Path(recipe[1] if recipe else config.data.shards).stem
+    out = options.out or Path(f"augment-preview-{name}.png")
     problems = [f"--{name} is {value}; expected 1 or more." for name, value in
                 (("per-class", options.per_class), ("epochs", options.epochs)) if value < 1]  # fmt: skip
     if out.suffix not in (".png", ".html"):
         problems.append(f"--out is {out}; expected a file that ends in .png or .html.")
     if problems:
         raise UserError("\n".join(problems))
-    config = read_config(RunConfig, overrides, "dist-train augment-preview", [options.recipe])
     if problems := statistics_problems(config, view_of(config)):
         raise UserError("\n".join(problems))
     index = open_index(config)
     gallery = preview_gallery(config, index, options.per_class, options.epochs, side=256)
     if out.suffix == ".html":
         subtitle = f"{index.name} · seed {config.seed}"
-        write_page(out, f"What the network sees: {Path(options.recipe).stem}", subtitle, [],
+        write_page(out, f"What the network sees: {name}", subtitle, [],
                    [Section("Augmentation", galleries=[gallery])])  # fmt: skip
     else:
         save_png(draw_gallery(gallery, tile=128), out)

@@ -3,7 +3,7 @@
 import hashlib
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ class Sums:
     pixels: list[int]  # totals of `PixelSums`
     vectors: list[np.ndarray]  # (F,) float32 each
     num_decoded: int = 0
-    num_damaged: int = 0
+    damaged: list[tuple[str, str]] = field(default_factory=list)  # (key, reason) of those that cannot be decoded
 
 
 def read_tars(tars: list[NamedTar], most_decoded: list[int], cache: ShardCache) -> list[tuple[Parsed, Sums]]:
@@ -67,14 +67,14 @@ def _parse_and_sum(tar: NamedTar, path: Path, most_decoded: int) -> tuple[Parsed
     every = max(1, -(-len(parsed.rows) // most_decoded))
     sums, pixels = Sums(every, [], []), PixelSums()
     with open(path, "rb") as file:
-        for row in parsed.rows[::every]:
+        for key, row in zip(parsed.keys[::every], parsed.rows[::every], strict=True):
             file.seek(int(row["offset"]))
             payload = file.read(int(row["size"]))
             sums.num_decoded += 1
             if row["height"] == 0:
                 sums.vectors.append(read_vector(payload))
-            else:
-                sums.num_damaged += isinstance(prepare([payload], pixels)[0], Exception)
+            elif isinstance(fault := prepare([payload], pixels)[0], Exception):
+                sums.damaged.append((key, str(fault)))
     sums.pixels = pixels.totals()
     return parsed, sums
 

@@ -99,7 +99,7 @@ def _is_whole(folder: Path, index: ShardIndex, checksum: str) -> bool:
 def _fetch_tables(cache: ShardCache, url: str, folder: Path, split: SplitIndex) -> None:
     for name, expected in ({f"{split.name}.names.txt": None} | split.table_files).items():
         try:
-            advice = "See what is wrong there with dist-train verify."
+            advice = "Check the set where it lies, with dist-train verify."
             _download(cache, join(url, name), folder / name, checksum=expected, advice=advice)
         except NotThere:
             if name in split.table_files:

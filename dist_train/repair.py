@@ -15,7 +15,7 @@ from dist_train.index import ShardIndex, file_checksum, load_index
 from dist_train.settings import flatten, to_dict
 from dist_train.shard_config import FREE_SHARD_SETTINGS, ShardConfig, check_settings
 from dist_train.sources import SPLITS
-from dist_train.verify import find_damage
+from dist_train.verify import advice, damage_of
 from dist_train.workers import num_cores
 
 
@@ -36,9 +36,10 @@ def repair(config: ShardConfig) -> list[str]:
     damaged = damaged_shards(index)
     if damaged:
         _rewrite(config, index, damaged)
-    problems = find_damage(index)
-    if problems:
-        raise UserError("\n".join([*problems, "  Shards alone can be repaired; write the set again with --overwrite true."]))
+    left = damage_of(index)
+    if left.lines:
+        only_shards = ["  Shards alone can be repaired."] if left.tables else []
+        raise UserError("\n".join([*left.lines, *only_shards, advice(index, left)]))
     return [index.splits[split].files[number] for split, number in damaged]
 
 

@@ -223,7 +223,7 @@ def _evaluation(run: Path, inference: dict, index: ShardIndex | None, path: Path
         name = f"{raw['split']} split"
         if split is not None and raw.get("fingerprint") not in (None, split.fingerprint()):
             name, split = f"{name} of another set", None  # whose pictures are not here
-        mistakes, note = worst_mistakes(raw, names, split if split and not index.features else None)
+        mistakes, note = worst_mistakes(raw, names, split, has_pictures=not (index and index.features))
         classes = class_table(counts, names)
         curves, curves_note = _ranking(run, index, split, classes)
         return {

@@ -305,6 +305,12 @@ class Run:
                 state.best_value = None  # the next that is judged is the best
         return complaints
 
+    def place(self, state: State) -> str:
+        """Where a run that was resumed goes on, in a line."""
+        if (chosen := self.checkpoints.chosen) is None:
+            return f"{self.folder}: no checkpoint to go on from: begins at step 0"
+        return f"{self.folder}: goes on from step {state.step:,} of {self.num_steps:,} ({chosen.parent.name}/{chosen.name})"
+
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Give the network these weights; whole tensors by name."""
         put_weights(self.network, self.parallel.scattered({"model": weights})["model"])

@@ -17,8 +17,12 @@ from dist_train.settings import from_dict, read_written, to_dict
 
 
 def open_run_folder(config: RunConfig, folder: Path, resume: bool) -> None:
-    """Write the settings into the run folder, or accept those there. Raises UserError where it holds another run."""
-    if (folder / "config.yaml").exists():
+    """Write the settings into the run folder, or accept those there. Raises UserError where it holds another run.
+
+    Settings of a start that failed before its first step are no run: others may take their place.
+    """
+    has_begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+    if has_begun and (folder / "config.yaml").exists():
         differing = conflicts(to_dict(written_settings(folder)), to_dict(config))
         if differing:
             raise UserError(f"{folder}: the folder holds a run with other settings:\n  " + "\n  ".join(differing)

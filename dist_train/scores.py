@@ -66,30 +66,35 @@ def ranking_charts(labels: np.ndarray, probabilities: np.ndarray, classes: list[
 
 
 def rankings(labels: np.ndarray, probabilities: np.ndarray, classes: list[str]) -> list[Ranking]:
-    """ROC and precision-recall curves: of the second class where there are two, else of the hardest against the rest.
+    """ROC and precision-recall curves: of the second class where there are two, else of each chart's hardest against the rest.
 
+    The hardest have the smallest area under that chart's curve; of equal ones those of the fewest samples come first.
     labels: (N,) int; probabilities: (N, K). Empty where no class can be ranked.
     """
     by_class = areas(labels, probabilities)
     rankable = [k for k, found in enumerate(by_class) if found]
     if not rankable:
         return []
-    shown = [1] if len(classes) == 2 else sorted(rankable, key=lambda k: by_class[k])[:SHOWN_CLASSES]
+    counts = np.bincount(labels, minlength=len(classes))
+    shown = [[1] if len(classes) == 2 else sorted(rankable, key=lambda k: (by_class[k][part], counts[k]))[:SHOWN_CLASSES]
+             for part in (0, 1)]  # fmt: skip
+    colour_of = {k: colour for colour, k in enumerate(dict.fromkeys(shown[0] + shown[1]))}  # the same in both charts
     whose = f" for {classes[1]}" if len(classes) == 2 else ""
-    note = "" if len(rankable) <= len(shown) or len(classes) == 2 else f"The {len(shown)} hardest classes; "
+    note = "" if len(rankable) <= SHOWN_CLASSES or len(classes) == 2 else f"The {SHOWN_CLASSES} hardest classes; "
     if len(classes) > 2:
         note += "each class against the rest. The title has the mean over the classes."
     roc, precise = [plots.Curve("by chance", [0, 1], [0, 1], band=True)], []
-    for colour, k in enumerate(shown):
-        positive, scores = labels == k, probabilities[:, k]
-        false, true = roc_curve(positive, scores)
-        roc.append(plots.Curve(classes[k], false.tolist(), true.tolist(), colour))
-        precise.append(plots.Curve(classes[k], *_steps(*precision_recall_curve(positive, scores)), colour))
-        if len(classes) == 2:
-            share = float(positive.mean())
-            precise.append(plots.Curve("by chance", [0, 1], [share, share], band=True))
-    means = np.mean([by_class[k] for k in (shown if len(classes) == 2 else rankable)], axis=0)
-    legends = [[(f"{classes[k]} {by_class[k][part]:.4f}", plots.COLOURS[colour]) for colour, k in enumerate(shown)]
+    for k in shown[0]:
+        false, true = roc_curve(labels == k, probabilities[:, k])
+        roc.append(plots.Curve(classes[k], false.tolist(), true.tolist(), colour_of[k]))
+    for k in shown[1]:
+        steps = _steps(*precision_recall_curve(labels == k, probabilities[:, k]))
+        precise.append(plots.Curve(classes[k], *steps, colour_of[k]))
+    if len(classes) == 2:
+        share = float((labels == 1).mean())
+        precise.append(plots.Curve("by chance", [0, 1], [share, share], band=True))
+    means = np.mean([by_class[k] for k in ([1] if len(classes) == 2 else rankable)], axis=0)
+    legends = [[(f"{classes[k]} {by_class[k][part]:.4f}", plots.COLOURS[colour_of[k]]) for k in shown[part]]
                if len(classes) > 2 else [] for part in (0, 1)]  # fmt: skip
     return [
         Ranking(f"ROC curve{whose}: area {means[0]:.4f}", "false positive rate", roc, legends[0], note),

@@ -316,8 +316,18 @@ def _mistyped(kind: type, settings: list) -> list[str]:
             else:
                 parser.parse_object(unflatten({name: value}))
         except Exception:
-            problems.append(f"{where}: {name} is {value!r}; expected {_expected(known[name])}.")
+            like = _in_brackets(parser, name, value) if typing.get_origin(known[name]) is tuple else ""
+            problems.append(f"{where}: {name} is {value!r}; expected {_expected(known[name])}{like}.")
     return problems
+
+
+def _in_brackets(parser, name: str, value) -> str:
+    """", such as [Nr]" where the value of a list setting lacks only the brackets."""
+    try:
+        parser.parse_args([f"--{name}=[{value}]"])
+    except Exception:
+        return ""
+    return "" if value is None else f", such as [{value}]"
 
 
 def _expected(hint: type) -> str:

@@ -210,6 +210,16 @@ def config_warnings(config: RunConfig, world_size: int, network) -> list[str]:
     return found
 
 
+def split_warnings(config: RunConfig, index: ShardIndex) -> list[str]:
+    """What a set without a validation split goes without; nothing where data.val_split says that none is wanted."""
+    data = config.data
+    if data.val_split in ("", "none", *index.splits):
+        return []
+    when = " before the end" if data.test_split in index.splits else ""
+    return [f"{index.folder} has no split {data.val_split}: nothing is evaluated{when}, and the last weights are kept. "
+            f"data.folds makes one: --data.folds 5 keeps back a fifth of {data.train_split}."]  # fmt: skip
+
+
 def growth_problems(config: RunConfig, index: ShardIndex) -> list[str]:
     """What is wrong with augment.start_size for these pictures, if anything."""
     side = _shorter_side(config, index)

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     if is_training(folder) is False and was_here(folder):
         raise UserError(f"{folder}: no process trains in this folder, so there is nothing to stop.")
     (folder / "stop").touch()
-    print(f"{folder}: asked to stop; go on with --resume")
+    print(f"{folder}: asked to stop; go on with --resume", flush=True)
     deadline = time.monotonic() + (options.wait or 0)
     while options.wait is not None and (trains := is_training(folder)) is not False:
         if trains is None:
@@ -30,6 +30,8 @@ def main(argv: list[str]) -> int:
             raise UserError(f"{folder}: still trains after {options.wait:g} s. A step or an evaluation may take that long; "
                             f"its log tells.")  # fmt: skip
         time.sleep(0.2)
+    if options.wait is not None:
+        print(f"{folder}: the training has ended")
     return 0
 
 

@@ -16,8 +16,11 @@ import xxhash
 
 from dist_train.errors import UserError
 from dist_train.index import SplitIndex
+from dist_train.remote import shown
 
 READ_FAILED = "the shard cannot be read"  # so begins the reason where the system refuses
+_SHORT, _DIFFERS = "ends after", "checksum differs"
+_SHARD_FAULTS = (_SHORT, _DIFFERS, "the shard ends", "the sample's checksum")  # of a changed shard, decode's too
 MOST_SINGLY = 32  # round trips to a server, 20 to 100 ms each, that take about as long as fetching a usual shard
 _AT_ONCE = 8  # requests in flight
 MAX_OPEN = 512  # shard files kept open per process, besides those that batches ahead hold
@@ -137,19 +140,21 @@ class Store:
         except OSError as error:
             raise self.fault(sample, f"{READ_FAILED}: {error.strerror}") from None
         if len(payload) < size:
-            raise self.fault(sample, f"ends after {len(payload):,} of {size:,} bytes")
+            raise self.fault(sample, f"{_SHORT} {len(payload):,} of {size:,} bytes")
         if verify and xxhash.xxh3_64_intdigest(payload) != checksum:
-            raise self.fault(sample, "checksum differs from the index")
+            raise self.fault(sample, f"{_DIFFERS} from the index")
         return payload
 
     def fault(self, sample: int, reason: str) -> UserError:
         """The error for a sample that cannot be used, naming shard, sample, byte, and what to do."""
         path = self.path(int(self.split.shard_of(np.array([sample]))[0]))
-        advice = (
-            "The system refused the read: look to the disk or the file system, then start again."
-            if reason.startswith(READ_FAILED)
-            else f"See all that is wrong with: dist-train verify {self.split.folder}"
-        )
+        if reason.startswith(READ_FAILED):
+            advice = "The system refused the read: look to the disk or the file system, then start again."
+        elif reason.startswith(_SHARD_FAULTS):
+            url = self.split.remote.url if self.split.remote else ""
+            advice = f"See all that is wrong with: dist-train verify {shown(url) or self.split.folder}"
+        else:
+            advice = "The picture itself is damaged: write the set without it, or train with data.max_bad."
         return UserError(
             f"{path}: {reason} (sample {sample_name(self.split.name, sample)} at byte "
             f"{int(self.table[sample]['offset']):,}).\n  {advice}"
@@ -171,7 +176,7 @@ class Store:
         if self.split.remote:
             file = _ShardFile(self.split.remote.open(self.split, shard, lambda: not self.stopped.is_set(), self._let_go_of_one))
         else:
-            file = _ShardFile(_open_local(Path(self.path(shard)), int(self.split.shard_bytes[shard])))
+            file = _ShardFile(_open_local(self.path(shard), int(self.split.shard_bytes[shard]), self.split.folder))
         with self._lock:
             self._open[shard] = file
             self._close_all_but(self.max_open)
@@ -211,7 +216,8 @@ def _allow_open_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def _open_local(path: Path, num_bytes: int) -> int:
+def _open_local(path: str, num_bytes: int, folder: str) -> int:
+    """A descriptor of a shard. folder: of its index, which may lie elsewhere."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -219,10 +225,10 @@ def _open_local(path: Path, num_bytes: int) -> int:
             raise UserError(f"{path}: cannot open the shard: {error.strerror}.\n  Ask for more (ulimit -Hn), or lower "
                             f"data.window_shards, data.threads or data.prefetch_mb.") from None  # fmt: skip
         raise UserError(f"{path}: cannot open the shard: {error.strerror}.\n  "
-                        f"The index lists it: restore it, or see dist-train verify {path.parent}") from None  # fmt: skip
+                        f"The index lists it: restore it, or see dist-train verify {folder}") from None  # fmt: skip
     found = os.fstat(fd).st_size
     if found != num_bytes:
         os.close(fd)
         raise UserError(f"{path}: the shard has {found:,} bytes, the index says {num_bytes:,}.\n  "
-                        f"See all that is wrong with: dist-train verify {path.parent}")  # fmt: skip
+                        f"See all that is wrong with: dist-train verify {folder}")  # fmt: skip
     return fd

@@ -309,7 +309,8 @@ def work_on(plan: Plan, study, trial, requests: runtime.StopRequests) -> str:
     except (UserError, OSError, torch.OutOfMemoryError, torch.AcceleratorError) as error:  # others may be trained
         trial.set_user_attr("why", str(error))
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        first, *more = str(error).splitlines() or [type(error).__name__]
+        why = f"{first} {more[0].strip()}" if first.endswith(":") and more else first
         print(f"trial {trial.number:<4} failed   {described(trial.params)}: {why}", flush=True)
     else:
         trial.set_user_attr("folds", results)

@@ -4,10 +4,12 @@ from html import escape
 
 import numpy as np
 
+from dist_train.csv_files import counted, listed
 from dist_train.index import ShardIndex, SplitIndex
 from dist_train.page import Chart, Section
 from dist_train.plots import COLOURS, cut, fitted, nice_ticks, segment, text_at, text_width
 from dist_train.store import Store
+from dist_train.tables import changing
 
 MAX_ROWS = 4000  # drawn, evenly over the split
 MAX_MAP = 32  # features in the correlation map: names below each other still fit
@@ -23,19 +25,23 @@ def table_section(index: ShardIndex, split: SplitIndex) -> Section:
     strength = separation(values, labels)
     best = np.argsort(-strength, kind="stable")
     num_holes = np.isnan(values).sum(axis=0)
-    best = best[num_holes[best] < len(values)]  # of a column without a value there is nothing to see
+    to_see = changing(values)
+    best = best[to_see[best]]
     what = f"{split.num_samples:,} rows of the {split.name} split" if len(values) == split.num_samples else (
         f"{len(values):,} of {split.num_samples:,} rows of the {split.name} split")  # fmt: skip
     if num_holes.any():
         what += f"; {num_holes.sum():,} of their {values.size:,} values are missing, and left out of the pictures"
+    if not to_see.all():
+        still = [name for name, changes in zip(names, to_see, strict=True) if not changes]
+        what += f"; {counted(len(still), 'columns without two different values')}, left out: {listed(still)}"
     boxes = [
         Chart(names[k], box_plot(values[:, k], labels, classes), note=f"{num_holes[k]:,} missing." if num_holes[k] else "")
         for k in best[:MAX_BOXES]
     ]
-    order = f", the {MAX_BOXES} that differ most between the classes first" if len(names) > MAX_BOXES else ""
+    order = f", the {MAX_BOXES} that differ most between the classes first" if len(best) > MAX_BOXES else ""
     return Section(
         f"The table: {len(names)} features", f"{what}. Boxes hold the middle half of a class, the line is its median{order}.",
-        charts=[_correlation_chart(values, names, best), *_pair_chart(values, labels, names, classes, best)],
+        charts=[_correlation_chart(values, names, best), *_pair_chart(values, labels, names, classes, best)] if len(best) else [],
         small_charts=boxes,
     )  # fmt: skip
 
@@ -224,7 +230,7 @@ def telling_correlations(values: np.ndarray, names: list[str], best: np.ndarray)
 def _correlation_chart(values: np.ndarray, names: list[str], best: np.ndarray) -> Chart:
     together, shown = telling_correlations(values, names, best)
     note = "Blue: they rise together; orange: one falls as the other rises; pale: unrelated."
-    if len(shown) < len(names):
+    if len(shown) < len(best):
         note += f" The {len(shown)} features that tell most of the class, of {len(names)}."
     title = "Correlation"
     if len(shown) > 1:

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from dist_train.csv_files import (
     NO_CLASS,
+    counted,
+    drop_option,
     is_numbers,
     listed,
     named_columns,
@@ -68,7 +71,7 @@ def csv_source(config: ShardConfig) -> Source:
     wanted = [c for c in others if not _NAMELESS.fullmatch(header[c])]
     nameless = len(others) - len(wanted)
     features, notes = _features(path, header, rows, lines, wanted)
-    notes += [f"{nameless} columns without a name, dropped: often the rows' numbers"] if nameless else []
+    notes += [counted(nameless, "columns without a name, dropped: often the rows' numbers")] if nameless else []
 
     words = {setting: [row[c].strip() for row in rows] for setting, c in said_by.items()}
     faulty, lacking = np.full(len(rows), -1), Counter()  # of each row the first column that leaves it out
@@ -86,28 +89,28 @@ def csv_source(config: ShardConfig) -> Source:
     keep = np.flatnonzero(faulty < 0)
     if not len(keep):
         raise UserError(f"{path}: none of the {len(rows)} rows is complete; missing are {most(lacking)}.\n"
-                        f"  Drop the emptiest columns with --drop.")  # fmt: skip
+                        f"  Drop the emptiest columns with --drop '[NAME, NAME]'.")  # fmt: skip
     notes += [f"{len(reasons):,} of {len(rows):,} rows were left out for missing values: {most(lacking)}"] if reasons else []
 
     changes = [np.fmin.reduce(values := f.values(keep)) < np.fmax.reduce(values) for f in features]
-    changing, same = ([f for f, does in zip(features, changes, strict=True) if does == kind] for kind in (True, False))
-    names = [f.name for f in changing]
+    varied, same = ([f for f, does in zip(features, changes, strict=True) if does == kind] for kind in (True, False))
+    names = [f.name for f in varied]
     blurred = [f.name for f in same if f.text < 0
                and len({x for r in keep.tolist() if (x := number_in(rows[r][f.column])) == x}) > 1]  # fmt: skip
     notes += _note("columns that never change, dropped", [f.name for f in same if f.name not in blurred])
     notes += _note("columns whose numbers are one in float32, dropped; take off what is large and the same in all", blurred)
-    if not changing:
+    if not varied:
         why = "".join(f"\n  {note}" for note in notes)
         raise UserError(f"{path}: no column besides {config.target!r} is left to learn from.{why}")
-    values = np.empty((len(keep), len(changing)), np.float32)
-    for k, f in enumerate(changing):
+    values = np.empty((len(keep), len(varied)), np.float32)
+    for k, f in enumerate(varied):
         values[:, k] = f.values(keep)
     if holes := +Counter({name: int(np.isnan(values[:, k]).sum()) for k, name in enumerate(names)}):
         notes.append(f"{holes.total():,} missing values count as their column's mean over the training split: {most(holes)}")
     classes, labels = class_numbers(path, config.target, [words["target"][r] for r in keep])
     lost = {words["target"][r] for r in reasons if faulty[r] != said_by["target"]} - {words["target"][r] for r in keep.tolist()}
     notes += _note("classes left out with all their rows", sorted(map(printable, lost)))
-    notes += _giveaways(header, changing, keep, labels) if len(keep) >= _LEAST_ROWS else []
+    notes += _giveaways(header, varied, keep, labels) if len(keep) >= _LEAST_ROWS else []
     splits, problems = None, []
     if config.split_column:
         splits, problems = listed_splits(config, [words["split_column"][r] for r in keep], classes, labels)
@@ -150,7 +153,7 @@ def _features(path: Path, header: list[str], rows, lines, wanted: list[int]) -> 
         name, cells = header[c], [row[c] for row in rows]
         numbers = numbers_in(cells)
         if is_numbers(cells, numbers):
-            refuse_decimal_commas(path, name, cells, numbers, lines, ", or leave the column out with --drop")
+            refuse_decimal_commas(path, name, cells, numbers, lines, f", or leave the column out with {drop_option(name)}")
             features.append(Feature(name, c, numbers, -1))
             continue
         text_of = {cell: text_in(cell) for cell in {*cells}}
@@ -164,7 +167,7 @@ def _features(path: Path, header: list[str], rows, lines, wanted: list[int]) -> 
             empty += [] if texts else [name]
     problems = [
         f"{path}: column {other!r} is named as a text of column {name!r} would be, whose features are called {name}=TEXT.\n"
-        f"  Rename one of them, or leave {name!r} out with --drop."
+        f"  Rename one of them, or leave {name!r} out with {drop_option(name)}."
         for name in became for other in header if other.startswith(f"{name}=")
     ]  # fmt: skip
     if problems:
@@ -182,10 +185,11 @@ def text_places(cells: list[str], text_of: dict[str, str], texts: list[str]) -> 
     return np.fromiter(map(place_of.__getitem__, cells), np.int16, len(cells))
 
 
-def feature_places(path: Path, header: list[str], features: list[str]) -> list[tuple[int, str]]:
+def feature_places(path: Path, header: list[str], features: list[str], untaught: Collection[str] = ()) -> list[tuple[int, str]]:
     """Where a file has each feature of a run: (column, "") of a number, (column, TEXT) of a feature COLUMN=TEXT.
 
-    A feature that is itself in the header is a number. Raises UserError where a feature has no column, or could be of two.
+    A feature that is itself in the header is a number. Features in untaught, of which nothing was learnt, need no column: (-1, "").
+    Raises UserError where another has none, or one could be of two.
     """
     places, lacking, problems = [], [], []
     for feature in features:
@@ -193,18 +197,29 @@ def feature_places(path: Path, header: list[str], features: list[str]) -> list[t
             (c, feature[len(name) + 1 :]) for c, name in enumerate(header) if name and feature.startswith(f"{name}=")
         ]  # fmt: skip
         found = [(c, text) for c, text in found if text or header[c] == feature]
+        found = found or [(-1, "")] * (feature in untaught)
         places += found[:1]
         lacking += [] if found else [feature]
         if len(found) > 1:
             names = " or of ".join(repr(header[c]) for c, _ in found)
             problems.append(f"{path}: {feature} may be a text of column {names}; expected one of them.\n  Rename the other.")
     if lacking:
+        column_of = _columns_of(features, header)
+        lacking = list(dict.fromkeys(column_of[name] for name in lacking))
         hint = "\n  COLUMN=TEXT is read from a column of text, COLUMN, too." if any("=" in name for name in lacking) else ""
         lacks = f"lacks {listed(lacking)}. Its first line names {listed(header)}."
-        problems.append(f"{path}: expected the columns {listed(features)}; {lacks}{hint}")
+        problems.append(f"{path}: expected the columns {listed(dict.fromkeys(column_of.values()))}; {lacks}{hint}")
     if problems:
         raise UserError("\n".join(problems))
     return places
+
+
+def _columns_of(features: list[str], header: list[str]) -> dict[str, str]:
+    """{feature: what a file's column for it may be called}: COLUMN for several COLUMN=TEXT, unless the header has one of these."""
+    stems = Counter(name.partition("=")[0] for name in features if "=" in name)
+    there = {name.partition("=")[0] for name in header if "=" in name}
+    stem_of = {name: name.partition("=")[0] for name in features}
+    return {name: stem if stem and stems[stem] > 1 and stem not in there else name for name, stem in stem_of.items()}
 
 
 def column_statistics(rows: np.ndarray, weights: np.ndarray | None = None) -> tuple[list[float], list[float]]:
@@ -224,13 +239,13 @@ def column_statistics(rows: np.ndarray, weights: np.ndarray | None = None) -> tu
     apart = np.where(holes, 0, values - mean)
     std = np.sqrt((apart**2 * weights).sum(axis=0) / weights.sum())
     std = np.where(of_truth, np.maximum(std, LEAST_TRUTH_STD), std)
-    return mean.tolist(), np.where(_changing(rows), std, CONSTANT_STD).tolist()
+    return mean.tolist(), np.where(changing(rows), std, CONSTANT_STD).tolist()
 
 
 def untaught_columns(rows: np.ndarray, features: list[str]) -> list[str]:
     """Lines that name the columns of which nothing is learnt from these rows, a training part's: without a value, or of one."""
     empty = np.isnan(rows).all(axis=0)
-    constant = ~empty & ~_changing(rows)
+    constant = ~empty & ~changing(rows)
     return [
         *_note("columns without a single value in the training split, 0 to the network everywhere",
                [features[k] for k in np.flatnonzero(empty)]),
@@ -239,7 +254,7 @@ def untaught_columns(rows: np.ndarray, features: list[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def _changing(rows: np.ndarray) -> np.ndarray:
+def changing(rows: np.ndarray) -> np.ndarray:
     """(F,) bool, whether a column has two values; what is missing (NaN) is none."""
     return np.fmin.reduce(rows, axis=0, initial=np.nan) < np.fmax.reduce(rows, axis=0, initial=np.nan)
 
@@ -262,9 +277,9 @@ def sklearn_source(config: ShardConfig) -> Source:
         pixels = np.rint(raw.images * (255 / 16)).astype(np.uint8)
         return Source(classes, names, labels, np.full(len(labels), 128, np.int64), Pixels(pixels))
     values = raw.data.astype(np.float32)
-    changing = _changing(values)
-    features = [str(name) for name, changes in zip(raw.feature_names, changing, strict=True) if changes]
-    return _table(classes, labels, values[:, changing], features, names, left_out=[], notes=[])
+    varied = changing(values)
+    features = [str(name) for name, changes in zip(raw.feature_names, varied, strict=True) if changes]
+    return _table(classes, labels, values[:, varied], features, names, left_out=[], notes=[])
 
 
 def _table(classes, labels, values, features, names, left_out, notes, preset=None) -> Source:
@@ -333,4 +348,4 @@ def most(counts: Counter) -> str:
 
 
 def _note(what: str, names: list[str]) -> list[str]:
-    return [f"{len(names)} {what}: {listed(names)}"] if names else []
+    return [f"{counted(len(names), what)}: {listed(names)}"] if names else []

@@ -272,12 +272,14 @@ class Eta:
 _SHOWN = {
     "epoch": "epoch {epoch:.2f}", "loss": "loss {loss:.4f}", "top1": "top1 {top1:.2%}", "top5": "top5 {top5:.2%}",
     "balanced": "balanced {balanced:.2%}",
-    "lr": "lr {lr:.2e}", "images_per_s": "{images_per_s:,.0f} images/s", "data_wait": "waits for data {data_wait:.0%}",
+    "lr": "lr {lr:.2e}", "images_per_s": "{images_per_s:,.0f} samples/s", "data_wait": "waits for data {data_wait:.0%}",
     "tflops": "{tflops:,.2f} TFLOP/s (MFU {mfu:.0%})", "samples": "{samples:,} samples",
 }  # fmt: skip
 
 
 def _figures(step: int | None, values: dict) -> str:
+    if (values.get("tflops") or 0) < 0.005:  # of a network so small that it would be shown as 0.00
+        values = values | {"tflops": None}
     parts = [] if step is None else [f"step {step:<6}"]
     parts += [text.format(**values) for name, text in _SHOWN.items() if values.get(name) is not None]
     return "  ".join(parts)

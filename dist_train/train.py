@@ -32,7 +32,7 @@ from dist_train.remote import shown
 from dist_train.run import Run
 from dist_train.run_folder import inference, open_run_folder
 from dist_train.settings import read_config
-from dist_train.sizes import config_warnings, pretrained_remarks
+from dist_train.sizes import config_warnings, pretrained_remarks, split_warnings
 from dist_train.state import State
 from dist_train.step_parts import StepParts
 from dist_train.streams import outlive_readers
@@ -317,6 +317,7 @@ def run_training(argv: list[str]) -> int:
                 raise UserError(f"{folder}: cannot write the run folder: {error.strerror}.") from None
 
         complaints = ranks.on_main(world, claim_folder)
+        has_just_begun = bool(complaints)  # --from, which says where
         ranks.on_each_machine(world, wait_until_shown, folder)
         resume = resume or source is not None  # from here on, what began elsewhere goes on
         run = leaving.enter_context(contextlib.closing(Run(config, folder, accelerator, world, stop_requests)))
@@ -326,13 +327,14 @@ def run_training(argv: list[str]) -> int:
         watch.read_step = lambda: state.step
         if resume:
             complaints += run.resume(state)
+            complaints += [] if has_just_begun else [run.place(state)]
         goes_on = resume and (folder / "metrics.jsonl").exists()
         run.tracker = open_tracker(folder, config, world.is_main, run.num_steps, state.step if goes_on else None)
         leaving.push(lambda kind, error, trace: run.tracker.finish(kind is None))
         is_leaving = threading.Event()
         leaving.callback(is_leaving.set)
         watch.is_busy = lambda: is_leaving.is_set() or run.checkpoints.is_writing()
-        complaints += config_warnings(config, world.world_size, run.network)
+        complaints += split_warnings(config, run.index) + config_warnings(config, world.world_size, run.network)
         complaints += [] if run.checkpoints.chosen else [*run.remarks, *pretrained_remarks(config, run.index)]
         if runtime.is_slow(config.train.precision, world.device):
             complaints.append("train.precision is bf16, which this CPU has no instructions for: fp32 is far faster here.")
@@ -348,7 +350,9 @@ def run_training(argv: list[str]) -> int:
         except torch.OutOfMemoryError as error:
             raise run.lacks_memory(error) from error
         if is_done:
-            run.tracker.message(f"{folder}: done after {state.step:,} steps, {time.time() - started:,.0f} s")
+            steps = f"{state.step:,} {'step' if state.step == 1 else 'steps'}"
+            start = "this start" if goes_on else "the start"
+            run.tracker.message(f"{folder}: done after {steps}, {time.time() - started:,.0f} s since {start}, set-up included")
         has_halted = state.step >= run.halt_step and not run.is_evaluation_due(state)
         if not is_done:
             reason = run.stop_requests.reason or "another rank was asked"

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import xxhash
 
 from dist_train.errors import UserError
 from dist_train.index import SAMPLE, ShardIndex, SplitIndex, file_checksum, load_index
-from dist_train.remote import on_disk, shown
+from dist_train.remote import is_remote, on_disk, shown
 from dist_train.settings import flatten, to_dict
 from dist_train.shard_config import ShardConfig
 from dist_train.tars import BLOCK, is_header
@@ -22,18 +23,41 @@ from dist_train.workers import num_cores
 _NAMED = 5  # damaged samples named per shard; more are counted
 
 
+@dataclass(frozen=True)
+class Damage:
+    """A line for everything that is not as the index says, by what mends it. num_fetched: shards that came from their URL now."""
+
+    tables: list[str]
+    shards: list[str]
+    strays: list[str]
+    num_fetched: int
+
+    @property
+    def lines(self) -> list[str]:
+        return [*self.tables, *self.shards, *self.strays]
+
+
 def main(argv: list[str]) -> None:
     """`dist-train verify shards/NAME`: check every byte, print a summary, or raise UserError with all that is wrong."""
     parser = argparse.ArgumentParser("dist-train verify", description="Check every byte of a set of shards.")
     parser.add_argument("folder", metavar="shards/NAME")
-    index = load_index(on_disk(parser.parse_args(argv).folder))
-    problems = find_damage(index)
-    if problems:
-        raise UserError("\n".join([*problems, _advice(index)]))
+    parser.add_argument("--cache-dir", default="", help="where shards behind URLs are kept, as data.cache_dir")
+    options = parser.parse_args(argv)
+    index = load_index(on_disk(options.folder), options.cache_dir)
+    damage = damage_of(index)
+    if damage.lines:
+        raise UserError("\n".join([*damage.lines, advice(index, damage)]))
     splits = index.splits.values()
     samples, shards = sum(s.num_samples for s in splits), sum(s.num_shards for s in splits)
     megabytes = sum(int(s.shard_bytes.sum()) for s in splits) / 1e6
-    print(f"{index.folder}: whole. {samples:,} samples in {shards:,} shards, {megabytes:,.1f} MB, all as in the index.")
+    name = shown(options.folder) if is_remote(on_disk(options.folder)) else index.folder
+    print(f"{name}: whole. {samples:,} samples in {shards:,} shards, {megabytes:,.1f} MB, all as in the index.")
+    if remote := next((split.remote for split in splits if split.remote), None):
+        num_kept = shards - damage.num_fetched
+        print(f"  {damage.num_fetched:,} of the shards were fetched, {num_kept:,} are proven by the copies kept in "
+              f"{remote.cache.folder}.")  # fmt: skip
+        if num_kept:
+            print("  To fetch all of them, name an empty folder with --cache-dir.")
 
 
 def inspect_main(argv: list[str]) -> None:
@@ -53,15 +77,24 @@ def inspect_main(argv: list[str]) -> None:
 
 
 def find_damage(index: ShardIndex) -> list[str]:
-    """A line for everything that is not as the index says: missing, truncated, changed and stray files, and for a
-    changed shard the samples it concerns, with their positions in the file."""
-    problems = []
+    """A line for everything that is not as the index says, as `damage_of`."""
+    return damage_of(index).lines
+
+
+def damage_of(index: ShardIndex) -> Damage:
+    """What is not as the index says: missing, truncated, changed and stray files, and for a changed shard the samples it
+    concerns, with their positions in the file."""
+    tables, shards, num_fetched = [], [], 0
     for split in index.splits.values():
-        problems += _check_table(index, split)
+        tables += _check_table(index, split)
+        check = functools.partial(_check_shard, is_foreign=index.is_foreign)
+        if split.remote:
+            num_fetched += sum(not split.remote.is_kept(split, number) for number in range(split.num_shards))
+            check = _check_remote_shard
         with ThreadPoolExecutor(num_cores()) as pool:  # reading and hashing leave the interpreter lock alone
-            check = functools.partial(_check_shard, split, is_foreign=index.is_foreign)
-            problems += [line for lines in pool.map(check, range(split.num_shards)) for line in lines]
-    return problems + [f"{path}: not in the index; expected only the shards it lists." for path in _strays(index)]
+            shards += filter(None, pool.map(functools.partial(check, split), range(split.num_shards)))
+    strays = [f"{path}: not in the index; expected only the shards it lists." for path in _strays(index)]
+    return Damage(tables, shards, strays, num_fetched)
 
 
 def _strays(index: ShardIndex) -> list[str]:
@@ -91,28 +124,32 @@ def _check_table(index: ShardIndex, split: SplitIndex) -> list[str]:
     return problems
 
 
-def _check_shard(split: SplitIndex, number: int, is_foreign: bool) -> list[str]:
-    if split.remote:
-        try:
-            for _ in range(2):  # a kept copy may have been damaged since it was fetched and compared: fetch it again
-                if file_checksum(split.remote.open(split, number)) == split.shard_checksums[number]:
-                    return []
-                if not split.remote.discard(split, number):
-                    return [f"{split.remote.shown(split, number)}: the kept copy is damaged, and in use by others."]
-        except UserError as error:
-            return [str(error)]
-        except OSError as error:
-            return [f"{split.remote.shown(split, number)}: cannot be read: {error.strerror}."]
-        return [f"{split.remote.shown(split, number)}: the kept copy is damaged, fetched anew as well: its disk fails."]
+def _check_remote_shard(split: SplitIndex, number: int) -> str:
+    """What is wrong with a shard behind a URL, or nothing; it is fetched unless a copy is kept."""
+    try:
+        for _ in range(2):  # a kept copy may have been damaged since it was fetched and compared: fetch it again
+            if file_checksum(split.remote.open(split, number)) == split.shard_checksums[number]:
+                return ""
+            if not split.remote.discard(split, number):
+                return f"{split.remote.shown(split, number)}: the kept copy is damaged, and in use by others."
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"{split.remote.shown(split, number)}: cannot be read: {error.strerror}."
+    return f"{split.remote.shown(split, number)}: the kept copy is damaged, fetched anew as well: its disk fails."
+
+
+def _check_shard(split: SplitIndex, number: int, is_foreign: bool) -> str:
+    """What is wrong with a shard on the disk, or nothing."""
     path = Path(split.folder, split.files[number])
     try:
         size = path.stat().st_size
         if size == split.shard_bytes[number] and file_checksum(path) == split.shard_checksums[number]:
-            return []
+            return ""
     except FileNotFoundError:
-        return [f"{path}: missing; {split.shard_samples[number]:,} samples were in it."]
+        return f"{path}: missing; {split.shard_samples[number]:,} samples were in it."
     except OSError as error:
-        return [f"{path}: cannot be read: {error.strerror}."]
+        return f"{path}: cannot be read: {error.strerror}."
     expected = int(split.shard_bytes[number])
     what = f"{size:,} bytes long; expected {expected:,}" if size != expected else "checksum differs from the index"
     try:
@@ -120,10 +157,13 @@ def _check_shard(split: SplitIndex, number: int, is_foreign: bool) -> list[str]:
             f"{part} of sample {sample:08d}{name} at byte {at:,}" for part, sample, name, at in _damaged(split, number, is_foreign)
         ]
     except UserError:
-        return [f"{path}: {what}. Which samples are hit cannot be told without the table."]
+        return f"{path}: {what}. Which samples are hit cannot be told without the table."
     more = f", and {len(damage) - _NAMED} more" if len(damage) > _NAMED else ""
-    where = ", ".join(damage[:_NAMED]) + more if damage else "no sample: the bytes between or after them"
-    return [f"{path}: {what} ({where})."]
+    nothing = "no sample: the bytes between or after them"
+    if is_foreign:
+        nothing = "no picture or vector; labels or names may have changed"
+    where = ", ".join(damage[:_NAMED]) + more if damage else nothing
+    return f"{path}: {what} ({where})."
 
 
 def _damaged(split: SplitIndex, number: int, is_foreign: bool) -> Iterator[tuple[str, int, str, int]]:
@@ -155,19 +195,40 @@ def _damaged(split: SplitIndex, number: int, is_foreign: bool) -> Iterator[tuple
                 yield "label", sample, name, label_at + BLOCK
 
 
-def _advice(index: ShardIndex) -> str:
-    if index.is_foreign:
-        named = [shlex.quote(shown(name)) for name in index.source.get("tars", [])]
-        command = " ".join(["dist-train index", *named, "--out" * bool(named), index.folder])
-        return f"  Fetch the damaged files again, or index them as they are now: {command}"
-    if any(split.remote for split in index.splits.values()):
+def advice(index: ShardIndex, damage: Damage) -> str:
+    """What to do about the damage, with the commands."""
+    remote = next((split.remote for split in index.splits.values() if split.remote), None)
+    if remote and (remote.url or not index.is_foreign):
         return "  What is damaged there has to be written again where the set was made, and brought there."
+    command = _index_command(index) if index.is_foreign else _shard_command(index)
+    again = f"again, where the raw data still lie as they did, with:\n  {command}"
+    lines = []
+    if damage.strays:
+        or_index = f", or index the set with them: {command}" if index.is_foreign else "."
+        lines.append(f"  Move the tars that are not in the index out of the folder{or_index}")
+    if index.is_foreign and damage.shards:
+        lines.append(f"  Fetch the damaged files again. To index them as they are now, with whatever labels stand in them now, "
+                     f"right or wrong: {command}")  # fmt: skip
+    elif index.is_foreign and damage.tables:
+        lines.append(f"  Index the tars again: {command}")
+    elif damage.tables:
+        lines.append(f"  Write the set {again} --overwrite true")
+    elif damage.shards:
+        lines.append(f"  Write the damaged shards {again} --repair\n"
+                     f"  or the whole set with --overwrite true in place of --repair.")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _index_command(index: ShardIndex) -> str:
+    named = [shlex.quote(shown(name)) for name in index.source.get("tars", [])]
+    words = ["dist-train index", *named, *["--out"] * bool(named), shlex.quote(index.folder)]
+    words += [f"--max-bad {len(index.left_out)}"] * bool(index.left_out)
+    return " ".join(words)
+
+
+def _shard_command(index: ShardIndex) -> str:
     usual = flatten(to_dict(ShardConfig()))
     settings = {name: value for name, value in flatten(index.source).items() if value != usual.get(name)}
     words = [f"--{name} {shlex.quote(v if isinstance(v, str) else json.dumps(v))}" for name, v in settings.items()]
     words += [f"--max_bad {len(index.left_out)}"] * bool(index.left_out)
-    command = " ".join(["dist-train shard", *words, "--out", shlex.quote(index.folder)])
-    return (
-        f"  Write the damaged shards again, where the raw data still lie as they did, with:\n  {command} --repair\n"
-        f"  or the whole set with --overwrite true in place of --repair."
-    )
+    return " ".join(["dist-train shard", *words, "--out", shlex.quote(index.folder)])

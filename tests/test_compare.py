@@ -89,6 +89,9 @@ def test_every_folder_that_is_no_finished_run_is_named(tmp_path):
     (damaged / "result.json").write_text("{")
     with pytest.raises(UserError) as told:
         read_all([tmp_path / "absent", unfinished, damaged])
+    trial = finished_run(tmp_path / "trials/a/fold-0", 0.5).parent
+    with pytest.raises(UserError, match="trials/a: not a finished run: it has no config.yaml; its runs are: .*/trials/a/fold-\\*"):
+        read_all([trial])
     assert all(name in str(told.value) for name in ("absent: not a finished", "no result.json", "damaged: the run cannot"))
 
 

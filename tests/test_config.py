@@ -38,9 +38,20 @@ def test_every_fault_is_named_at_once(tmp_path):
         "command line: data.treads is not a setting. Did you mean data.threads?",
         f"{path}: optim.lr is 'fast'; expected a number.",
         f"{path}: train.precision is False; expected one of fp32, bf16, fp16.",
-        f"{path}: model.hidden is 7; expected a list of whole numbers.",
+        f"{path}: model.hidden is 7; expected a list of whole numbers, such as [7].",
         "command line: seed is 'x'; expected a whole number.",
     ]
+
+
+@pytest.mark.parametrize("words, told", [
+    (["--drop", "Nr"], "drop is 'Nr'; expected a list of texts, such as [Nr]."),
+    (["--drop", "Nr,Datum"], "drop is 'Nr,Datum'; expected a list of texts, such as [Nr,Datum]."),
+    (["--drop", "{a: 1}"], "drop is '{a: 1}'; expected a list of texts."),
+])  # fmt: skip
+def test_a_list_that_lacks_its_brackets_is_shown_with_them(words, told):
+    with pytest.raises(UserError) as error:
+        read_config(ShardConfig, words, "shard")
+    assert str(error.value) == f"command line: {told}"
 
 
 @pytest.mark.parametrize("text, complaint", [("- a\n- b\n", "expected `key: value` lines"), ("a: [1\n", "not YAML")])

@@ -15,7 +15,7 @@ from dist_train import export as export_module
 from dist_train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from dist_train.durable import replace_json
 from dist_train.errors import UserError
-from dist_train.export import FILES, export, load_exported, main
+from dist_train.export import FILES, export, load_exported, main, told
 from dist_train.index import load_index
 from dist_train.initial_network import build_network
 from dist_train.predict import load_run
@@ -61,6 +61,9 @@ def test_the_file_has_the_runs_accuracy_over_all_its_views(trained, tmp_path, ca
     told = capsys.readouterr()
     check = json.loads(told.out.splitlines()[-1])
     assert check["top1_run"] == check["top1_file"] > 0.2 and check["changed_predictions"] == 0
+    sentence = (f"{check['samples']} test samples through the file: top-1 {check['top1_file']:.2%}, as the run's network; "
+                f"no prediction differs; logits differ by {check['largest_logit_difference']:.2g} at most")  # fmt: skip
+    assert told.out.splitlines()[-2] == sentence
     # of the run's own evaluation, mirror images and moved ones included: nothing is left to tell
     assert check["top1_result"] == json.loads((trained / "result.json").read_text())["test"]["top1"]
     assert check["top1_file"] == pytest.approx(check["top1_result"], abs=1e-7) and told.err == ""
@@ -83,6 +86,14 @@ def test_the_file_has_the_runs_accuracy_over_all_its_views(trained, tmp_path, ca
     shape, dtype = about["input"]["shape"], about["input"]["dtype"]
     assert (shape, dtype) == ((["batch", 3, 16, 16], "float32") if kind == "safetensors" else (["batch", 3, 8, 8], "uint8"))
     assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before
+
+
+def test_predictions_that_differ_are_counted_in_the_sentence():
+    check = {"split": "val", "samples": 2000, "top1_run": 0.8, "top1_file": 0.7995, "changed_predictions": 1,
+             "largest_logit_difference": 0.00123}  # fmt: skip
+    assert told(check) == ("2,000 val samples through the file: top-1 79.95%, that of the run's network 80.00%; "
+                           "1 prediction differs; logits differ by 0.0012 at most")  # fmt: skip
+    assert "2 predictions differ;" in told(check | {"changed_predictions": 2})
 
 
 def test_one_view_is_a_single_pass_and_its_cost_in_accuracy_is_told(trained, tmp_path, capsys):

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+import shlex
 import subprocess
 import tarfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from dist_train import foreign, shard, verify
 from dist_train.errors import UserError
 from dist_train.index import load_index
 from dist_train.read_foreign import Sums
+from dist_train.store import Store
 from dist_train.tables import CONSTANT_STD
 
 
@@ -182,6 +184,36 @@ def test_damage_in_tars_of_others_is_told_by_its_payload_alone(tmp_path):
     assert "payload of sample 00000002" in line and "label" not in line
 
 
+def test_a_changed_label_in_a_tar_of_others_is_not_called_no_sample(tmp_path):
+    tar = write_tar(tmp_path / "train-0.tar", [*four_samples((b"dog", b"cat")), ("bare.jpg", jpeg(9))])
+    foreign.index_tars(tmp_path, max_bad=1)
+    whole = tar.read_bytes()
+    tar.write_bytes(whole.replace(b"cat", b"dog", 1))
+    with pytest.raises(UserError, match=r"\(no picture or vector; labels or names may have changed\)") as told:
+        verify.main([str(tmp_path)])
+    assert "whatever labels stand in them" in str(told.value)
+    command = str(told.value).rpartition(": ")[2]
+    assert command == f"dist-train index {tmp_path} --max-bad 1"
+    foreign.main(shlex.split(command)[2:])
+    verify.main([str(tmp_path)])
+    write_tar(tmp_path / "train-1.tar", four_samples((b"dog", b"cat")))
+    with pytest.raises(UserError, match=r"train-1.tar: not in the index(.|\n)*or index the set with them") as told:
+        verify.main([str(tmp_path)])
+    assert "Fetch" not in str(told.value)
+
+
+def test_damaged_pictures_met_while_indexing_are_named(tmp_path, capsys):
+    torn = [(f"{k}.{kind}", data) for k in range(7) for kind, data in (("jpg", jpeg(k)[:-200]), ("cls", b"0"))]
+    write_tar(tmp_path / "train-0.tar", [*torn, ("whole.jpg", jpeg(8)), ("whole.cls", b"1")])
+    write_tar(tmp_path / "val-0.tar", torn[:2])
+    index = foreign.index_tars(tmp_path)
+    said = capsys.readouterr().out
+    assert "8 of 9 pictures decoded are damaged, and in the index all the same:\n  train-0.tar: 0: cannot be decoded" in said
+    assert "train-0.tar: 4: " in said and "train-0.tar: 5" not in said and "and 3 more" in said
+    assert "--data.max_bad 7." in said and "write the tars of val without them" in said
+    assert index.split("train").num_samples == 8
+
+
 def test_labels_may_be_names(tmp_path):
     members = [("a.jpg", jpeg(0)), ("a.cls", b"owl\n"), ("b.jpg", jpeg(1)), ("b.json", b'{"class": "cat"}')]
     write_tar(tmp_path / "x.tar", members)
@@ -270,6 +302,10 @@ FAULTS = {
     "no tar": (lambda f: (f / "x.tar").write_bytes(b"a" * 2000), "cannot be read as a tar"),
     "empty": (lambda f: (f / "x.tar").write_bytes(b""), "x.tar: cannot be read as a tar"),
     "no samples": (lambda f: write_tar(f / "x.tar", [("readme.txt", b"x")]), "no usable sample"),
+    "two dots": (lambda f: write_tar(f / "x.tar", [("a.input.jpg", jpeg()), ("a.output.cls", b"0")]),
+                 r"no usable sample(.|\n)*What there is: .input.jpg, .output.cls; what follows the first dot"),
+    "all unusable": (lambda f: write_tar(f / "x.tar", [(f"{k}.jpg", jpeg()) for k in range(8)]),
+                     r"no usable sample(.|\n)*x.tar: 4: no label.*\n  and 3 more$"),
     "names and numbers": (lambda f: write_tar(f / "x.tar", [("a.jpg", jpeg()), ("a.cls", b"0"), ("b.jpg", jpeg()),
                                                             ("b.cls", b"dog")]), "some labels are names"),
     "numbered from 1": (lambda f: ((f / "classes.txt").write_text("a\nb\n"), write_tar(f / "x.tar", [
@@ -346,6 +382,12 @@ def test_out_takes_the_index_elsewhere_and_the_tars_stay_where_they_are(tmp_path
     assert (index.mean, index.std) == (beside.mean, beside.std)
     assert index.split("train").fingerprint() == beside.split("train").fingerprint()
     verify.main([str(tmp_path / "index")])
+    tars[0].write_bytes(tars[0].read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"the index says(.|\n)*dist-train verify {tmp_path}/index$"):
+        Store(index.split("train")).payload(0)
+    tars[0].unlink()
+    with pytest.raises(UserError, match=f"cannot open the shard(.|\n)*dist-train verify {tmp_path}/index$"):
+        Store(index.split("train")).payload(0)
 
 
 NAMES = {

@@ -62,8 +62,9 @@ def test_any_change_of_the_index_is_noticed(tmp_path):
     for broken, message in ((text[:-20], "cannot be read as JSON"), ("[]", "format is 'list'"), ("", "JSON"),
                             (json.dumps(json.loads(text) | {"format": "dist_train index 9"}), "index 9")):  # fmt: skip
         path.write_text(broken)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=message) as told:
             load_index(tmp_path)
+        assert "dist-train verify" not in str(told.value)  # which would ask the same
     path.unlink()
     with pytest.raises(UserError, match="dist-train index"):
         load_index(tmp_path)
@@ -88,6 +89,10 @@ def test_an_index_of_tars_made_by_others_is_told_from_ours(tmp_path):
     assert not index.is_foreign and not holds_foreign_index(tmp_path) and not holds_foreign_index(tmp_path / "nothing")
     save_index(replace(index, source={"foreign": True}))
     assert load_index(tmp_path).is_foreign and holds_foreign_index(tmp_path)
+    text = (tmp_path / "index.json").read_text()
+    (tmp_path / "index.json").write_text(text.replace('"cat"', '"cow"'))
+    with pytest.raises(UserError, match="its own checksum(.|\n)*Index the tars again with dist-train index"):
+        load_index(tmp_path)
     raw = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps(raw | {"format": "another", "checksum": "0"}))
     assert holds_foreign_index(tmp_path)  # of another version: its tars are others' all the same

@@ -119,7 +119,10 @@ def test_a_python_that_is_named_is_the_one_that_runs(machine):
     assert code and "PYTHON is /no/such/python, which is no program" in err
 
 
-@pytest.mark.parametrize("do, expected", [("exit 85", 85), ("[[ $RANK == 1 ]] && exit 7; exec sleep 60", 7)])
+@pytest.mark.parametrize("do, expected", [
+    ("exit 85", 85), ("[[ $RANK == 1 ]] && exit 7; exec sleep 60", 7),
+    ("[[ $RANK == 1 ]] && kill -KILL $$; sleep 0.5; exit 86", 137),  # the other one notices
+])  # fmt: skip
 def test_local_returns_the_code_of_the_first_rank_that_failed(machine, do, expected):
     began = time.monotonic()
     code, _, _ = run("local.sh", ["--cpu", "2", machine["RECIPE"]], machine | {"DO": do, "GRACE_S": "1"})
@@ -166,21 +169,36 @@ def test_dry_runs_show_the_commands_and_start_nothing(machine):
     assert code == 0, err
     assert "SBATCH_ACCOUNT=physics" in out
     assert f"sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 launch/train.sbatch {env['RECIPE']} --optim.lr 0.02" in out
-    assert "srun --kill-on-bad-exit=0 --wait=330 --ntasks=8 --ntasks-per-node=4" in out
+    assert "srun --kill-on-bad-exit=0 --wait=330 --ntasks=8 --ntasks-per-node=4 bash" in out
     assert f"--config {env['RECIPE']} --run runs/recipe-JOB --resume --optim.lr 0.02" in out
     code, out, _ = run("train.sbatch", [env["RECIPE"]], env | {"LAUNCHER": "accelerate"})
     assert "--ntasks=2 --ntasks-per-node=1" in out and "--num_machines 2 --num_processes 8" in out
+    _, out, _ = run("train.sbatch", [env["RECIPE"]], env | {"CPUS_PER_RANK": "12", "cpus": "99"})  # as the job will have it
+    assert "--cpus-per-task=12 launch/train.sbatch" in out and "--ntasks-per-node=4 --cpus-per-task=12 bash" in out
+    assert "99" not in run("train.sbatch", [env["RECIPE"]], env | {"cpus": "99"})[1]
     assert not list(Path(env["LOG"]).glob("rank*"))
 
 
+@pytest.mark.parametrize("name, complaint", [
+    ("NODES", "NODES is x, RANKS_PER_NODE 1, CPUS_PER_RANK 1;"), ("RANKS_PER_NODE", "RANKS_PER_NODE x"), ("CPUS_PER_RANK", "x;"),
+])  # fmt: skip
+def test_a_job_of_no_size_is_not_submitted(machine, name, complaint):
+    code, out, err = run("train.sbatch", [machine["RECIPE"]], machine | {"DRY_RUN": "1", name: "x"})
+    assert code == 2 and out == "" and complaint in err and "expected whole numbers from 1" in err
+
+
 def test_a_dry_run_of_a_conversion_shows_both_jobs(machine):
-    env = machine | {"DRY_RUN": "1", "PARTS": "3", "CPUS": "8"}
+    env = machine | {"DRY_RUN": "1", "PARTS": "3", "CPUS": "8", "SBATCH_ACCOUNT": "physics"}
     code, out, err = run("shard.sbatch", [env["RECIPE"], "--resize", "64"], env)
     words = f"launch/shard.sbatch {env['RECIPE']} --resize 64"
+    command = f"{env['PYTHON']} -m dist_train shard {env['RECIPE']} --resize 64"
     assert code == 0, err
     assert out.splitlines() == [
+        "SBATCH_ACCOUNT=physics",
         f"sbatch --parsable --array=0-2 --cpus-per-task=8 {words}",
+        f"{command} --workers 8 --part PART/3",
         f"sbatch --dependency=afterok:ARRAY --parsable --kill-on-invalid-dep=yes --export=ALL,PARTS=join {words}",
+        f"{command} --join",
     ]
 
 

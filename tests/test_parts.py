@@ -172,8 +172,14 @@ def test_repair_refuses_other_raw_data_and_other_settings_and_touches_nothing(ra
 
 def test_repair_says_what_it_cannot_repair(raw):
     index = convert(config_for(raw, **SETTINGS))
+    stray = Path(index.folder, "val-000009.tar")
+    stray.write_bytes(b"")
+    with pytest.raises(UserError, match="val-000009.tar: not in the index(.|\n)*Move the tars") as told:
+        repair(config_for(raw, repair=True, **SETTINGS))
+    assert "dist-train shard" not in str(told.value)
+    stray.unlink()
     Path(index.folder, "train.samples.npy").write_bytes(b"")
-    with pytest.raises(UserError, match="(?s)train.samples.npy.*Shards alone can be repaired"):
+    with pytest.raises(UserError, match="(?s)train.samples.npy.*Shards alone can be repaired.*dist-train shard .*--overwrite true"):
         repair(config_for(raw, repair=True, **SETTINGS))
 
 

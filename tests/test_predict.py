@@ -70,13 +70,19 @@ def test_every_way_to_write_a_csv_gives_the_same_predictions(run_on_table, tmp_p
 def test_cells_that_are_no_finite_numbers_are_named_with_their_line(run_on_table, tmp_path, capsys):
     run, _ = run_on_table
     path = tmp_path / "p.csv"
-    path.write_text("x,y,z\n0.5,1,2\n\nnan,1,2\n1,inf,2\n1,1,1e39\n1,1,\n1,1,red\n")
+    path.write_text("x,y,z\n0.5,1,2\n\nnan,1,2\n1,inf,2\n1,1,1e39\n1,1, \n1,1,red\n")
     code, rows = predictions(capsys, run, path)
     assert code == 2
     assert [row["path"].rpartition(":")[2] for row in rows if "error" in row] == ["4", "5", "6", "7", "8"]
     (good,) = [row for row in rows if "error" not in row]
     assert math.isclose(sum(entry["probability"] for entry in good["top"]), 1, abs_tol=1e-4)
-    assert "column z is 'red'" in rows[4]["error"]
+    errors = [row["error"] for row in rows if "error" in row]
+    assert errors[0] == "column x is 'nan'; shard with --missing mean to predict such rows"
+    assert errors[1] == "not a number: column y is 'inf'" and errors[4] == "not a number: column z is 'red'"
+    assert errors[3] == "column z is empty; shard with --missing mean to predict such rows"
+    path.write_text('x,y,z\n1,1,2\n"3,7",2,1\n')
+    with pytest.raises(UserError, match=r"p.csv, line 3: column 'x' has '3,7', .*'3\.7'"):
+        main([str(run), str(path)])
 
 
 def test_what_is_missing_counts_as_the_training_mean_where_the_set_was_made_so(tmp_path, capsys):
@@ -114,7 +120,7 @@ def test_a_long_table_is_predicted_in_parts(run_on_table, tmp_path, capsys, monk
     whole = predictions(capsys, run_on_table[0], path)
     monkeypatch.setattr(predict, "ROWS_AT_ONCE", 4)
     code, rows = predictions(capsys, run_on_table[0], path)
-    trained = SimpleNamespace(features=list("xyz"), fills_holes=False)
+    trained = SimpleNamespace(features=list("xyz"), std=[1, 1, 1], fills_holes=False)
     assert [len(names) for names, _, _ in predict._table_batches(trained, [str(path)])] == [4, 3, 1]
     assert code == 2 and sorted(map(str, rows)) == sorted(map(str, whole[1])) and whole[0] == 2
     assert [row["path"].rpartition(":")[2] for row in rows if "error" not in row] == ["2", "3", "4", "5", "6", "8", "9", "10"]

@@ -136,6 +136,7 @@ def test_the_command_writes_pictures_and_pages(digits, tmp_path, capsys):
         argv = ["augment-preview", str(tmp_path / "r.yaml"), "--out", str(tmp_path / out), "--per-class", "2", "--epochs", "3"]
         assert main([*argv, "--augment.crop", "padded"]) == 0
         assert f"epochs 0 to 2: {tmp_path / out}" in capsys.readouterr().out
+    assert main(["augment-preview", "--data.shards", digits, "--augment.flip", "0.5", "--out", str(tmp_path / "b.png")]) == 0
     page = (tmp_path / "a.html").read_text()
     assert page.count("<img") == 20 * 4 and "shifted by up to 4 pixels" in page
     with Image.open(tmp_path / "a.png") as image:

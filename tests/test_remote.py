@@ -416,9 +416,19 @@ def test_verify_and_inspect_work_on_a_url(server, tmp_path, monkeypatch, capsys)
     from dist_train.verify import inspect_main, main
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    main([f"{server.url}?signature=geheim"])
+    said = capsys.readouterr().out
+    assert f"{server.url}: whole. 1,797 samples in 26 shards" in said and "geheim" not in said
+    assert "26 of the shards were fetched, 0 are proven by the copies kept" in said and "--cache-dir" not in said
+    os.unlink(next((tmp_path / "dist_train").glob("*.tar")))
     main([server.url])
+    assert f"1 of the shards were fetched, 25 are proven by the copies kept in {tmp_path}/dist_train" in capsys.readouterr().out
+    main([server.url, "--cache-dir", str(tmp_path / "another")])
+    assert f"26 of the shards were fetched, 0 are proven by the copies kept in {tmp_path}/another" in capsys.readouterr().out
+    split = load_index(server.url, str(tmp_path / "another")).split("train")
+    assert f"dist-train verify {server.url}" in str(Store(split).fault(0, "checksum differs from the index"))
     inspect_main([server.url, "--out", str(tmp_path / "sheet.png")])
-    assert "whole. 1,797 samples" in capsys.readouterr().out and (tmp_path / "sheet.png").stat().st_size > 1000
+    assert (tmp_path / "sheet.png").stat().st_size > 1000
     server.faults["val-000000.tar"] = ["damaged"] * 3
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     with pytest.raises(UserError, match="val-000000.tar: cannot be fetched: the checksum of what came differs"):

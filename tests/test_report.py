@@ -205,7 +205,7 @@ def test_a_diverged_run_has_a_report(tmp_path):
 
 def test_a_table_run_lists_its_mistakes(tmp_path):
     page = report.write_report(make_run(tmp_path, ["benign", "malignant"], pictures=False)).read_text()
-    assert "<img" not in page and re.search(r"<td>\d+</td><td>malignant</td><td>benign</td>", page)
+    assert "<img" not in page and re.search(r"<td>test/malignant/\d+.png</td><td>malignant</td><td>benign</td>", page)
 
 
 def test_a_finished_run_on_a_table_has_its_pictures_and_the_right_areas(tmp_path):

@@ -6,7 +6,9 @@ import io
 import itertools
 import os
 import pickle
+import shlex
 import struct
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,13 @@ from conftest import write_table
 from PIL import Image
 
 from dist_train.convert import convert
+from dist_train.csv_files import drop_option
 from dist_train.decode import decode_into
 from dist_train.errors import UserError
 from dist_train.foreign import _statistics
 from dist_train.index import load_index
 from dist_train.read_foreign import Sums
+from dist_train.settings import read_config
 from dist_train.shard_config import ShardConfig, SplitConfig, check_settings
 from dist_train.sources import files_below, open_source
 from dist_train.tables import CONSTANT_STD, class_numbers, column_statistics
@@ -164,7 +168,7 @@ def test_text_with_commas_is_text_and_a_column_without_a_name_is_left_out(tmp_pa
     (tmp_path / "t.csv").write_text(",a,note,y\n0,1,\"red, blue\",x\n1,2,\"3,4\",z\n2,4,green,x\n")
     source = open_source(ShardConfig(source="csv", path=str(tmp_path / "t.csv"), target="y"))
     assert source.features == ["a", "note=3,4", "note=green", "note=red, blue"]
-    assert "1 columns without a name, dropped: often the rows' numbers" in source.notes
+    assert "1 column without a name, dropped: often the rows' numbers" in source.notes
 
 
 def test_settings_of_other_sources_are_refused(tmp_path):
@@ -359,7 +363,7 @@ def test_a_column_without_a_value_to_learn_from_is_named_and_counts_as_0(tmp_pat
     capsys.readouterr()
     index = converted(tmp_path / "two", rows)
     assert index.features == ["x", "y", "z"] and (index.mean[1], index.std[1]) == (0.0, CONSTANT_STD)
-    assert "1 columns without a single value in the training split, 0 to the network everywhere: y" in capsys.readouterr().out
+    assert "1 column without a single value in the training split, 0 to the network everywhere: y" in capsys.readouterr().out
     rows[:, 1] = np.where(np.arange(len(rows)) % 3, np.nan, 7.5)
     assert converted(tmp_path / "three", rows).features == ["x", "z"]  # what is missing is no change
 
@@ -395,9 +399,9 @@ CSV_FAULTS = {
     "wide": (",".join(f"c{k}" for k in range(99)) + "\n" + "1," * 98 + "1\n", "columns are c0, .*, c19 and 79 more.$"),
     "twice": ("x,x,kind\n1,2,a\n", "named twice: 'x'.\n  Give each its own name.$"),
     "one class": ("x,kind\n1,a\n2,a\n", "one class only"),
-    "one class of complete rows": ("x,kind\n1,a\n2,a\n,b\n", "one class only(.|\n)*1 classes left out with all their rows: b"),
+    "one class of complete rows": ("x,kind\n1,a\n2,a\n,b\n", "one class only(.|\n)*1 class left out with all its rows: b"),
     "a measurement": ("x,kind\n" + "".join(f"{i},{i / 7}\n" for i in range(50)), "50 different values(.|\n)*Name the column"),
-    "nothing that changes": ("x,kind\nred,a\nred,b\n", "no column besides 'kind'(.|\n)*never change, dropped: x=red"),
+    "nothing that changes": ("x,kind\nred,a\nred,b\n", "no column besides 'kind'(.|\n)*never changes, dropped: x=red"),
     "all rows holed": ("x,y,kind\n1,,a\n,2,b\n", r"none of the 2 rows is complete; missing are x \(1\), y \(1\)"),
     "quotes": ('x,kind\n1,a\n"1,a\n', "not a CSV file from line 3 on(.|\n)*Close every quote"),
     "latin-1": (b"x,kind\n1,\xe4\n", "not a CSV file in UTF-8(.|\n)*CSV UTF-8"),
@@ -444,7 +448,7 @@ def test_what_excel_and_pandas_write_is_read(tmp_path):
         source = read_table(tmp_path, f"\ufeff{header}\r\n{below}")
         assert source.features == features and source.names == [f"line {k}" for k in ((3, 4) if "\n" in header else (2, 3))]
         assert source.store.rows[:, -1].tolist() == [5, 7] and source.classes == ["a", "b"]
-        assert ("1 columns without a name, dropped: often the rows' numbers" in source.notes) == (features == ["y"])
+        assert ("1 column without a name, dropped: often the rows' numbers" in source.notes) == (features == ["y"])
 
 
 def test_1_and_1_0_are_one_class_and_sorted_as_numbers(tmp_path):
@@ -462,7 +466,7 @@ def test_columns_that_count_the_rows_or_are_the_class_are_named(tmp_path):
 
     lines = [(i + 100, i % 7, 2.5 + i % 3, "uvw"[i % 3], "abc"[i % 3]) for i in range(60)]
     told = "columns of one value for each class, kept; --drop leaves out what is known only with the class"
-    assert notes(lines) == ["1 columns that count the rows, kept; --drop leaves them out: id", f"2 {told}: twin, word"]
+    assert notes(lines) == ["1 column that counts the rows, kept; --drop leaves it out: id", f"2 {told}: twin, word"]
     lines[50] = (150.5, 1, 3.5, "w", "a")
     assert notes(lines) == []
     assert notes([(i, i % 7, i % 2, "uv"[i % 2], i % 2) for i in range(49)]) == []  # by chance
@@ -472,8 +476,8 @@ def test_columns_that_count_the_rows_or_are_the_class_are_named(tmp_path):
 def test_numbers_that_float32_cannot_tell_apart_are_not_said_to_be_constant(tmp_path):
     source = read_table(tmp_path, "ms,same,x,kind\n" + "".join(f"{1700000000000 + i},7,{i},{'ab'[i % 2]}\n" for i in range(9)))
     assert source.features == ["x"] and source.notes == [
-        "1 columns that never change, dropped: same",
-        "1 columns whose numbers are one in float32, dropped; take off what is large and the same in all: ms"]  # fmt: skip
+        "1 column that never changes, dropped: same",
+        "1 column whose numbers are one in float32, dropped; take off what is large and the same in all: ms"]  # fmt: skip
 
 
 def test_classes_that_are_numbers_are_sorted_as_numbers(tmp_path):
@@ -662,13 +666,30 @@ def test_every_shipped_yaml_is_read_and_says_where_its_files_go():
 @pytest.mark.parametrize("odd", ["k.A.", "1.250,00"])
 def test_a_column_of_decimal_commas_is_refused_whatever_else_stands_in_it(tmp_path, odd):
     (tmp_path / "t.csv").write_text(f"a;fee;y\n1;12,50;x\n2;999,00;z\n3;{odd};x\n")
-    with pytest.raises(UserError, match="column 'fee' has '12,50', and . more with a comma; expected '12.50'"):
+    with pytest.raises(UserError, match="column 'fee' has '12,50', and . more with a comma; expected '12.50'") as caught:
         open_source(ShardConfig(source="csv", path=str(tmp_path / "t.csv"), target="y"))
+    assert str(caught.value).endswith("or leave the column out with --drop '[fee]'.")
+
+
+@pytest.mark.parametrize("name", ["fee", "Länge (cm)", "a, b", "it's", "yes", "12", "x: y", "a  b " * 40 + "c"])
+def test_the_option_that_drops_a_column_is_read_as_that_column(name):
+    option, names = shlex.split(drop_option(name))
+    assert option == "--drop" and read_config(ShardConfig, [option, names], "shard").drop == (name,)
+
+
+def test_the_command_that_writes_a_file_in_utf_8_does(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes("Länge,kind\n1,a\n2,b\n".encode("cp1252"))
+    with pytest.raises(UserError, match="not a CSV file in UTF-8") as caught:
+        open_source(ShardConfig(source="csv", path=str(path), target="kind"))
+    command = str(caught.value).partition("elsewhere with ")[2].rstrip(".").replace("FILE", str(path)).replace("NEW", f"{path}.new")
+    subprocess.run(command, shell=True, check=True)
+    assert open_source(ShardConfig(source="csv", path=f"{path}.new", target="kind")).features == ["Länge"]
 
 
 def test_columns_without_a_name_are_left_out_however_many_and_are_no_target(tmp_path):
     (tmp_path / "t.csv").write_text(",a,y,\n0,1,x,\n1,2,z,\n")
     source = open_source(ShardConfig(source="csv", path=str(tmp_path / "t.csv"), target="y"))
     assert source.features == ["a"] and any(note.startswith("2 columns without a name") for note in source.notes)
-    with pytest.raises(UserError, match="`target` is not set"):
+    with pytest.raises(UserError, match=r"`target` is not set.* The columns are a, y\.$"):
         open_source(ShardConfig(source="csv", path=str(tmp_path / "t.csv")))

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,6 +18,7 @@ from dist_train.figures import draw_correlations
 from dist_train.folds import part_of
 from dist_train.index import load_index
 from dist_train.shard_config import ShardConfig
+from dist_train.tables import CONSTANT_STD
 
 
 def table(num: int = 60, columns: int = 5, num_classes: int = 3):
@@ -78,6 +80,25 @@ def test_areas_of_many_classes_are_each_against_the_rest():
     mean = np.mean([area for area, _ in found[:4]])
     assert f"area {mean:.4f}" in titles[0]
     assert scores.ranking_charts(np.zeros(5, int), np.full((5, 2), 0.5), ["a", "b"]) == []
+
+
+def test_each_chart_shows_its_own_hardest_classes_and_of_equal_ones_the_smallest():
+    random = np.random.default_rng(0)
+    labels = np.repeat(np.arange(5), (60, 40, 30, 20, 4))
+    probabilities = random.dirichlet(np.ones(5), size=len(labels)) + 0.4 * (labels[:, None] == np.arange(5))
+    found = scores.areas(labels, probabilities)
+    order = [sorted(range(5), key=lambda k: found[k][part])[:3] for part in (0, 1)]
+    assert set(order[0]) != set(order[1])
+    shown = scores.rankings(labels, probabilities, list("abcde"))
+    for ranking_, expected in zip(shown, order, strict=True):
+        curves = [curve for curve in ranking_.curves if not curve.band]
+        assert [curve.name for curve in curves] == ["abcde"[k] for k in expected]
+        assert [name.split()[0] for name, _ in ranking_.legend] == [curve.name for curve in curves]
+        assert [colour for _, colour in ranking_.legend] == [plots.COLOURS[curve.colour] for curve in curves]
+    colours = {(curve.name, curve.colour) for ranking_ in shown for curve in ranking_.curves if not curve.band}
+    assert len(colours) == len({name for name, _ in colours})  # a class has one colour
+    told_apart = scores.rankings(labels, np.eye(5)[labels], list("abcde"))
+    assert [[curve.name for curve in one.curves if not curve.band] for one in told_apart] == [["e", "d", "c"]] * 2
 
 
 def test_separation_equals_scikit_learns_analysis_of_variance():
@@ -143,6 +164,26 @@ def test_pictures_of_a_table_say_how_much_is_missing(tmp_path):
         draw_correlations(index, part)
     drawn = np.asarray(contact_sheet._feature_spread(index, split).convert("RGB")).astype(int)
     assert (drawn[..., 0] - drawn[..., 2] > 100).any()  # the medians: without a box there are none
+
+
+def test_columns_that_never_change_are_named_and_not_drawn(tmp_path, capsys):
+    values, labels = table(columns=9)
+    write_table(tmp_path / "t.csv", "abcdefghi", values, [str(label) for label in labels])
+    index = convert(ShardConfig(source="csv", path=str(tmp_path / "t.csv"), target="kind", out=str(tmp_path / "set"), workers=1))
+    split = index.split("train")
+    rows, labels = table_plots.read_rows(split, 9)
+    few = part_of(split, "train", np.sort([np.argmin(rows[:, 0]), np.argmax(rows[:, 0])]), labels)
+    assert "without two" not in table_plots.table_section(index, few).note
+    one = table_plots.table_section(index, part_of(split, "train", np.array([3]), labels))
+    assert "; 9 columns without two different values, left out: a, b, c, d, e, f, g, h, i." in one.note
+    assert not one.charts and not one.small_charts
+    capsys.readouterr()
+    contact_sheet.print_facts(replace(index, std=[*index.std[:8], CONSTANT_STD]))
+    *_, names, mean, std = capsys.readouterr().out.splitlines()
+    assert names == "9 features: a, b, c, d, e, f, g, h, i" and mean.count(",") == 8 and std.endswith(", constant")
+    many = replace(index, features=[f"c{k}" for k in range(30)], mean=[1.0] * 30, std=[2.0] * 30)
+    contact_sheet.print_facts(many)
+    assert [line.count(",") for line in capsys.readouterr().out.splitlines()[-3:]] == [20, 20, 20]
 
 
 @pytest.mark.parametrize("values", [np.random.default_rng(3).standard_cauchy(80), np.array([5.0]), np.array([1.0, 1, 9])])

@@ -128,9 +128,12 @@ def test_lines_for_log_files_show_the_figures(tmp_path, capsys):
     tracker = open_tracker(tmp_path, OFF, True, 100, None)
     tracker.train(20, {**values(20), "data_wait": 0.25, "tflops": 0.3412, "mfu": 0.5649})
     tracker.evaluation(20, "val", {"loss": 0.5, "top1": 0.75, "balanced": 0.625})
+    tracker.train(30, {**values(30), "tflops": 0.0049, "mfu": 0.004})
     tracker.finish(True)
     out = capsys.readouterr().out
-    for part in ("step 20", "loss 0.0476", "lr 1.00e-02", "500 images/s", "waits for data 25%",
+    assert out.count("TFLOP/s") == 1  # 0.00 would say nothing
+    assert lines_of(tmp_path)[-1]["tflops"] == 0.0049
+    for part in ("step 20", "loss 0.0476", "lr 1.00e-02", "500 samples/s", "waits for data 25%",
                  "0.34 TFLOP/s (MFU 56%)", "top1 75.00%", "balanced 62.50%"):  # fmt: skip
         assert part in out, part
 
@@ -143,7 +146,7 @@ def test_the_bar_on_a_terminal_shows_the_figures(tmp_path, capsys, monkeypatch):
     tracker.message("shards [7] and [/8] stand as they are")
     tracker.finish(True)
     out = capsys.readouterr().out
-    for part in ("20/100", "loss 0.0476", "500 images/s", "shards [7] and [/8] stand as they are"):
+    for part in ("20/100", "loss 0.0476", "500 samples/s", "shards [7] and [/8] stand as they are"):
         assert part in out, part
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,13 +25,22 @@ from dist_train import runtime
 from dist_train import train as training
 from dist_train.config import AugmentConfig, DataConfig, OptimConfig, RunConfig, TrainConfig
 from dist_train.errors import UserError
+from dist_train.folds import fold_view
 from dist_train.index import load_index, save_index, save_table
 from dist_train.predict import eval_main, load_run
 from dist_train.predict import main as predict_main
 from dist_train.run import Run
 from dist_train.run_folder import written_settings
 from dist_train.settings import read_config
-from dist_train.sizes import check_new, check_sizes, config_warnings, micro_batch_size, on_device_augment, whole_steps
+from dist_train.sizes import (
+    check_new,
+    check_sizes,
+    config_warnings,
+    micro_batch_size,
+    on_device_augment,
+    split_warnings,
+    whole_steps,
+)  # fmt: skip
 from dist_train.train import its_time, parse, run_training
 from dist_train.watch import EXIT_LOST_RANK
 
@@ -64,6 +74,22 @@ def test_resuming_after_a_kill_gives_the_same_bits(calm, digits, tmp_path):
     assert run_training(argv) == 0
     assert same_tensors(calm, run)
     assert figures(run) == figures(calm)
+
+
+def test_a_run_says_where_it_goes_on_and_how_long_it_took(digits, tmp_path, capsys):
+    run = tmp_path / "run"
+    argv = tiny_run(digits, run, "--train.epochs", "0.2", "--resume")
+    assert run_training([*argv, "--train.max_steps", "2"]) == 0
+    assert f"{run}: no checkpoint to go on from: begins at step 0\n" in capsys.readouterr().out
+    assert run_training(argv) == 0
+    told = capsys.readouterr().out
+    assert f"{run}: goes on from step 2 of 3 (checkpoints/step-00000002)\n" in told
+    assert re.search(r"run: done after 3 steps, \d+ s since this start, set-up included\n", told)
+    one = tiny_run(digits, tmp_path / "one", "--train.epochs", "0.01")
+    assert run_training(one) == 0
+    told = capsys.readouterr().out
+    assert "goes on from" not in told and "begins at" not in told
+    assert re.search(r"one: done after 1 step, \d+ s since the start, set-up included\n", told)
 
 
 def test_muon_resumes_with_the_same_bits(digits, tmp_path):
@@ -199,6 +225,15 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(calm, digits):
     with pytest.raises(UserError, match="already holds this run. Go on with --resume"):
         run_training(tiny_run(digits, calm, *LONGER))
     assert (calm / "config.yaml").read_text() == before
+
+
+def test_a_start_that_failed_leaves_the_folder_to_another(digits, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="absent.pth"):
+        run_training(tiny_run(digits, run, "--model.pretrained", "absent.pth"))
+    assert (run / "config.yaml").exists()
+    assert run_training(tiny_run(digits, run, "--optim.lr", "0.5")) == 0
+    assert "0.5" in (run / "config.yaml").read_text() and "absent" not in (run / "config.yaml").read_text()
 
 
 def test_resuming_a_finished_run_changes_nothing(calm, digits):
@@ -457,6 +492,9 @@ def test_tars_made_by_webdataset_are_indexed_and_train(tmp_path, capsys):
     run = tmp_path / "run"
     argv = ["--augment.crop", "random_resized", "--data.global_batch_size", "16", "--train.epochs", "8", "--optim.lr", "0.01"]
     assert run_training(tiny_run(str(folder), run, *argv)) == 0  # without val and test splits, too
+    expected = (f"{folder} has no split val: nothing is evaluated, and the last weights are kept. "
+                "data.folds makes one: --data.folds 5 keeps back a fifth of train.")  # fmt: skip
+    assert expected in capsys.readouterr().out
     curve = losses(run)
     assert sum(curve[-4:]) < sum(curve[:4])
     predict_main([str(run), str(_first_picture(folder, tmp_path)), "--json"])
@@ -496,6 +534,16 @@ def test_settings_that_change_nothing_are_refused_and_rarely_meant_ones_are_told
     assert config_warnings(RunConfig(), 2, torch.nn.Sequential(torch.nn.BatchNorm2d(3))) == []
     config = RunConfig(data=DataConfig(global_batch_size=254), train=TrainConfig(micro_batch_size=64))
     assert "largest equal part of a rank's 127 samples below it is 1" in config_warnings(config, 2, torch.nn.ReLU())[0]
+
+
+def test_a_set_without_validation_is_told_of_unless_none_is_wanted(digits):
+    index = load_index(digits)
+    without = replace(index, splits={name: split for name, split in index.splits.items() if name != "val"})
+    assert "has no split val: nothing is evaluated before the end, and" in split_warnings(RunConfig(), without)[0]
+    assert split_warnings(RunConfig(), index) == []
+    assert split_warnings(RunConfig(data=DataConfig(val_split="none")), without) == []
+    folds = RunConfig(data=DataConfig(shards=digits, folds=5))
+    assert split_warnings(folds, fold_view(without, folds)) == []
 
 
 def test_padded_crops_stay_beside_boxes_cut_while_decoding(digits):

@@ -11,9 +11,11 @@ from test_sources import picture
 
 from dist_train import shard, verify
 from dist_train.convert import convert
+from dist_train.decode import SHARD_FAULTS
 from dist_train.errors import UserError
 from dist_train.index import load_index
 from dist_train.shard_config import ShardConfig, SplitConfig
+from dist_train.store import READ_FAILED, Store
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,34 @@ def test_the_command_that_it_advises_mends_the_set(copy):
     shard.main(words[2:])
     assert path.read_bytes() == whole
     verify.main([str(copy)])
+
+
+def test_what_is_advised_mends_tables_and_strays_as_well(copy):
+    for name in ("train.samples.npy", "val.names.txt"):
+        whole = (copy / name).read_bytes()
+        (copy / name).write_bytes(whole[:-1])
+        (copy / "train-000009.tar").write_bytes(b"")
+        message = complaint(copy)
+        assert "--repair" not in message and "Move the tars that are not in the index out of the folder." in message
+        (copy / "train-000009.tar").unlink()
+        shard.main(shlex.split(message.splitlines()[-1])[2:])
+        assert (copy / name).read_bytes() == whole
+        verify.main([str(copy)])
+    (copy / "train-000009.tar").write_bytes(b"")
+    assert "dist-train" not in complaint(copy)  # nothing has to be written
+
+
+def test_only_a_changed_shard_sends_its_reader_to_verify(pictures):
+    store = Store(load_index(pictures).split("train"))
+    for reason in SHARD_FAULTS:
+        assert (f"dist-train verify {pictures}" in str(store.fault(0, reason))) == (reason != READ_FAILED)
+    store.table = np.array(store.table)
+    for name, value, found in (("checksum", 0, "checksum differs"), ("size", 10**9, "ends after")):
+        store.table[name] = value
+        with pytest.raises(UserError, match=f"{found}(.|\n)*dist-train verify"):
+            store.payload(0)
+    message = str(store.fault(0, "cannot be decoded as jpeg: Premature end of JPEG file"))
+    assert "data.max_bad" in message and "dist-train verify" not in message
 
 
 def test_a_flipped_bit_anywhere_is_found_and_its_sample_named(copy):
