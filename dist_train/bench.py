@@ -36,6 +36,7 @@ from dist_train.store import Store
 from dist_train.workers import num_cores
 
 MOST_MB = 256  # payloads kept in memory, so that decoding can be measured without reading
+REPEATS = 5  # of every measurement
 STEPS = 3  # of the network, timed after as many to warm up: a second of AlexNet, minutes of VGG13 at 224 px on few cores
 
 
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--image-size", type=int, help="height and width that enter the network; 0 keeps the stored one")
     parser.add_argument("--crop", choices=("random_resized", "resize"), help="what the decoder cuts out")
     parser.add_argument("--threads", type=int, help="decoding threads; default the recipe's, else the cores at hand")
-    parser.add_argument("--seconds", type=float, default=0.5, help="length of one measurement; each is taken 5 times")
+    parser.add_argument("--seconds", type=float, default=0.5, help=f"length of one measurement; each is taken {REPEATS} times")
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     options, settings = parser.parse_known_args(argv[1:] if argv[0] == "data" else argv)
     config = read_config(RunConfig, [*_settings(options), *settings], "dist-train bench data")
@@ -79,6 +80,8 @@ def main(argv: list[str]) -> None:
                 raise UserError(f"dist-train bench data: {world.world_size} processes; it measures what one of them feeds to one "
                                 f"network.\n  Start it without a launcher; bench step takes several.")  # fmt: skip
             step = leaving.enter_context(_step(config, accelerator, world))
+        print(f"{shown(config.data.shards)}: batches of {config.data.global_batch_size}, {config.data.threads or num_cores()} "
+              f"threads, {accelerator.device}; each part for {options.seconds:g} s in {REPEATS} turns", flush=True)  # fmt: skip
         figures = measure(config, accelerator.device, options.seconds, step=step)
     show(figures, config)
     if options.json:
@@ -86,7 +89,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(
-    config: RunConfig, device: torch.device, seconds: float, repeats: int = 5, step: Callable[[], float] | None = None
+    config: RunConfig, device: torch.device, seconds: float, repeats: int = REPEATS, step: Callable[[], float] | None = None
 ) -> dict:
     """{part: {"images_per_s": median, "spread": (lowest, highest)}, ...}, the parts measured in turns, repeats times.
 
@@ -141,9 +144,6 @@ def show(figures: dict, config: RunConfig) -> None:
             rates = (figures[name]["images_per_s"], *figures[name]["spread"])
             table.add_row(meaning, *(f"{rate:,.0f}" for rate in rates))
     console = Console(highlight=False)
-    console.print(
-        f"{shown(config.data.shards)}: batches of {figures['batch_size']}, {figures['threads']} threads, {figures['on']}"
-    )
     console.print(table)
     console.print("\n".join(verdict(figures, config)))
     if "decode" in figures:

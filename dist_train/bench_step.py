@@ -12,6 +12,7 @@ import json
 import math
 import statistics
 import tempfile
+import time
 from pathlib import Path
 
 from dist_train import ranks, runtime
@@ -21,6 +22,7 @@ from dist_train.data import picture_size, to_device
 from dist_train.decoder_choice import choose_decoder
 from dist_train.errors import UserError
 from dist_train.index import ShardIndex
+from dist_train.remote import shown
 from dist_train.run import Run
 from dist_train.settings import read_config
 from dist_train.sizes import decoder_crop
@@ -30,6 +32,7 @@ from dist_train.train import train
 from dist_train.watch import Watch
 
 FOR_EVER = 1e6  # epochs: the end of a run, and its evaluations, never come
+TURNS, TURNS_S = 3, 60.0  # without --turns: as many, or as begin within this time, since a turn of slow steps takes minutes
 
 
 def main(argv: list[str]) -> None:
@@ -39,12 +42,15 @@ def main(argv: list[str]) -> None:
         allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=10, help="steps of a window, after as many to warm up")
-    parser.add_argument("--turns", type=int, default=3, help="windows from shards and from memory each, in turns")
+    parser.add_argument(
+        "--turns", type=int,
+        help=f"windows from shards and from memory each, in turns; default {TURNS}, or as many as begin within {TURNS_S:g} s",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     options, settings = parser.parse_known_args(argv)
     config = read_config(RunConfig, settings, "dist-train bench step")
     for name in ("steps", "turns"):
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"dist-train bench step: --{name} is {getattr(options, name)}; expected at least 1.")
     if not config.data.shards:
         raise UserError("dist-train bench step: no shards; name them with --data.shards, or a recipe with --config.")
@@ -52,21 +58,27 @@ def main(argv: list[str]) -> None:
     with contextlib.ExitStack() as leaving:
         leaving.push(runtime.leave)
         leaving.enter_context(Watch(world, config.runtime.timeout_s, runtime.master_address()))
-        figures = measure(config, accelerator, world, options.steps, options.turns)
+        if world.is_main:
+            print(f"{shown(config.data.shards)}: steps of {config.data.global_batch_size} on {world.world_size} x {world.device}, "
+                  f"{config.train.precision}; windows of {options.steps}, after as many or more to warm up", flush=True)  # fmt: skip
+        turns = (TURNS, TURNS_S) if options.turns is None else (options.turns, math.inf)
+        figures = measure(config, accelerator, world, options.steps, *turns)
     if world.is_main:
         show(figures)
         if options.json:
             print(json.dumps(figures))
 
 
-def measure(config: RunConfig, accelerator, world: runtime.World, num_steps: int, num_turns: int) -> dict:
+def measure(
+    config: RunConfig, accelerator, world: runtime.World, num_steps: int, num_turns: int, turns_s: float = math.inf
+) -> dict:
     """Train in windows from the shards and from one batch in memory, in turns; then time the parts of a window of shards.
 
     {"images_per_s": median, "spread": (lowest, highest), "synthetic_images_per_s", "synthetic_spread", "free_feed_win": median
-    of synthetic / real - 1, "step_s", "shares": {part: 0..1}, "limits": the largest part, "most_to_win": how many times as fast
-    without it, "tflops", "mfu", ...}; images of all ranks. Rates are those of an undisturbed training; shares, and
+    of synthetic / real - 1, "free_feed_spread", "step_s", "shares": {part: 0..1}, "limits": the largest part, "most_to_win": how
+    many times as fast without it, "tflops", "mfu", ...}; images of all ranks. Rates are those of an undisturbed training; shares, and
     "timed_step_s", those of steps that wait for the device at every part. Where decoded samples are kept ("is_kept"), an epoch is
-    read before: later ones are what is timed.
+    read before: later ones are what is timed. No turn but the first begins after turns_s seconds; "num_turns" says how many did.
     """
     with tempfile.TemporaryDirectory(prefix="dist_train-bench-") as folder:
         threads = config.data.threads or world.num_cores
@@ -74,8 +86,10 @@ def measure(config: RunConfig, accelerator, world: runtime.World, num_steps: int
         with contextlib.closing(TimedRun(config, Path(folder), accelerator, world, num_steps)) as timed:
             if timed.is_kept:
                 timed.read_an_epoch()
-            rates = {"shards": [], "memory": []}
+            rates, began = {"shards": [], "memory": []}, time.monotonic()
             for turn in range(num_turns):
+                if turn and ranks.on_main(world, lambda: time.monotonic() - began) > turns_s:
+                    break
                 for kind in (list(rates), list(rates)[::-1])[turn % 2]:
                     timed.feed(is_synthetic=kind == "memory")
                     rates[kind].append(timed.window()["images_per_s"])
@@ -89,9 +103,10 @@ def measure(config: RunConfig, accelerator, world: runtime.World, num_steps: int
         "images_per_s": rate, "spread": (min(rates["shards"]), max(rates["shards"])),
         "synthetic_images_per_s": statistics.median(rates["memory"]),
         "synthetic_spread": (min(rates["memory"]), max(rates["memory"])), "free_feed_win": statistics.median(wins),
+        "free_feed_spread": (min(wins), max(wins)),
         "step_s": config.data.global_batch_size / rate, "shares": parts.shares(), "timed_step_s": parts.step_s(),
         "limits": limiting, "most_to_win": gain(parts.shares()[limiting]), **work, "is_kept": timed.is_kept,
-        "decode": config.data.decode, "precision": config.train.precision, "num_steps": num_steps, "num_turns": num_turns,
+        "decode": config.data.decode, "precision": config.train.precision, "num_steps": num_steps, "num_turns": len(wins),
         "world_size": world.world_size, "device": str(world.device),
     }  # fmt: skip
 
@@ -108,18 +123,24 @@ def show(figures: dict) -> None:
         milliseconds = 1000 * share * figures["timed_step_s"]
         table.add_row(part, f"{milliseconds:.2f}", f"{share:.1%}", f"{gain(share):.2f} times as fast")
     console = Console(highlight=False)
-    console.print(f"{figures['num_steps']} steps on {figures['world_size']} x {figures['device']}, {figures['precision']}, "
-                  f"that wait for the device at every part: {1000 * figures['timed_step_s']:.2f} ms a step, undisturbed "
-                  f"{1000 * figures['step_s']:.2f}")  # fmt: skip
+    console.print(f"{figures['num_steps']} steps that wait for the device at every part: {1000 * figures['timed_step_s']:.2f} ms a step, "
+                  f"undisturbed {1000 * figures['step_s']:.2f}")  # fmt: skip
     console.print(table)
     feed = "gathered from what an epoch before kept decoded" if figures["is_kept"] else "read and decoded as in every epoch"
     shards, memory = (f"{low:,.0f} to {high:,.0f}" for low, high in (figures["spread"], figures["synthetic_spread"]))
     console.print(f"{figures['images_per_s']:,.0f} images/s from shards, {feed} ({shards}); "
-                  f"{figures['synthetic_images_per_s']:,.0f} from one batch in memory ({memory}), in {figures['num_turns']} turns; "
+                  f"{figures['synthetic_images_per_s']:,.0f} from one batch in memory ({memory}), in {figures['num_turns']} "
+                  f"{'turn' if figures['num_turns'] == 1 else 'turns'}; "
                   f"{figures['tflops']:.3g} TFLOP/s, {figures['mfu']:.0%} of what a matrix product reaches here")  # fmt: skip
     console.print(f"The largest part is {figures['limits']}; without it a step would be {figures['most_to_win']:.2f} times as "
-                  f"fast, and nothing that makes it faster can win more. A feed that cost nothing would change the rate by "
-                  f"{figures['free_feed_win']:+.1%}.")  # fmt: skip
+                  f"fast, and nothing that makes it faster can win more. {free_feed(figures)}")  # fmt: skip
+
+
+def free_feed(figures: dict) -> str:
+    """What a feed that cost nothing would win, where every turn tells of a win: else other programs tell as much."""
+    if figures["free_feed_spread"][0] <= 0:
+        return "A feed that cost nothing would win nothing that these figures tell."
+    return f"A feed that cost nothing would change the rate by {figures['free_feed_win']:+.1%}."
 
 
 def gain(share: float) -> float:

@@ -307,11 +307,15 @@ def compare(trained: Trained, config: RunConfig, index: ShardIndex, split: str, 
                         f"differ by up to {difference:.3g}, where the largest is {largest:.3g}, and {changed:,} of "
                         f"{len(labels):,} predictions change.\n  It was not kept. Try another --to.")  # fmt: skip
     return {
-        "split": split, "samples": len(labels), "top1_run": float((ours.argmax(1) == labels).float().mean()),
-        "top1_file": float((theirs.argmax(1) == labels).float().mean()),
+        "split": split, "samples": len(labels), "top1_run": _top1(ours, labels),
+        "top1_file": _top1(theirs, labels),
         "top1_result": _written_top1(trained, index, split), "changed_predictions": changed,
         "largest_logit_difference": difference, "largest_logit": largest,
     }  # fmt: skip
+
+
+def _top1(logits: Tensor, labels: Tensor) -> float:
+    return int((logits.argmax(1) == labels).sum()) / len(labels)  # as `metrics.Sums` has it: a float32 mean has other digits
 
 
 def _logits(trained: Trained, values: Tensor, seen: Seen) -> Tensor:

@@ -203,7 +203,8 @@ class Run:
         """{"tflops": reached by all ranks together, "mfu": their share of what they could}; {} before the profiled window's end.
 
         step: the last one, whose size of pictures counts. A frozen network does less than is counted here. mfu is a share of the
-        measured rate of a matrix product; Chowdhery et al. 2022 divide by the data sheet's.
+        measured rate of a matrix product; Chowdhery et al. 2022 divide by the data sheet's. It is 1 where a network is faster than
+        that product was, as on a CPU that something else kept busy meanwhile.
         """
         if not self.parts.is_complete:
             return {}
@@ -212,7 +213,7 @@ class Run:
             self._peak_flops = peak_flops(self.world.device, dtype) * self.world.world_size
         size = self.progressive.size_at(step) if self.progressive else None
         flops = images_per_s * self.sample_flops[size]
-        return {"tflops": round(flops / 1e12, 4), "mfu": round(flops / self._peak_flops, 4)}
+        return {"tflops": round(flops / 1e12, 4), "mfu": min(1.0, round(flops / self._peak_flops, 4))}
 
     def name_bad_samples(self) -> None:
         """Name the pictures that any rank could not decode. Raises UserError, on every rank, where they are too many."""

@@ -1,6 +1,7 @@
 """Read a tree of frozen dataclasses from YAML files and the command line; every fault is named at once."""
 
 import dataclasses
+import shlex
 import typing
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -316,18 +317,19 @@ def _mistyped(kind: type, settings: list) -> list[str]:
             else:
                 parser.parse_object(unflatten({name: value}))
         except Exception:
-            like = _in_brackets(parser, name, value) if typing.get_origin(known[name]) is tuple else ""
-            problems.append(f"{where}: {name} is {value!r}; expected {_expected(known[name])}{like}.")
+            listed = _in_brackets(parser, name, value) if typing.get_origin(known[name]) is tuple else ""
+            such = f", such as {shlex.quote(listed) if where == 'command line' else listed}" if listed else ""
+            problems.append(f"{where}: {name} is {value!r}; expected {_expected(known[name])}{such}.")
     return problems
 
 
 def _in_brackets(parser, name: str, value) -> str:
-    """", such as [Nr]" where the value of a list setting lacks only the brackets."""
+    """The value of a list setting in brackets where it lacks only these, else ""."""
     try:
         parser.parse_args([f"--{name}=[{value}]"])
     except Exception:
         return ""
-    return "" if value is None else f", such as [{value}]"
+    return "" if value is None else f"[{value}]"
 
 
 def _expected(hint: type) -> str:

@@ -211,13 +211,20 @@ def config_warnings(config: RunConfig, world_size: int, network) -> list[str]:
 
 
 def split_warnings(config: RunConfig, index: ShardIndex) -> list[str]:
-    """What a set without a validation split goes without; nothing where data.val_split says that none is wanted."""
-    data = config.data
-    if data.val_split in ("", "none", *index.splits):
-        return []
-    when = " before the end" if data.test_split in index.splits else ""
-    return [f"{index.folder} has no split {data.val_split}: nothing is evaluated{when}, and the last weights are kept. "
-            f"data.folds makes one: --data.folds 5 keeps back a fifth of {data.train_split}."]  # fmt: skip
+    """A batch larger than the training split, and what a set without a validation split goes without.
+
+    Nothing of the latter where data.val_split says that none is wanted.
+    """
+    data, found = config.data, []
+    batch, num_samples = data.global_batch_size, index.split(data.train_split).num_samples
+    if batch > num_samples:
+        found.append(f"data.global_batch_size {batch} is more than the {num_samples} training samples: a step holds each of them "
+                     f"about {batch / num_samples:.3g} times.")  # fmt: skip
+    if data.val_split not in ("", "none", *index.splits):
+        when = " before the end" if data.test_split in index.splits else ""
+        found.append(f"{index.folder} has no split {data.val_split}: nothing is evaluated{when}, and the last weights are kept. "
+                     f"data.folds makes one: --data.folds 5 keeps back a fifth of {data.train_split}.")  # fmt: skip
+    return found
 
 
 def growth_problems(config: RunConfig, index: ShardIndex) -> list[str]:

@@ -44,8 +44,8 @@ def test_every_fault_is_named_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("words, told", [
-    (["--drop", "Nr"], "drop is 'Nr'; expected a list of texts, such as [Nr]."),
-    (["--drop", "Nr,Datum"], "drop is 'Nr,Datum'; expected a list of texts, such as [Nr,Datum]."),
+    (["--drop", "Nr"], "drop is 'Nr'; expected a list of texts, such as '[Nr]'."),
+    (["--drop", "Nr,Datum"], "drop is 'Nr,Datum'; expected a list of texts, such as '[Nr,Datum]'."),
     (["--drop", "{a: 1}"], "drop is '{a: 1}'; expected a list of texts."),
 ])  # fmt: skip
 def test_a_list_that_lacks_its_brackets_is_shown_with_them(words, told):

@@ -546,6 +546,19 @@ def test_a_set_without_validation_is_told_of_unless_none_is_wanted(digits):
     assert split_warnings(folds, fold_view(without, folds)) == []
 
 
+def test_a_batch_larger_than_the_training_split_is_told_of_before_the_first_step(digits, tmp_path, capsys):
+    index = load_index(digits)
+    num_samples = index.split("train").num_samples
+    told = f"is more than the {num_samples} training samples: a step holds each of them about 2 times."
+    config = RunConfig(data=DataConfig(global_batch_size=2 * num_samples))
+    assert split_warnings(config, index) == [f"data.global_batch_size {2 * num_samples} {told}"]
+    assert split_warnings(RunConfig(data=DataConfig(global_batch_size=num_samples)), index) == []
+    argv = tiny_run(digits, tmp_path / "run", "--data.global_batch_size", str(2 * num_samples), "--train.max_steps", "1")
+    assert run_training(argv) == 0
+    out = capsys.readouterr().out
+    assert 0 < out.index(told) < out.index("train step 1")
+
+
 def test_padded_crops_stay_beside_boxes_cut_while_decoding(digits):
     def left(decoded):
         configs = (RunConfig(data=DataConfig(crop=decoded), augment=AugmentConfig(crop=crop, flip=0.5)) for crop in
