@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         leaving.enter_context(Watch(world, config.runtime.timeout_s, runtime.master_address()))
         if world.is_main:
             print(f"{shown(config.data.shards)}: steps of {config.data.global_batch_size} on {world.world_size} x {world.device}, "
-                  f"{config.train.precision}; windows of {options.steps}, after as many or more to warm up", flush=True)  # fmt: skip
+                  f"{config.train.precision}; windows of {options.steps}, after as many to warm up", flush=True)  # fmt: skip
         turns = (TURNS, TURNS_S) if options.turns is None else (options.turns, math.inf)
         figures = measure(config, accelerator, world, options.steps, *turns)
     if world.is_main:
@@ -76,9 +76,9 @@ def measure(
 
     {"images_per_s": median, "spread": (lowest, highest), "synthetic_images_per_s", "synthetic_spread", "free_feed_win": median
     of synthetic / real - 1, "free_feed_spread", "step_s", "shares": {part: 0..1}, "limits": the largest part, "most_to_win": how
-    many times as fast without it, "tflops", "mfu", ...}; images of all ranks. Rates are those of an undisturbed training; shares, and
-    "timed_step_s", those of steps that wait for the device at every part. Where decoded samples are kept ("is_kept"), an epoch is
-    read before: later ones are what is timed. No turn but the first begins after turns_s seconds; "num_turns" says how many did.
+    many times as fast without it, "tflops", "mfu", ...}; images of all ranks. Rates are those of an undisturbed training; shares,
+    and "timed_step_s", those of steps that wait for the device at every part. Where decoded samples are kept ("is_kept"), an epoch
+    is read before: later ones are what is timed. No turn but the first begins after turns_s seconds; "num_turns" is how many did.
     """
     with tempfile.TemporaryDirectory(prefix="dist_train-bench-") as folder:
         threads = config.data.threads or world.num_cores
@@ -123,8 +123,8 @@ def show(figures: dict) -> None:
         milliseconds = 1000 * share * figures["timed_step_s"]
         table.add_row(part, f"{milliseconds:.2f}", f"{share:.1%}", f"{gain(share):.2f} times as fast")
     console = Console(highlight=False)
-    console.print(f"{figures['num_steps']} steps that wait for the device at every part: {1000 * figures['timed_step_s']:.2f} ms a step, "
-                  f"undisturbed {1000 * figures['step_s']:.2f}")  # fmt: skip
+    console.print(f"{figures['num_steps']} steps that wait for the device at every part: "
+                  f"{1000 * figures['timed_step_s']:.2f} ms a step, undisturbed {1000 * figures['step_s']:.2f}")  # fmt: skip
     console.print(table)
     feed = "gathered from what an epoch before kept decoded" if figures["is_kept"] else "read and decoded as in every epoch"
     shards, memory = (f"{low:,.0f} to {high:,.0f}" for low, high in (figures["spread"], figures["synthetic_spread"]))

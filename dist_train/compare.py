@@ -4,6 +4,7 @@ Runs that differ in their seed or fold alone count as one, with their mean and s
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -30,7 +31,10 @@ _SHOWN = {"top1": ("accuracy", "{:.2%}"), "balanced": ("balanced", "{:.2%}"), "l
 
 @dataclass(frozen=True)
 class Finished:
-    """What is compared of one run. figures: split -> {"top1", "loss", ...}; seconds of running, stops left out."""
+    """What is compared of one run. figures: split -> {"top1", "loss", ...}; seconds of running, stops left out.
+
+    judged_on: split -> its fingerprint, where the evaluation that the figures are of is there.
+    """
 
     name: str
     settings: dict
@@ -39,6 +43,7 @@ class Finished:
     epochs: float
     samples_per_s: float | None
     curve: tuple[list[float], list[float]]  # epochs, validation accuracy
+    judged_on: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ def main(argv: list[str]) -> None:
     groups = grouped(read_all(options.runs))
     table = comparison(groups)
     print(table.plain())
+    for split in judged_apart(groups):
+        print(f"{split}: the runs were judged on different samples, so their figures say nothing of which is the better one.")
     out = options.out or options.runs[0].resolve().parent / "compare.html"
     write_comparison(out, groups, table)
     print(f"page: {os.path.relpath(out) if out.is_relative_to(Path.cwd()) else out}")
@@ -102,8 +109,18 @@ def read_finished(folder: Path) -> Finished:
         name=run_name(folder.resolve()), settings=flatten(to_dict(config)), figures=figures,
         seconds=max((line.get("time_s") or 0.0 for line in lines), default=0.0), epochs=float(result.get("epoch", 0)),
         samples_per_s=statistics.median(rates) if rates else None,
-        curve=([line["epoch"] for line in evals], [line["top1"] for line in evals]),
+        curve=([line["epoch"] for line in evals], [line["top1"] for line in evals]), judged_on=_fingerprints(folder, figures),
     )  # fmt: skip
+
+
+def _fingerprints(folder: Path, figures: dict[str, dict]) -> dict[str, str]:
+    found = {}
+    for split, values in figures.items():
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # a study keeps none for its trials
+            evaluation = json.loads((folder / f"evaluation-{split}.json").read_text())
+            if all(evaluation[key] == values[key] for key in ("samples", "top1")):  # else dist-train eval wrote it, of other shards
+                found[split] = str(evaluation["fingerprint"])
+    return found
 
 
 def run_name(folder: Path) -> str:
@@ -133,6 +150,14 @@ def is_difference(name: str) -> bool:
     return changes_results(name) and name not in _REPEATS
 
 
+def judged_apart(groups: list[Group]) -> list[str]:
+    """Splits whose samples are not the same in all groups, as those of other shards or of other folds."""
+    samples = {split: [{run.judged_on.get(split) for run in group.runs if split in run.figures} for group in groups]
+               for split in _splits(groups)}  # fmt: skip
+    known = {split: [of_group for of_group in found if of_group and None not in of_group] for split, found in samples.items()}
+    return [split for split, found in known.items() if any(of_group != found[0] for of_group in found)]
+
+
 def comparison(groups: list[Group]) -> Table:
     """A row a group: accuracies, losses, time, speed, and the settings in which the groups differ.
 
@@ -158,12 +183,13 @@ def comparison(groups: list[Group]) -> Table:
 
 def write_comparison(out: Path, groups: list[Group], table: Table) -> None:
     """Write the page: bars of accuracy and time, curves of the first three, the table."""
-    charts = []
+    charts, apart = [], judged_apart(groups)
     for split in reversed(_splits(groups)):
         bars = [Bar(group.name, statistics.fmean(values), _spread(values), _spoken(values, "{:.2%}"), colour="one")
                 for group in groups if (values := group.values(split, "top1"))]  # fmt: skip
         best = max(bars, key=lambda bar: bar.value)
         finding = f": highest with {best.name}" if len(bars) > 1 else ""
+        finding = ", judged on different samples" if split in apart else finding
         charts.append(Chart(f"Accuracy, {split} split{finding}", bar_chart(bars, lambda y: f"{y * 100:g}%", zero=False)))
     times = [Bar(group.name, _seconds(group), _spread([run.seconds for run in group.runs]), duration(_seconds(group)), "two")
              for group in groups]  # fmt: skip

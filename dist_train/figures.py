@@ -17,6 +17,7 @@ from dist_train.picture_plots import draw_gallery, figure_image, filter_gallery,
 from dist_train.plots import without_formulas
 from dist_train.settings import from_dict
 from dist_train.table_plots import read_rows, separation, telling_correlations
+from dist_train.tables import changing
 
 _DPI = 110
 
@@ -130,11 +131,14 @@ def draw_ranking(run: Path, index: ShardIndex, split: str):
 
 
 def draw_correlations(index: ShardIndex, split: SplitIndex):
-    """How a table's features go together, from -1 to 1: PIL's Image."""
+    """How a table's features go together, from -1 to 1: PIL's Image, or None where none of them changes."""
     from matplotlib.figure import Figure
 
     values, labels = read_rows(split, len(index.features))
     best = np.argsort(-separation(values, labels), kind="stable")
+    best = best[changing(values)[best]]
+    if not len(best):
+        return None
     together, names = telling_correlations(values, index.features, best)
     names = [without_formulas(name[:24]) for name in names]
     side = max(4.0, 0.3 * len(names) + 2)

@@ -8,6 +8,7 @@ shards/NAME/train-000000.tar ...  plain WebDataset
 
 import json
 import os
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -167,9 +168,14 @@ def load_index(folder: str | os.PathLike, cache_dir: str = "", cache_gb: float =
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        from dist_train.sources import holds_pictures
+
         what = "the folder has no index.json" if Path(folder).is_dir() else "there is no such folder"
+        convert = "datasets/NAME.yaml"
+        if holds_pictures(folder):
+            convert = f"--source folder --path {shlex.quote(str(folder))} --out shards/NAME"
         raise UserError(
-            f"{folder}: {what}, so these are not finished shards.\n  Write them with: dist-train shard datasets/NAME.yaml"
+            f"{folder}: {what}, so these are not finished shards.\n  Write them with: dist-train shard {convert}"
             f"   (or index tars made by others with: dist-train index {folder})"
         ) from None
     except (OSError, ValueError) as error:

@@ -70,7 +70,7 @@ def told_splits(split: SplitConfig, preset: np.ndarray | None, splits: np.ndarra
     own = set() if preset is None else set(preset[preset > TRAIN].tolist())
     counts = np.bincount(splits, minlength=len(SPLITS)).tolist()
     drawn = {name: counts[number] for number, name in enumerate(SPLITS) if number not in own and number != TRAIN and counts[number]}
-    parts = [f"{count:,} are drawn as {name}" for name, count in drawn.items()]
+    parts = [f"{count:,} {'is' if count == 1 else 'are'} drawn as {name}" for name, count in drawn.items()]
     if drawn:
         parts = [f"of {sum(drawn.values()) + counts[TRAIN]:,} training samples {' and '.join(parts)}"]
     if split.test < 0 and VAL in own and TEST not in own:

@@ -40,7 +40,8 @@ def read_header(payload: bytes) -> Header:
         elif payload[:2] == b"BM":
             header = _bmp_header(payload)
         else:
-            raise DecodeError(f"not a JPEG, PNG, WebP or BMP: begins with {bytes(payload[:8]).hex(' ') or 'nothing'}")
+            begins = bytes(payload[:8]).hex(" ")
+            raise DecodeError(f"not a JPEG, PNG, WebP or BMP: begins with {begins}" if begins else "is empty")
     except (struct.error, IndexError):
         raise DecodeError("the header is cut off") from None
     if header.height < 1 or header.width < 1:

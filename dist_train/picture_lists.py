@@ -45,7 +45,8 @@ def list_source(config: ShardConfig) -> Source:
     if reasons and (config.missing == "error" or len(reasons) == len(rows)):
         faults = [f"line {lines[r]}: {why}" for r, why in reasons.items()]
         otherwise = "leave them out with --missing drop" if len(reasons) < len(rows) else "name another column"
-        raise UserError(f"{path}: {told(f'of {len(rows):,} rows lack a value', faults)}\n  Mend them, or {otherwise}.")
+        what = (f"of {len(rows):,} rows {word} a value" for word in ("lacks", "lack"))
+        raise UserError(f"{path}: {told(faults, *what)}\n  Mend them, or {otherwise}.")
     listed = [Listed(lines[r], row, _path(row["picture"], config.ending)) for r, row in enumerate(cells) if r not in reasons]
     classes, labels = class_numbers(path, config.target, [row.cells["target"] for row in listed])
     splits, wrong = [0] * len(listed), []
@@ -121,7 +122,8 @@ def _states(root: Path, listed: list[Listed]) -> tuple[list[tuple[int, int]], li
 
 def _missing(config: ShardConfig, root: Path, missing: list[str], num_listed: int) -> list[str]:
     allowed = f", and max_bad allows {config.max_bad:,}" if config.max_bad else ""
-    return [f"{told(f'of {num_listed:,} pictures are not below {root}{allowed}', missing)}\n"
+    what = (f"of {num_listed:,} pictures {word} not below {root}{allowed}" for word in ("is", "are"))
+    return [f"{told(missing, *what)}\n"
             f"  Set --root to the folder that names start from, or leave them out with --max-bad {len(missing)}."]  # fmt: skip
 
 
@@ -130,9 +132,10 @@ def _wrong_names(listed: list[Listed]) -> list[str]:
     others = [f"line {row.line}: {row.picture!r}" for row in listed if not _is_pictures(row.picture)]
     problems = []
     if outside:
-        problems.append(f"{told('names lead out of the root', outside)}\n  Set --root higher, and write paths below it.")
+        problems.append(f"{told(outside, 'name leads out of the root', 'names lead out of the root')}\n"
+                        f"  Set --root higher, and write paths below it.")  # fmt: skip
     if others:
-        problems.append(f"{told('names end as no picture does', others)}\n"
+        problems.append(f"{told(others, 'name ends as no picture does', 'names end as no picture does')}\n"
                         f"  Expected {', '.join(PICTURES)}; --ending .jpg adds what names lack.")  # fmt: skip
     return problems
 
@@ -146,7 +149,8 @@ def _named_twice(listed: list[Listed], names: dict[str, str]) -> list[str]:
             apart = [f", {names[setting]} {other.cells[setting]!r} and {cell!r}" for setting, cell in row.cells.items()
                      if setting != "picture" and cell != other.cells[setting]]  # fmt: skip
             faults.append(f"lines {other.line} and {row.line}: {printable(row.picture)}{''.join(apart)}")
-    return [f"{told('rows name a picture again', faults)}\n  Keep one row of each picture."] if faults else []
+    return [f"{told(faults, 'row names a picture again', 'rows name a picture again')}\n"
+            f"  Keep one row of each picture."] if faults else []  # fmt: skip
 
 
 def _torn_groups(config: ShardConfig, listed: list[Listed], splits: list[int]) -> list[str]:
@@ -156,5 +160,6 @@ def _torn_groups(config: ShardConfig, listed: list[Listed], splits: list[int]) -
         other, its_split = first.setdefault(group, (row, split))
         if split != its_split:
             torn.setdefault(group, f"{group!r}: {other.cells['split_column']} in line {other.line}, {word} in line {row.line}")
-    return [f"{told(f'groups of column {config.group} lie in two splits', list(torn.values()))}\n"
+    what = (f"{words[0]} of column {config.group} {words[1]} in two splits" for words in (("group", "lies"), ("groups", "lie")))
+    return [f"{told(list(torn.values()), *what)}\n"
             f"  Put each into one, or leave --split-column out, and they are drawn whole."] if torn else []  # fmt: skip

@@ -65,7 +65,11 @@ def load_run(folder: str | Path) -> Trained:
     except FileNotFoundError as error:
         if not folder.is_dir():
             raise UserError(f"{folder}: there is no such run folder.") from None
-        raise UserError(f"{folder}: not a finished run: it has no {Path(error.filename).name}.\n  Finish it with: "
+        if (missing := Path(error.filename).name) == "config.yaml":
+            raise UserError(f"{folder}: no run is in this folder: it has no config.yaml.\n  Give the folder of a finished "
+                            f"training, runs/NAME: it holds config.yaml, inference.json and weights.safetensors."
+                            ) from None  # fmt: skip
+        raise UserError(f"{folder}: not a finished run: it has no {missing}.\n  Finish it with: "
                         f"dist-train train --config {folder / 'config.yaml'} --run {folder} --resume") from None  # fmt: skip
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder}: the run cannot be read: {error}") from None
@@ -87,7 +91,10 @@ def load_run(folder: str | Path) -> Trained:
 
 
 def main(argv: list[str]) -> int:
-    """`dist-train predict RUN PATH... [--top 5] [--json]`: returns 2 if some files could not be read, else 0."""
+    """`dist-train predict RUN PATH... [--top 5] [--json]`: returns 2 if some files or rows could not be read, else 0.
+
+    These go to stderr, with --json to stdout like the others; their number is the last line of stderr.
+    """
     parser = argparse.ArgumentParser(prog="dist-train predict", description="Classify picture files, or all in a folder.")
     parser.add_argument("run", help="run folder")
     parser.add_argument("paths", nargs="+", help="picture files or folders; a CSV file for a run on a table")
@@ -110,11 +117,14 @@ def main(argv: list[str]) -> int:
             inputs = picture_batches(trained, paths, trained.config.data.threads or world.num_cores)
         leaving.enter_context(contextlib.closing(inputs))
         trained.network.to(accelerator.device)
-        num_bad = 0
+        num_good = num_bad = 0
         for names, values, complaints in inputs:
+            num_good, num_bad = num_good + len(names), num_bad + len(complaints)
             for name, reason in complaints:
-                num_bad += 1
-                print(json.dumps({"path": name, "error": reason}) if options.json else f"{printable(name)}: {reason}")
+                if options.json:
+                    print(json.dumps({"path": name, "error": reason}))
+                else:
+                    print(f"{printable(name)}: {reason}", file=sys.stderr)
             if not names:
                 continue
             with torch.no_grad():
@@ -126,6 +136,8 @@ def main(argv: list[str]) -> int:
                     print(json.dumps({"path": name, **top[0], "top": top}))
                 else:
                     print(f"{printable(name):40}  " + "  ".join(f"{t['class']} {t['probability']:.1%}" for t in top))
+    if num_bad:
+        print(f"{num_bad:,} of {num_good + num_bad:,} could not be read", file=sys.stderr)
     return 2 if num_bad else 0
 
 

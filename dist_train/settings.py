@@ -54,7 +54,7 @@ ALSO_CALLED = {
     "optim.class_weights": "balanced pos_weight reweight",
     "optim.clip_norm": "clip_grad grad_clip max_grad_norm gradient_clip gradient_clipping clip_grad_norm",
     "optim.ema_decay": "model_ema model_ema_steps model_ema_warmup weight_average",
-    "train.max_steps": "steps num_steps total_steps max_iter iterations",
+    "train.max_steps": "steps num_steps total_steps max_iter iterations fast_dev_run",
     "train.precision": "amp fp16 bf16 fp32 half autocast dtype",
     "train.parallel": "strategy ddp fsdp distributed",
     "train.micro_batch_size": "accumulation_steps gradient_accumulation_steps accumulate_grad_batches grad_accum accum_iter",
@@ -93,7 +93,8 @@ NO_SETTINGS = {
         "resume resume_from resume_from_checkpoint checkpoint ckpt run run_name exp_name experiment experiment_name job_name "
         "output_dir out_dir save_dir log_dir",
     "The launcher sets processes and devices: accelerate launch, or launch/local.sh --gpus N|all, --cpu N.":
-        "gpus num_gpus gpu_ids device devices cuda cpu nodes num_nodes num_processes nproc_per_node world_size rank local_rank",
+        "gpus num_gpus gpu_ids device devices accelerator cuda cpu nodes num_nodes num_processes nproc_per_node world_size rank "
+        "local_rank",
     "An epoch holds every sample once.": "ra_sampler ra_reps aug_repeats",
     "RandAugment is augment.rand_ops, TrivialAugment augment.trivial; AutoAugment's own policies are not here.":
         "auto_augment autoaugment aa",
@@ -291,6 +292,8 @@ def _collect(kind: type, argv: list[str]) -> tuple[list[tuple[str, str, object]]
         else:
             try:
                 tree = yaml.safe_load(Path(value).read_text()) or {}
+            except IsADirectoryError:
+                problems.append(f"{value}: is a folder; expected a YAML file of settings.{_instead_of_folder(value, known)}")
             except (OSError, UnicodeDecodeError) as error:
                 problems.append(f"{value}: cannot read the settings: {getattr(error, 'strerror', None) or error}")
             except yaml.YAMLError as error:
@@ -306,6 +309,15 @@ def _collect(kind: type, argv: list[str]) -> tuple[list[tuple[str, str, object]]
         good = [(where, name, value) for where, name, value in settings if name in known]
         problems += _mistyped(kind, good)
     return settings, problems
+
+
+def _instead_of_folder(folder: str, known: Collection[str]) -> str:
+    """What is meant by a folder in the place of a settings file: one of pictures to convert, or a run's."""
+    if "source" in known:  # the settings of a conversion
+        options = f"--source folder --path {shlex.quote(folder)} --out shards/NAME"
+        return f"\n  Convert the pictures in it with: dist-train shard {options}"
+    written = Path(folder, "config.yaml")
+    return f" Did you mean --config {shlex.quote(str(written))}?" if written.is_file() else ""
 
 
 def _mistyped(kind: type, settings: list) -> list[str]:

@@ -4,6 +4,7 @@
 listed in a CSV file.
 """
 
+import itertools
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ from dist_train.shard_config import ShardConfig
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2, "testing": 2}
 _SMALL_FILE = 1 << 16  # bytes read at once; most pictures are smaller
+_NUM_ASIDE = 3  # files that are named, of those left aside
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -122,7 +124,7 @@ def folder_source(config: ShardConfig) -> Source:
     or folders all named so in part, such as seg_train and seg_test.
 
     config.classes picks class folders and their order. Links to folders are followed, but not in circles. Hidden
-    files and files that are no pictures by their name are left aside and counted in the notes.
+    files and files that are no pictures by their name are left aside; the notes count them and name the first.
     """
     if not config.path:
         raise UserError("source: folder needs `path`, the folder with one folder per class.")
@@ -148,7 +150,7 @@ def folder_source(config: ShardConfig) -> Source:
     for part, split in parts.items():
         base = root / part
         present, loose, skipped = _list_folder(base)
-        aside += skipped if part else 0
+        aside += [f"{part}/{name}" for name in skipped] if part else []
         problems += [f"{base}: {len(loose)} pictures outside any class folder ({loose[0]}, ...)."] if loose else []
         wanted = [name for name in present if name in config.classes] if config.classes else present
         if not config.classes and split <= 0:
@@ -161,10 +163,10 @@ def folder_source(config: ShardConfig) -> Source:
                 problems.append(f"{base / name}: the class is not in the training split; expected it there too.")
                 continue
             files, skipped = _pictures_below(base / name)
-            aside += skipped
             if not files:
                 problems.append(f"{base / name}: no picture in this class folder; expected {', '.join(PICTURES)}.")
             below = f"{part}/{name}" if part else name
+            aside += [f"{below}/{file}" for file in skipped]
             found += [(classes.index(name), split, f"{below}/{file}", *state) for file, *state in files]
     if not problems and not found:
         problems = [f"{root}: no class folders; expected one folder per class with its pictures inside."]
@@ -179,7 +181,7 @@ def folder_source(config: ShardConfig) -> Source:
         sizes=np.array([row[3] for row in found], np.int64),
         preset=np.array([row[1] for row in found], np.int8) if split_folders else None,
         store=Files(str(root), paths, [row[4] for row in found]),
-        notes=[f"{aside:,} files that are no pictures were left aside"] if aside else [],
+        notes=[_told_aside(aside)] if aside else [],
     )
 
 
@@ -322,29 +324,46 @@ def _is_file(entry: os.DirEntry) -> bool:
         return False
 
 
-def _list_folder(folder: Path) -> tuple[list[str], list[str], int]:
-    """Names of the folders and of the pictures right inside, sorted, and the number of other files. Hidden ones are
-    neither."""
-    folders, pictures, others = [], [], 0
+def _told_aside(names: list[str]) -> str:
+    first = ", ".join(map(printable, sorted(names)[:_NUM_ASIDE])) + (", ..." if len(names) > _NUM_ASIDE else "")
+    what = "file that is no picture was" if len(names) == 1 else "files that are no pictures were"
+    return f"{len(names):,} {what} left aside: {first}"
+
+
+def holds_pictures(folder: str | os.PathLike, depth: int = 2) -> bool:
+    """Whether pictures lie in a folder, its class folders or those of its splits; only a few of each are looked at."""
+    try:
+        with os.scandir(folder) as entries:
+            first = list(itertools.islice(entries, 1000))
+    except OSError:
+        return False
+    folders = [entry.path for entry in first if not entry.name.startswith(".") and _is_folder(entry)]
+    found = any(entry.name.lower().endswith(PICTURES) for entry in first)
+    return found or depth > 0 and any(holds_pictures(below, depth - 1) for below in folders[:3])
+
+
+def _list_folder(folder: Path) -> tuple[list[str], list[str], list[str]]:
+    """Names of the folders and of the pictures right inside, sorted, and of other files. Hidden ones are neither."""
+    folders, pictures, others = [], [], []
     for entry in _scan(folder):
         if entry.name.startswith("."):
-            others += not _is_folder(entry)
+            others += [] if _is_folder(entry) else [entry.name]
         elif _is_folder(entry):
             folders.append(entry.name)
         elif entry.name.lower().endswith(PICTURES):
             pictures.append(entry.name)
         else:
-            others += 1
+            others.append(entry.name)
     return sorted(folders), sorted(pictures), others
 
 
-def _pictures_below(folder: Path) -> tuple[list[tuple[str, int, int]], int]:
-    """(path below the folder, bytes, time of change in ns) of every picture, and the number of other files.
+def _pictures_below(folder: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
+    """(path below the folder, bytes, time of change in ns) of every picture, and the paths of other files.
 
     Unlike `files_below` it enters a folder by every way that is no circle, so that no name depends on the order of listing, and
     raises where one may not be read: a set has all its pictures or is not made.
     """
-    found, others = [], 0
+    found, others = [], []
     root = os.stat(folder)
     todo = [("", frozenset([(root.st_dev, root.st_ino)]))]
     while todo:
@@ -356,7 +375,7 @@ def _pictures_below(folder: Path) -> tuple[list[tuple[str, int, int]], int]:
                 if not entry.name.startswith(".") and (state.st_dev, state.st_ino) not in above:
                     todo.append((path, above | {(state.st_dev, state.st_ino)}))
             elif entry.name.startswith(".") or not entry.name.lower().endswith(PICTURES) or not _is_file(entry):
-                others += 1
+                others.append(path)
             else:
                 state = entry.stat()
                 found.append((path, state.st_size, state.st_mtime_ns))

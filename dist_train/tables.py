@@ -84,7 +84,8 @@ def csv_source(config: ShardConfig) -> Source:
     reasons = {r: _why(header[faulty[r]], rows[r][faulty[r]]) for r in np.flatnonzero(faulty >= 0).tolist()}
     if reasons and config.missing == "error":
         faults = [f"line {lines[r]}: {why}" for r, why in reasons.items()]
-        raise UserError(f"{path}: {told(f'of {len(rows):,} rows have missing or non-numeric values', faults)}\n"
+        what = (f"of {len(rows):,} rows {word} missing or non-numeric values" for word in ("has", "have"))
+        raise UserError(f"{path}: {told(faults, *what)}\n"
                         f"  Mend them, or choose --missing drop or --missing mean.")  # fmt: skip
     keep = np.flatnonzero(faulty < 0)
     if not len(keep):
@@ -316,12 +317,14 @@ def listed_splits(config: ShardConfig, words: list[str], classes: list[str], lab
     untrained = [repr(name) for name in dict.fromkeys(joined[name] for name in classes if name in joined) if name not in trained]
     if not untrained:
         return splits, []
-    return splits, [f"{told('classes have no row in the training split', untrained)}\n  Each needs some to be learnt from."]
+    where = "no row in the training split"
+    return splits, [f"{told(untrained, f'class has {where}', f'classes have {where}')}\n  Each needs some to be learnt from."]
 
 
-def told(what: str, faults: list[str]) -> str:
-    """"3 rows lack a value:", and the first few."""
+def told(faults: list[str], one: str, several: str) -> str:
+    """"3 rows lack a value:", and the first few. one, several: what is said after 1 and after other numbers."""
     more = f"\n  and {len(faults) - NUM_TOLD:,} more" if len(faults) > NUM_TOLD else ""
+    what = one if len(faults) == 1 else several
     return f"{len(faults):,} {what}:" + "".join(f"\n  {fault}" for fault in faults[:NUM_TOLD]) + more
 
 

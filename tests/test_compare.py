@@ -71,6 +71,30 @@ def test_balanced_accuracy_has_its_columns_where_a_run_has_it(tmp_path):
         ("90.00%", "–", "–"), ("80.00%", "62.50%", "62.50%")]  # fmt: skip
 
 
+def test_runs_judged_on_different_samples_are_not_ranked(tmp_path, capsys):
+    runs = [finished_run(tmp_path / name, 0.9, seed=i % 2, data={"shards": f"shards/{name[0]}"})
+            for i, name in enumerate(("a0", "a1", "b0", "c0"))]  # fmt: skip
+    page = tmp_path / "page.html"
+
+    def told(top1: float = 0.9, **fingerprints: dict[str, str]) -> tuple[list[str], str]:
+        """Splits that main says are judged apart, and the page."""
+        for run, (split, found) in ((run, at) for run in runs for at in fingerprints.items()):
+            (run / f"evaluation-{split}.json").write_text(
+                json.dumps({"samples": 100, "top1": top1, "fingerprint": found[run.name[0]]}))  # fmt: skip
+        main([*map(str, runs), "--out", str(page)])
+        return re.findall("^(.*): the runs were judged on different", capsys.readouterr().out, re.M), page.read_text()
+
+    assert told()[0] == []  # of runs that kept no evaluation nothing is known
+    same, other = dict.fromkeys("abc", "1"), {"a": "1", "b": "2", "c": "1"}
+    assert told(val=same, test=same)[0] == []
+    splits, text = told(val=same, test=other)
+    assert splits == ["test"] and "Accuracy, test split, judged on different samples" in text
+    assert "Accuracy, val split: highest with" in text
+    (runs[3] / "evaluation-test.json").write_text("{")
+    assert told()[0] == ["test"]
+    assert told(0.8, test=other)[0] == []  # figures of another evaluation than the one compared
+
+
 def test_the_page_stands_alone(tmp_path, capsys):
     runs = [finished_run(tmp_path / name, top1, model={"width": width})
             for name, top1, width in (("small <b>", 0.8, 0.5), ("large", 0.9, 1.0))]  # fmt: skip

@@ -69,6 +69,17 @@ def test_a_missing_file_and_a_missing_value_are_named():
     assert "--seed has no value" in str(error.value)
 
 
+def test_a_folder_in_the_place_of_a_settings_file_is_answered_with_what_is_meant(tmp_path):
+    where = re.escape(str(tmp_path))
+    with pytest.raises(UserError, match=rf"shard --source folder --path {where} --out shards/NAME$"):
+        read_config(ShardConfig, [], "shard", [str(tmp_path)])
+    with pytest.raises(UserError, match=rf"^{where}: is a folder; expected a YAML file of settings\.$"):
+        read_config(RunConfig, ["--config", str(tmp_path)], "train")
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match=rf"Did you mean --config {where}/config.yaml\?$"):
+        read_config(RunConfig, ["--config", str(tmp_path)], "train")
+
+
 def test_a_word_that_follows_no_option_is_refused():
     with pytest.raises(UserError, match="'recipe.yaml' does not follow an option; expected --config recipe.yaml"):
         read_config(RunConfig, ["recipe.yaml"], "train")
@@ -84,7 +95,7 @@ def test_a_word_that_follows_no_option_is_refused():
     ("optim.betas", "optim.momentum or optim.beta2"), ("crop", "data.crop or augment.crop"), ("dta.crop", "data.crop"),
     ("augment.size", "augment.start_size"), ("num_epochs", "train.epochs"), ("model.type", "model.name"),
     ("randaugment", "augment.rand_ops"), ("augment.ra_magnitude", "augment.rand_magnitude"),
-    ("interpolation", "data.interpolation"), ("train-interpolation", "data.interpolation"),
+    ("interpolation", "data.interpolation"), ("train-interpolation", "data.interpolation"), ("fast_dev_run", "train.max_steps"),
 ])  # fmt: skip
 def test_the_words_of_other_trainers_and_of_other_sections_lead_to_the_setting(name, meant):
     assert which_setting(name, TRAINING) == f"Did you mean {meant}?"
@@ -100,6 +111,7 @@ def test_settings_from_before_there_was_bicubic_are_those_of_bilinear():
 
 @pytest.mark.parametrize("name, expected", [
     ("train.resume", "dist-train train --resume"), ("num_gpu", "The launcher sets processes"), ("device", "The launcher"),
+    ("accelerator", "The launcher"),
     ("auto_augment", "augment.rand_ops, TrivialAugment augment.trivial; AutoAugment's own"), ("augment.aa", "AutoAugment's own"),
     ("num_classes", "The index of the shards says it."), ("zebra", "`--help` lists them all."),
 ])  # fmt: skip

@@ -367,7 +367,7 @@ HIDDEN = struct.pack(">H", len(PLAIN)) + framed(PLAIN, 0xC3)[2:]
 LARGER = chunk(b"IHDR", struct.pack(">II", 20_000, 20_000) + PNG[24:29])
 EMPTY_SCAN = b"\xff\xda\0\x08\1\1\0\0\x3f\0"
 REFUSED = {
-    "nothing": (b"", "not a JPEG, PNG"),
+    "nothing": (b"", "^is empty$"),
     "text": (b"hello, world", "not a JPEG, PNG"),
     "a gif": (saved(photo(9, 9), format="GIF"), "not a JPEG, PNG"),
     "a cut header": (PLAIN[:30], "cut off"),

@@ -66,8 +66,20 @@ def test_any_change_of_the_index_is_noticed(tmp_path):
             load_index(tmp_path)
         assert "dist-train verify" not in str(told.value)  # which would ask the same
     path.unlink()
-    with pytest.raises(UserError, match="dist-train index"):
+    with pytest.raises(UserError, match="dist-train shard datasets/NAME.yaml .*dist-train index"):
         load_index(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["1.png", "a/1.JPG", "train/a/1.jpeg"])
+def test_a_folder_of_pictures_is_answered_with_its_conversion(tmp_path, file):
+    folder = tmp_path / "my pictures"
+    (folder / file).parent.mkdir(parents=True)
+    (folder / "notes.txt").touch()
+    with pytest.raises(UserError, match="shard datasets/NAME.yaml"):
+        load_index(folder)
+    (folder / file).touch()
+    with pytest.raises(UserError, match=re.escape(f"dist-train shard --source folder --path '{folder}' --out shards/NAME   (or")):
+        load_index(folder)
 
 
 def test_a_table_that_does_not_fit_the_index_is_refused(tmp_path):

@@ -15,7 +15,7 @@ from dist_train.convert import convert, convert_part
 from dist_train.errors import UserError
 from dist_train.folds import fold_view
 from dist_train.index import load_index
-from dist_train.partition import assign_splits, keep_groups_whole, name_draws
+from dist_train.partition import assign_splits, keep_groups_whole, name_draws, told_splits
 from dist_train.repair import repair
 from dist_train.shard_config import ShardConfig, SplitConfig, check_settings
 from dist_train.sources import open_source
@@ -70,23 +70,28 @@ def test_splits_of_the_list_are_kept_and_a_missing_one_is_drawn_from_training(tm
     assert sorted(splits["test"].names()) == sorted(f"{i}.png" for i in range(20, 30))
 
 
+def test_a_split_of_one_sample_is_told_in_the_singular():
+    splits = np.array([0] * 7 + [1] + [2] * 2, np.int8)
+    assert told_splits(SplitConfig(), None, splits) == "of 10 training samples 1 is drawn as val and 2 are drawn as test"
+
+
 SPLIT, GROUP = {"split_column": "part"}, {"group": "patient"}
 
 
 @pytest.mark.parametrize(("rows", "settings", "told"), [
-    (["a.png,x", "b.png,y", "a.png,y"], {}, "1 rows name a picture again:\n  lines 2 and 4: a.png, label 'x' and 'y'\n  Keep one"),
+    (["a.png,x", "b.png,y", "a.png,y"], {}, "1 row names a picture again:\n  lines 2 and 4: a.png, label 'x' and 'y'\n  Keep one"),
     (["a.png,x", "b.png,y", "c/../a.png,x"], {}, "lines 2 and 4: a.png\n"),
     (["a.png,x,train", "b.png,y,train", "a.png,x,test"], SPLIT, "lines 2 and 4: a.png, part 'train' and 'test'\n"),
     (["a.png,x,train", "b.png,y,holdout", "c.png,y,holdout", "d.png,y,2"], SPLIT,
      "column part is 'holdout' (2 rows), '2' (1 rows); expected train, val or test.\n  Write those, or leave --split-column out"),
-    (["a.png,x,train", "b.png,y,test"], SPLIT, "1 classes have no row in the training split:\n  'y'\n"),
+    (["a.png,x,train", "b.png,y,test"], SPLIT, "1 class has no row in the training split:\n  'y'\n"),
     (["a.png,x,train,p1", "b.png,y,train,p2", "c.png,y,test,p1", "d.png,y,val,p1"], SPLIT | GROUP,
-     "1 groups of column patient lie in two splits:\n  'p1': train in line 2, test in line 4\n  Put each into one"),
+     "1 group of column patient lies in two splits:\n  'p1': train in line 2, test in line 4\n  Put each into one"),
     (["../t/a.png,x", "/etc/b.png,y", "c.png,y", "sub/../../d.png,x"], {},
      "3 names lead out of the root:\n  line 2: '../t/a.png'\n  line 3: '/etc/b.png'\n  line 5: 'sub/../../d.png'\n  Set --root"),
     (["ISIC_1,x", "b.png,y"], {},
-     "1 names end as no picture does:\n  line 2: 'ISIC_1'\n  Expected .jpg, .jpeg, .png, .webp, .bmp; --ending .jpg adds"),
-    (["b\0.png,x", "c.png,y"], {}, "1 names end as no picture does:\n  line 2: 'b\\x00.png'"),
+     "1 name ends as no picture does:\n  line 2: 'ISIC_1'\n  Expected .jpg, .jpeg, .png, .webp, .bmp; --ending .jpg adds"),
+    (["b\0.png,x", "c.png,y"], {}, "1 name ends as no picture does:\n  line 2: 'b\\x00.png'"),
     (["a.png,x", "b.png,x"], {}, "one class only, 'x'"),
 ])  # fmt: skip
 def test_what_is_wrong_in_the_rows_is_named_with_its_lines(tmp_path, rows, settings, told):
@@ -109,7 +114,7 @@ def test_faults_of_every_kind_are_told_at_once_and_counted_beyond_the_first_five
     assert f"1,235 of 1,238 pictures are not below {tmp_path}:\n  line 2: folder.png: not a file\n  line 3: gone0.png: " in text
     assert "gone3.png" in text and "gone4.png" not in text and "  and 1,230 more\n  Set --root to the folder" in text
     assert len(re.findall(r"^\S+t\.csv: ", text, flags=re.M)) == 5
-    for kind in ("lead out", "picture again", "no row in the training split", "'p': train in line 2, test in line 1238"):
+    for kind in ("leads out", "picture again", "no row in the training split", "'p': train in line 2, test in line 1238"):
         assert kind in text
 
 
@@ -117,7 +122,7 @@ def test_missing_pictures_are_bad_samples_and_limited_like_others(tmp_path):
     config = write_list(tmp_path, *(f"{i}.png,{'ab'[i % 2]}" for i in range(20)))
     (tmp_path / "3.png").unlink()
     (tmp_path / "8.png").write_bytes(b"\x89PNG no more")
-    with pytest.raises(UserError, match=r"(?s)1 of 20 pictures are not below.*line 5: 3.png: No such file.*--max-bad 1"):
+    with pytest.raises(UserError, match=r"(?s)1 of 20 pictures is not below.*line 5: 3.png: No such file.*--max-bad 1"):
         convert(config)
     with pytest.raises(UserError, match="2 samples so far cannot be read; max_bad allows 1"):
         convert(replace(config, max_bad=1))
@@ -136,6 +141,8 @@ def test_rows_without_a_value_are_left_out_and_named_or_refused(tmp_path):
                             "column image is empty (1), column patient is empty (1), column label is '?' (1)"]  # fmt: skip
     with pytest.raises(UserError, match=r"(?s)5 of 11 rows lack a value:.*line 8: column label is empty.*--missing drop"):
         open_source(replace(config, missing="error"))
+    with pytest.raises(UserError, match=r"1 of 2 rows lacks a value:"):
+        open_source(replace(write_list(tmp_path, "a.png,", "b.png,c"), missing="error"))
     with pytest.raises(UserError, match=r"(?s)2 of 2 rows lack a value:.*name another column"):
         open_source(write_list(tmp_path, "a.png,", "b.png,na"))
 

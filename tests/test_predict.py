@@ -80,6 +80,10 @@ def test_cells_that_are_no_finite_numbers_are_named_with_their_line(run_on_table
     assert errors[0] == "column x is 'nan'; shard with --missing mean to predict such rows"
     assert errors[1] == "not a number: column y is 'inf'" and errors[4] == "not a number: column z is 'red'"
     assert errors[3] == "column z is empty; shard with --missing mean to predict such rows"
+    assert main([str(run), str(path)]) == 2
+    told = capsys.readouterr()
+    assert told.out.startswith(f"{path}:2 ") and told.out.count("\n") == 1
+    assert told.err.splitlines() == [*(f"{path}:{k}: {error}" for k, error in enumerate(errors, 4)), "5 of 6 could not be read"]
     path.write_text('x,y,z\n1,1,2\n"3,7",2,1\n')
     with pytest.raises(UserError, match=r"p.csv, line 3: column 'x' has '3,7', .*'3\.7'"):
         main([str(run), str(path)])
@@ -105,13 +109,22 @@ def test_what_is_missing_counts_as_the_training_mean_where_the_set_was_made_so(t
     assert predictions(capsys, run, path) == (0, [row for row in rows if "error" not in row])
     path.write_text("x,y,z\n,1,2\n3,,\nNA,red,1_0\n,inf,\n4,,blue\n")
     main([str(run), str(path)])
-    said = [line.partition("p.csv: ")[2] for line in capsys.readouterr().err.splitlines()]
+    *said, bad, last = [line.partition("p.csv")[2].removeprefix(": ") for line in capsys.readouterr().err.splitlines()]
+    assert bad == ":5: not a number: column y is 'inf'" and not last
     assert said == ["5 missing values count as their column's mean in training: x (2), y (2), z (1).",
                     "3 cells with text in columns of numbers count as their column's mean in training: z (2), y (1)."]  # fmt: skip
     path.write_text('x,y,z\n1,1,2\n"3,7",2,1\n"1,5",,2\n')
     expected = r"p.csv, line 3: column 'x' has '3,7', and 1 more .*'3\.7'\.\n  Write numbers with a point and nothing between .*\.$"
     with pytest.raises(UserError, match=expected):
         main([str(run), str(path)])
+
+
+def test_a_folder_without_a_run_is_told_from_an_unfinished_run(tmp_path):
+    with pytest.raises(UserError, match=r"no run is in this folder: it has no config.yaml.\n  Give the folder of a .*runs/NAME"):
+        main([str(tmp_path), "p.png"])
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    with pytest.raises(UserError, match=r"not a finished run: it has no inference.json.\n  Finish it with: .*--resume"):
+        main([str(tmp_path), "p.png"])
 
 
 def test_a_long_table_is_predicted_in_parts(run_on_table, tmp_path, capsys, monkeypatch):

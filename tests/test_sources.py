@@ -72,7 +72,10 @@ def test_folders_are_searched_deeply_and_oddly_named_files_are_found(tmp_path):
     source = open_source(ShardConfig(path=str(tmp_path / "raw")))
     assert source.classes == ["a", "b"] and source.labels.tolist() == [0, 0, 0, 1]
     assert sorted(source.names) == ["a/deep/er/ä ö.JPEG", "a/line\\nbreak.png", "a/x.y.z.jpg", "b/2.png"]
-    assert source.notes == ["3 files that are no pictures were left aside"]
+    assert source.notes == ["3 files that are no pictures were left aside: b/.DS_Store, b/.hidden.jpg, b/Thumbs.db"]
+    (tmp_path / "raw/README").touch()
+    more = open_source(ShardConfig(path=str(tmp_path / "raw"))).notes
+    assert more == ["4 files that are no pictures were left aside: README, b/.DS_Store, b/.hidden.jpg, ..."]
     for i in range(4):
         assert source.read(i)[0].startswith((b"\xff\xd8", b"\x89PNG"))
     index = convert(ShardConfig(path=str(tmp_path / "raw"), out=str(tmp_path / "set"), split=SplitConfig(0, 0)))
@@ -142,7 +145,7 @@ def test_a_link_to_itself_is_one_of_the_others(tmp_path):
         picture(tmp_path / "raw" / name / "1.png")
     (tmp_path / "raw/a/loop").symlink_to("loop")
     source = open_source(ShardConfig(path=str(tmp_path / "raw")))
-    assert source.names == ["a/1.png", "b/1.png"] and source.notes == ["1 files that are no pictures were left aside"]
+    assert source.names == ["a/1.png", "b/1.png"] and source.notes == ["1 file that is no picture was left aside: a/loop"]
 
 
 def test_files_below_follow_links_and_leave_hidden_ones(tmp_path):

@@ -12,7 +12,7 @@ from matplotlib.cbook import boxplot_stats
 from sklearn import metrics
 from sklearn.feature_selection import f_classif
 
-from dist_train import contact_sheet, plots, ranking, scores, table_plots
+from dist_train import contact_sheet, figures, plots, ranking, scores, table_plots
 from dist_train.convert import convert
 from dist_train.figures import draw_correlations
 from dist_train.folds import part_of
@@ -166,7 +166,7 @@ def test_pictures_of_a_table_say_how_much_is_missing(tmp_path):
     assert (drawn[..., 0] - drawn[..., 2] > 100).any()  # the medians: without a box there are none
 
 
-def test_columns_that_never_change_are_named_and_not_drawn(tmp_path, capsys):
+def test_columns_that_never_change_are_named_and_not_drawn(tmp_path, capsys, monkeypatch):
     values, labels = table(columns=9)
     write_table(tmp_path / "t.csv", "abcdefghi", values, [str(label) for label in labels])
     index = convert(ShardConfig(source="csv", path=str(tmp_path / "t.csv"), target="kind", out=str(tmp_path / "set"), workers=1))
@@ -177,6 +177,13 @@ def test_columns_that_never_change_are_named_and_not_drawn(tmp_path, capsys):
     one = table_plots.table_section(index, part_of(split, "train", np.array([3]), labels))
     assert "; 9 columns without two different values, left out: a, b, c, d, e, f, g, h, i." in one.note
     assert not one.charts and not one.small_charts
+    drawn = []
+    monkeypatch.setattr(figures, "figure_image", lambda figure, dpi: drawn.append(figure))
+    draw_correlations(index, part_of(split, "train", np.array([3]), labels))
+    assert not drawn  # of one row nothing goes together
+    monkeypatch.setattr(figures, "read_rows", lambda *of_split: (np.where(np.arange(9) == 4, 7, rows), labels))
+    draw_correlations(index, split)
+    assert [text.get_text() for text in drawn[0].axes[0].get_yticklabels()] == list("abcdfghi")
     capsys.readouterr()
     contact_sheet.print_facts(replace(index, std=[*index.std[:8], CONSTANT_STD]))
     *_, names, mean, std = capsys.readouterr().out.splitlines()
