@@ -10,7 +10,7 @@ from dist_train.durable import replace_json, replace_text
 from dist_train.errors import UserError
 from dist_train.folds import view_of
 from dist_train.optim import lr_at
-from dist_train.run_folder import refuse_other_shards, write_settings, written_settings
+from dist_train.run_folder import has_begun, refuse_other_shards, write_settings, written_settings
 from dist_train.runtime import World
 from dist_train.settings import to_dict
 from dist_train.state import begun_anew
@@ -38,7 +38,7 @@ def open_branch(config: RunConfig, folder: Path, source: Path | None, resume: bo
                             f"  Give --from {before['from']} again, or take another folder with --run.")  # fmt: skip
     elif source is None:
         return []
-    elif begun or (folder / "config.yaml").exists():
+    elif begun or has_begun(folder):
         how = f"from {before['from']}" if before else "by itself"
         if not resume:
             raise UserError(f"{folder}: --from {source} begins a new run, and the folder holds one, begun {how}.\n"

@@ -69,7 +69,8 @@ def main(argv: list[str]) -> None:
     table = comparison(groups)
     print(table.plain())
     for split in judged_apart(groups):
-        print(f"{split}: the runs were judged on different samples, so their figures say nothing of which is the better one.")
+        print(f"{split}: the runs were judged on other shards or folds; unless those hold the same samples, their figures do not "
+              f"say which is the better one.")  # fmt: skip
     out = options.out or options.runs[0].resolve().parent / "compare.html"
     write_comparison(out, groups, table)
     print(f"page: {os.path.relpath(out) if out.is_relative_to(Path.cwd()) else out}")
@@ -189,7 +190,7 @@ def write_comparison(out: Path, groups: list[Group], table: Table) -> None:
                 for group in groups if (values := group.values(split, "top1"))]  # fmt: skip
         best = max(bars, key=lambda bar: bar.value)
         finding = f": highest with {best.name}" if len(bars) > 1 else ""
-        finding = ", judged on different samples" if split in apart else finding
+        finding = ", judged on other shards or folds" if split in apart else finding
         charts.append(Chart(f"Accuracy, {split} split{finding}", bar_chart(bars, lambda y: f"{y * 100:g}%", zero=False)))
     times = [Bar(group.name, _seconds(group), _spread([run.seconds for run in group.runs]), duration(_seconds(group)), "two")
              for group in groups]  # fmt: skip

@@ -17,6 +17,7 @@ from dist_train.errors import UserError
 from dist_train.folds import open_index
 from dist_train.gpu_decode import GpuDecoder, is_there
 from dist_train.order import sample_keys
+from dist_train.run_folder import has_begun
 from dist_train.settings import read_written
 from dist_train.sizes import decoder_crop
 from dist_train.store import Store
@@ -33,9 +34,9 @@ def choose_decoder(config: RunConfig, folder: Path, device: torch.device, num_th
     num_threads: decoding threads of one rank; 0 is one for each core that this process may use. Raises UserError where the
     GPU is to decode and there is none.
     """
-    kind, written = config.data.decode, folder / "config.yaml"
-    if kind == "auto" and written.exists():
-        kind = (read_written(written).get("data") or {}).get("decode", "cpu")
+    kind = config.data.decode
+    if kind == "auto" and has_begun(folder):
+        kind = (read_written(folder / "config.yaml").get("data") or {}).get("decode", "cpu")
     if kind == "auto":
         found = rates(config, GpuDecoder(device), num_threads) if device.type == "cuda" else None
         kind = "gpu" if found and found.get("gpu", 0) > PAYS_FROM * found["cpu"] else "cpu"

@@ -102,6 +102,7 @@ def index_tars(
         raise UserError(f"{what}: the vectors (.npy) differ in length: {lengths[0]} and {lengths[1]}; expected one length.")
     mean, std, features = _statistics(what, [sums[k] for k in next(iter(parts.values()))], vectors=(0, 0) in sizes)
     source = {"foreign": True} | ({} if [Path(name) for name in names] == [folder] else {"tars": names})
+    source |= {"classes": str(classes_file)} if classes_file else {}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "index.json").unlink(missing_ok=True)  # the old one does not fit the new tables

@@ -273,7 +273,7 @@ def _json_checksum(raw: dict) -> str:
 def _write_again(folder) -> str:
     """What to do about an index.json without which nothing else can be looked at."""
     if holds_foreign_index(folder):
-        return f"Index the tars again with dist-train index, and --out {folder} if they lie elsewhere."
+        return f"Index the tars again with dist-train index and the options of then, --out {folder} if they lie elsewhere."
     return ("Write the set again with dist-train shard and --overwrite true. Of tars made by others, remove index.json, and index "
             "them again.")  # fmt: skip
 

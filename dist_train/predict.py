@@ -349,7 +349,7 @@ def _feature_values(
     for c in dict.fromkeys(c for c, _ in places if c >= 0):
         cells = [row[c] for row in rows]
         known = {text: k for k, (other, text) in enumerate(places) if other == c}
-        if (k := known.pop("", None)) is not None:
+        if (k := known.pop("", None)) is not None and header[c] not in untaught:
             values[:, k] = numbers = numbers_in(cells)
             refuse_decimal_commas(path, header[c], cells, numbers, lines)
         if known:

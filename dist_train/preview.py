@@ -15,6 +15,7 @@ from dist_train.mixing import mix
 from dist_train.order import Order
 from dist_train.page import Cell, Gallery, Section, write_page
 from dist_train.picture_plots import THUMBNAIL, cell, draw_gallery, save_png, some_of_each_class, thumbnails
+from dist_train.remote import shown
 from dist_train.settings import read_config
 from dist_train.sizes import decoder_crop, input_size, on_device_augment, statistics_problems, training_stream
 
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> None:
     recipe = ["--config", *argv[:1]] if argv and not argv[0].startswith("-") else []
     options, settings = parser.parse_known_args(argv[len(recipe) // 2 :])
     config = read_config(RunConfig, [*recipe, *settings], "dist-train augment-preview")
-    name = Path(recipe[1] if recipe else config.data.shards).stem
+    name = Path(recipe[1] if recipe else shown(config.data.shards)).stem
     out = options.out or Path(f"augment-preview-{name}.png")
     problems = [f"--{name} is {value}; expected 1 or more." for name, value in
                 (("per-class", options.per_class), ("epochs", options.epochs)) if value < 1]  # fmt: skip

@@ -17,23 +17,28 @@ from dist_train.settings import from_dict, read_written, to_dict
 
 
 def open_run_folder(config: RunConfig, folder: Path, resume: bool) -> None:
-    """Write the settings into the run folder, or accept those there. Raises UserError where it holds another run.
-
-    Settings of a start that failed before its first step are no run: others may take their place.
-    """
-    has_begun = any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
-    if has_begun and (folder / "config.yaml").exists():
-        differing = conflicts(to_dict(written_settings(folder)), to_dict(config))
-        if differing:
-            raise UserError(f"{folder}: the folder holds a run with other settings:\n  " + "\n  ".join(differing)
-                            + f"\n  Take the same settings, or another folder with --run, where --from {folder} begins "
-                            "with others from a checkpoint of this run.")  # fmt: skip
-        if not resume:
-            raise UserError(f"{folder}: the folder already holds this run. Go on with --resume, or take another --run.")
+    """Write the settings into the run folder, or accept those there. Raises UserError where it holds another run."""
+    is_written = (folder / "config.yaml").exists()
+    differing = conflicts(to_dict(written_settings(folder)), to_dict(config)) if is_written else []
+    if differing and has_begun(folder):
+        raise UserError(f"{folder}: the folder holds a run with other settings:\n  " + "\n  ".join(differing)
+                        + f"\n  Take the same settings, or another folder with --run, where --from {folder} begins "
+                        "with others from a checkpoint of this run.")  # fmt: skip
+    if not resume and has_begun(folder):
+        raise UserError(f"{folder}: the folder already holds this run. Go on with --resume, or take another --run.")
+    if differing:
+        (folder / "wandb-id").unlink(missing_ok=True)  # of a start that came to nothing
     (folder / "stop").unlink(missing_ok=True)  # it was for the process before
     for unfinished in (folder / "checkpoints").glob("*.partial"):
         shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
     write_settings(config, folder)
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a folder holds a run: settings and something that came of them, without which others may take their place."""
+    made = any((folder / name).exists() for name in ("checkpoints", "weights.safetensors", "result.json"))
+    metrics = folder / "metrics.jsonl"
+    return (folder / "config.yaml").exists() and (made or (metrics.exists() and metrics.stat().st_size > 0))
 
 
 def written_settings(folder: Path) -> RunConfig:

@@ -154,7 +154,8 @@ class Store:
             url = self.split.remote.url if self.split.remote else ""
             advice = f"See all that is wrong with: dist-train verify {shown(url) or self.split.folder}"
         else:
-            advice = "The picture itself is damaged: write the set without it, or train with data.max_bad."
+            advice = ("The picture itself is damaged: write the set without it. In training data.max_bad passes over as many, "
+                      "without data.folds and data.cache disk; an evaluation needs every picture.")  # fmt: skip
         return UserError(
             f"{path}: {reason} (sample {sample_name(self.split.name, sample)} at byte "
             f"{int(self.table[sample]['offset']):,}).\n  {advice}"

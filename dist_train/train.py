@@ -30,7 +30,7 @@ from dist_train.optim import lr_at, set_lr
 from dist_train.order import hash_words
 from dist_train.remote import shown
 from dist_train.run import Run
-from dist_train.run_folder import inference, open_run_folder
+from dist_train.run_folder import has_begun, inference, open_run_folder
 from dist_train.settings import read_config
 from dist_train.sizes import config_warnings, pretrained_remarks, split_warnings
 from dist_train.state import State
@@ -300,7 +300,7 @@ def run_training(argv: list[str]) -> int:
         watch = leaving.enter_context(Watch(world, config.runtime.timeout_s, runtime.master_address()))
 
         def decide_decoder() -> RunConfig:
-            begins_elsewhere = source is not None and not (folder / "config.yaml").exists()
+            begins_elsewhere = source is not None and not has_begun(folder)
             settled = branch.run_of(source) if begins_elsewhere else folder
             return choose_decoder(config, settled, world.device, config.data.threads or world.num_cores)
 

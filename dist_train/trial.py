@@ -21,7 +21,7 @@ from dist_train.errors import UserError
 from dist_train.evaluate import Interrupted
 from dist_train.metrics import goodness
 from dist_train.run import Run
-from dist_train.run_folder import open_run_folder
+from dist_train.run_folder import has_begun, open_run_folder
 from dist_train.track import MetricsFile, Tracker
 from dist_train.train import train, validate
 
@@ -129,7 +129,7 @@ def settle_decoder(config: RunConfig, folder: Path, device: torch.device, num_th
     That takes seconds, and pixels differ a little: what is compared is decoded in one way, however close the two are in speed.
     """
     data, cut = config.data, config.augment
-    if data.decode != "auto" or (folder / "config.yaml").exists():
+    if data.decode != "auto" or has_begun(folder):
         return choose_decoder(config, folder, device, num_threads)
     place = data.shards, data.train_split, data.crop, data.image_size, cut.crop, cut.scale, cut.ratio, str(device), num_threads
     if place not in _decoders:

@@ -222,6 +222,7 @@ def advice(index: ShardIndex, damage: Damage) -> str:
 def _index_command(index: ShardIndex) -> str:
     named = [shlex.quote(shown(name)) for name in index.source.get("tars", [])]
     words = ["dist-train index", *named, *["--out"] * bool(named), shlex.quote(index.folder)]
+    words += ["--classes", shlex.quote(index.source["classes"])] if "classes" in index.source else []
     words += [f"--max-bad {len(index.left_out)}"] * bool(index.left_out)
     return " ".join(words)
 

@@ -74,6 +74,9 @@ while ((${#ranks[@]})); do
     rc=0
     wait "$pid" || rc=$?
     ((code)) || code=$rc
+    if ((code == 86 && rc && rc != 85)); then  # 86 says that another rank was lost: this one, by its own code
+      code=$rc
+    fi
     # 85 says that the run was asked to stop: the others may still be writing what it was
     if ((rc && rc != 85)) && [[ -z $deadline ]]; then
       code=$rc deadline=$((SECONDS + ${GRACE_S:-60}))

@@ -82,13 +82,13 @@ def test_runs_judged_on_different_samples_are_not_ranked(tmp_path, capsys):
             (run / f"evaluation-{split}.json").write_text(
                 json.dumps({"samples": 100, "top1": top1, "fingerprint": found[run.name[0]]}))  # fmt: skip
         main([*map(str, runs), "--out", str(page)])
-        return re.findall("^(.*): the runs were judged on different", capsys.readouterr().out, re.M), page.read_text()
+        return re.findall("^(.*): the runs were judged on other", capsys.readouterr().out, re.M), page.read_text()
 
     assert told()[0] == []  # of runs that kept no evaluation nothing is known
     same, other = dict.fromkeys("abc", "1"), {"a": "1", "b": "2", "c": "1"}
     assert told(val=same, test=same)[0] == []
     splits, text = told(val=same, test=other)
-    assert splits == ["test"] and "Accuracy, test split, judged on different samples" in text
+    assert splits == ["test"] and "Accuracy, test split, judged on other shards or folds" in text
     assert "Accuracy, val split: highest with" in text
     (runs[3] / "evaluation-test.json").write_text("{")
     assert told()[0] == ["test"]

@@ -236,6 +236,8 @@ def test_the_choice_is_recorded_and_kept(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="data.decode is gpu, and this machine computes on the cpu"):
         decoder_choice.choose_decoder(asked, tmp_path, CPU)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"decode": "gpu"}}))
+    assert decoder_choice.choose_decoder(auto, tmp_path, gpu).data.decode == "cpu"  # a start that came to nothing decides nothing
+    (tmp_path / "checkpoints").mkdir()
     assert decoder_choice.choose_decoder(auto, tmp_path, gpu).data.decode == "gpu"  # measured or not
     with pytest.raises(UserError, match="go on where there is one"):
         decoder_choice.choose_decoder(auto, tmp_path, CPU)

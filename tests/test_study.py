@@ -214,7 +214,7 @@ def test_the_decoders_are_measured_once_for_all_trials_that_cut_alike(tmp_path, 
     assert settled(first) == settled(alike) == "gpu" and len(rates) == 1
     assert settled(replace(first, augment=replace(first.augment, scale=(0.9, 1.0)))) == "cpu" and not rates
     assert settled(replace(first, data=replace(first.data, decode="cpu"))) == "cpu", "as asked"
-    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/checkpoints").mkdir(parents=True)
     (tmp_path / "begun/config.yaml").write_text(yaml.safe_dump({"data": {"decode": "cpu"}}))
     assert settled(first, "begun") == "cpu", "a training keeps what it began with"
 

@@ -232,8 +232,15 @@ def test_a_start_that_failed_leaves_the_folder_to_another(digits, tmp_path):
     with pytest.raises(UserError, match="absent.pth"):
         run_training(tiny_run(digits, run, "--model.pretrained", "absent.pth"))
     assert (run / "config.yaml").exists()
+    (run / "metrics.jsonl").touch()  # as one leaves that ends in its first step
+    (run / "wandb-id").write_text("abcd")
     assert run_training(tiny_run(digits, run, "--optim.lr", "0.5")) == 0
     assert "0.5" in (run / "config.yaml").read_text() and "absent" not in (run / "config.yaml").read_text()
+    assert not (run / "wandb-id").exists() or (run / "wandb-id").read_text() != "abcd"
+    shutil.rmtree(run / "checkpoints")
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="optim.lr: 0.5 in the run"):  # its weights are there
+        run_training(tiny_run(digits, run, "--optim.lr", "0.25"))
 
 
 def test_resuming_a_finished_run_changes_nothing(calm, digits):
