@@ -11,7 +11,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_INSTALL := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt
 PIP_INSTALL := $(BIN)/pip install --quiet -c constraints.txt
-OUTER := PATH='$(PATH)' $(PYTHON)
+export OUTER_PATH := $(PATH)
+OUTER := PATH="$$OUTER_PATH" $(PYTHON)
 IS_NEW := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 

@@ -252,9 +252,9 @@ class Conversion:
     def unreadable(self) -> list[str]:
         """What looks like a finished set and is none."""
         from dist_train.index import load_index
-        from dist_train.verify import find_damage
+        from dist_train.verify import damage_of
 
-        return find_damage(load_index(self.killed)) if self.killed.exists() else []
+        return damage_of(load_index(self.killed)).lines if self.killed.exists() else []
 
     def finish(self) -> list[str]:
         """Go on to the end, undisturbed; compare with the calm set; the next strike begins a new one."""

@@ -8,6 +8,7 @@ from dist_train.index import ShardIndex, SplitIndex
 from dist_train.page import Section, write_page
 from dist_train.picture_plots import draw_gallery, figure_image, histogram_chart, sample_gallery, save_png
 from dist_train.plots import without_formulas
+from dist_train.sources import first_of
 from dist_train.table_plots import read_rows, table_section
 from dist_train.tables import CONSTANT_STD
 
@@ -27,14 +28,10 @@ def print_facts(index: ShardIndex) -> None:
         for side in ("height", "width"):
             print(f"{side}: {rows[side].min()} to {rows[side].max()} pixels, median {int(np.median(rows[side]))}")
     else:
-        print(f"{len(index.features)} features: {_first(index.features)}")
+        print(f"{len(index.features)} features: {first_of(index.features, _NUM_FIGURES)}")
     for name in ("mean", "std"):
         figures = ["constant" if value == CONSTANT_STD else f"{value:.4g}" for value in getattr(index, name)]
-        print(f"{name} of the training split: {_first(figures)}")
-
-
-def _first(words: list[str]) -> str:
-    return ", ".join(words[:_NUM_FIGURES] + ["..."] * (len(words) > _NUM_FIGURES))
+        print(f"{name} of the training split: {first_of(figures, _NUM_FIGURES)}")
 
 
 def draw_samples(index: ShardIndex, path: Path) -> Path:

@@ -57,7 +57,7 @@ def read_csv(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
     except csv.Error as error:
         raise UserError(f"{path}: not a CSV file from line {1 + (lines[-1] if lines else above)} on: {error}.\n"
                         f"  Close every quote that opens a cell, and write one inside it twice.") from None  # fmt: skip
-    twice = sorted({name for name in header if name.strip() and header.count(name) > 1})
+    twice = sorted(name for name, count in Counter(header).items() if name.strip() and count > 1)
     if twice:
         names = ", ".join(map(repr, twice))
         raise UserError(f"{path}: columns named twice: {names}.\n  Give each its own name.{_row_hint(header)}")
@@ -137,6 +137,11 @@ def number_in(cell: str) -> float:
         return np.nan if "_" in cell else float(cell)  # Python reads 18_25 as 1825
     except ValueError:
         return _TRUTH.get(cell.strip().lower(), np.nan)
+
+
+def what_is_in(name: str, cell: str) -> str:
+    """A cell in words, "column Age is '?'"."""
+    return f"column {name} is {repr(cell) if cell.strip() else 'empty'}"
 
 
 def text_in(cell: str) -> str:

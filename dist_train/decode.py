@@ -24,15 +24,13 @@ from PIL import BmpImagePlugin, Image, PngImagePlugin, WebPImagePlugin
 
 from dist_train.core import missing, native
 from dist_train.picture_header import DecodeError, Header, png_chunks, read_header
-from dist_train.store import READ_FAILED
+from dist_train.store import CHECKSUM_DIFFERS, READ_FAILED, SHORT_READ
 
 REDUCED_BEFORE_SCALING = 4  # the resize still halves a scaled picture at least, which keeps it above 45 dB, bicubic or not
 SPARE_ROWS = 8  # below the last one needed: the decoder's upsampling of colour looks at most two ahead
 KEPT_BYTES = 1 << 24  # of a thread, so that pictures up to 5 megapixels take no fresh memory
 SCALED_FROM = 512  # pixels of the longer side; smaller pictures gain nothing from it
 
-SHORT_READ = "the shard ends before the sample does: it is truncated"
-CHECKSUM_DIFFERS = "the sample's checksum differs from the index"
 SHARD_FAULTS = (SHORT_READ, CHECKSUM_DIFFERS, READ_FAILED)  # so begin the reasons that are not the picture's fault
 
 _FAULTS = [None, None, SHORT_READ, READ_FAILED, CHECKSUM_DIFFERS]  # by the native core's status; 0 is done

@@ -16,8 +16,7 @@ from dist_train.page import Cell, Gallery
 from dist_train.picture_plots import draw_gallery, figure_image, filter_gallery, first_filters, sample_gallery, save_png
 from dist_train.plots import without_formulas
 from dist_train.settings import from_dict
-from dist_train.table_plots import read_rows, separation, telling_correlations
-from dist_train.tables import changing
+from dist_train.table_plots import read_rows, telling_columns, telling_correlations
 
 _DPI = 110
 
@@ -135,8 +134,7 @@ def draw_correlations(index: ShardIndex, split: SplitIndex):
     from matplotlib.figure import Figure
 
     values, labels = read_rows(split, len(index.features))
-    best = np.argsort(-separation(values, labels), kind="stable")
-    best = best[changing(values)[best]]
+    best = telling_columns(values, labels)
     if not len(best):
         return None
     together, names = telling_correlations(values, index.features, best)

@@ -16,11 +16,10 @@ from dist_train.index import ShardIndex, SplitIndex, holds_foreign_index, load_i
 from dist_train.read_foreign import Sums, read_tars
 from dist_train.remote import is_remote, shown
 from dist_train.shard_cache import DEFAULT_GB, ShardCache, default_folder
-from dist_train.sources import SPLIT_WORDS, SPLITS, printable
-from dist_train.tables import CONSTANT_STD, column_statistics, untaught_columns
+from dist_train.sources import SPLIT_WORDS, SPLITS, first_of, printable
+from dist_train.tables import CONSTANT_STD, NUM_TOLD, column_statistics, first_lines, untaught_columns
 from dist_train.tar_lists import NamedTar, named_tars
 
-_NAMED = 5  # samples at fault; more are counted
 _STATISTICS_SAMPLES = 20_000  # decoded a split for mean and std: the third digit is settled far earlier
 
 
@@ -158,9 +157,9 @@ def _check_own(folder: Path) -> None:
 
 
 def _check_left_out(what: str, left_out: list[dict], max_bad: int, num_good: int, left_aside: list[str]) -> None:
-    few = _few([f"{entry['name']}: {entry['why']}" for entry in left_out])
+    few = first_lines([f"{entry['name']}: {entry['why']}" for entry in left_out])
     if not num_good:
-        found = ", ".join(f".{printable(extension)}" for extension in left_aside[:_NAMED]) + ", ..." * bool(left_aside[_NAMED:])
+        found = first_of([f".{printable(extension)}" for extension in left_aside], NUM_TOLD)
         aside = f"\n  What there is: {found}; what follows the first dot of a file name is its extension." * bool(found)
         raise UserError(
             f"{what}: no usable sample in the tars; expected a picture (.jpg, .png, .webp) or vector (.npy) "
@@ -182,18 +181,12 @@ def _name_damaged(what: str, files: list[str], of_split: list[str], sums: Sequen
     decoded, in_train = sum(tar.num_decoded for tar in sums), sum(split == "train" for split, _ in damaged)
     others = [split for split in dict.fromkeys(split for split, _ in damaged) if split != "train"]
     print(f"{what}: {len(damaged):,} of {decoded:,} pictures decoded are damaged, and in the index all the same:"
-          f"{_few([line for _, line in damaged])}")  # fmt: skip
+          f"{first_lines([line for _, line in damaged])}")  # fmt: skip
     if in_train:
         more = " or more: not all were decoded" if any(tar.weight > 1 for tar in sums) else ""
         print(f"  Write the tars without them, or train with --data.max_bad {in_train}{more}.")
     if others:
         print(f"  An evaluation needs every picture: write the tars of {' and '.join(others)} without them.")
-
-
-def _few(lines: list[str]) -> str:
-    """The first lines, each on a line of its own, and how many more there are."""
-    more = f"\n  and {len(lines) - _NAMED:,} more" if len(lines) > _NAMED else ""
-    return "".join(f"\n  {line}" for line in lines[:_NAMED]) + more
 
 
 def _classes_path(classes_file: str | None, home: Path | None, folder: Path) -> Path | None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_train.csv_files import NO_CLASS, named_columns, read_csv
+from dist_train.csv_files import NO_CLASS, named_columns, read_csv, what_is_in
 from dist_train.errors import UserError
 from dist_train.shard_config import ShardConfig
 from dist_train.sources import PICTURES, Files, Source, printable
@@ -84,7 +84,7 @@ def _lack(cells: dict[str, str], columns: dict[str, int], header: list[str]) -> 
     """What a row lacks, or nothing."""
     for setting, cell in cells.items():
         if cell.lower() in (("",) if setting == "picture" else NO_CLASS):
-            return f"column {header[columns[setting]]} is {repr(cell) if cell else 'empty'}"
+            return what_is_in(header[columns[setting]], cell)
     return ""
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from dist_train import boxes, runtime
 from dist_train.config import RunConfig, conflicts
 from dist_train.confusion import class_table
-from dist_train.csv_files import NO_CLASS, numbers_in, read_csv, refuse_decimal_commas, text_in
+from dist_train.csv_files import NO_CLASS, numbers_in, read_csv, refuse_decimal_commas, text_in, what_is_in
 from dist_train.decode import DecodeError, decode_into, picture_size
 from dist_train.errors import UserError
 from dist_train.evaluate import Evaluation, evaluate, predict_logits, write_evaluation
@@ -31,7 +31,7 @@ from dist_train.predictions import predictions_file
 from dist_train.pretrained import put_weights
 from dist_train.settings import from_dict, read_config, to_dict
 from dist_train.sizes import check_eval_size, range_problems, shift_problems
-from dist_train.sources import PICTURES, files_below, printable
+from dist_train.sources import PICTURES, files_below, first_of, printable
 from dist_train.tables import CONSTANT_STD, NUM_TOLD, feature_places, most, text_places
 from dist_train.watch import Watch
 
@@ -331,7 +331,7 @@ def _table_batches(trained: Trained, paths: list[str]) -> Iterator[tuple]:
 def _why_not(name: str, cell: str) -> str:
     if cell.strip().lower() not in NO_CLASS:
         return f"not a number: column {name} is {cell[:40]!r}"
-    return f"column {name} is {repr(cell) if cell.strip() else 'empty'}; shard with --missing mean to predict such rows"
+    return f"{what_is_in(name, cell)}; shard with --missing mean to predict such rows"
 
 
 def _feature_values(
@@ -358,7 +358,7 @@ def _feature_values(
             for place, k in enumerate(known.values()):
                 values[:, k] = of_cells == place
             found = Counter(text for r in np.flatnonzero(of_cells < 0).tolist() if (text := text_of[cells[r]]))
-            few = ", ".join(repr(text[:40]) for text, _ in found.most_common(NUM_TOLD)) + (", ..." if len(found) > NUM_TOLD else "")
+            few = first_of([repr(text[:40]) for text, _ in found.most_common()], NUM_TOLD)
             notes += [f"column {header[c]}: {found.total():,} cells have a text that the run does not know, and count as none of "
                       f"its texts: {few}"] if found else []  # fmt: skip
     if trained.fills_holes:

@@ -18,13 +18,13 @@ from dist_train.settings import from_dict, read_written, to_dict
 
 def open_run_folder(config: RunConfig, folder: Path, resume: bool) -> None:
     """Write the settings into the run folder, or accept those there. Raises UserError where it holds another run."""
-    is_written = (folder / "config.yaml").exists()
+    is_written, is_begun = (folder / "config.yaml").exists(), has_begun(folder)
     differing = conflicts(to_dict(written_settings(folder)), to_dict(config)) if is_written else []
-    if differing and has_begun(folder):
+    if differing and is_begun:
         raise UserError(f"{folder}: the folder holds a run with other settings:\n  " + "\n  ".join(differing)
                         + f"\n  Take the same settings, or another folder with --run, where --from {folder} begins "
                         "with others from a checkpoint of this run.")  # fmt: skip
-    if not resume and has_begun(folder):
+    if not resume and is_begun:
         raise UserError(f"{folder}: the folder already holds this run. Go on with --resume, or take another --run.")
     if differing:
         (folder / "wandb-id").unlink(missing_ok=True)  # of a start that came to nothing

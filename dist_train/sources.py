@@ -324,8 +324,13 @@ def _is_file(entry: os.DirEntry) -> bool:
         return False
 
 
+def first_of(words: list[str], most: int) -> str:
+    """"a, b, ...": so many of the words."""
+    return ", ".join(words[:most]) + (", ..." if len(words) > most else "")
+
+
 def _told_aside(names: list[str]) -> str:
-    first = ", ".join(map(printable, sorted(names)[:_NUM_ASIDE])) + (", ..." if len(names) > _NUM_ASIDE else "")
+    first = first_of([printable(name) for name in sorted(names)], _NUM_ASIDE)
     what = "file that is no picture was" if len(names) == 1 else "files that are no pictures were"
     return f"{len(names):,} {what} left aside: {first}"
 

@@ -19,8 +19,10 @@ from dist_train.index import SplitIndex
 from dist_train.remote import shown
 
 READ_FAILED = "the shard cannot be read"  # so begins the reason where the system refuses
+SHORT_READ = "the shard ends before the sample does: it is truncated"
+CHECKSUM_DIFFERS = "the sample's checksum differs from the index"
 _SHORT, _DIFFERS = "ends after", "checksum differs"
-_SHARD_FAULTS = (_SHORT, _DIFFERS, "the shard ends", "the sample's checksum")  # of a changed shard, decode's too
+_CHANGED = (_SHORT, _DIFFERS, SHORT_READ, CHECKSUM_DIFFERS)  # so begin the reasons of a changed shard, decode's too
 MOST_SINGLY = 32  # round trips to a server, 20 to 100 ms each, that take about as long as fetching a usual shard
 _AT_ONCE = 8  # requests in flight
 MAX_OPEN = 512  # shard files kept open per process, besides those that batches ahead hold
@@ -150,7 +152,7 @@ class Store:
         path = self.path(int(self.split.shard_of(np.array([sample]))[0]))
         if reason.startswith(READ_FAILED):
             advice = "The system refused the read: look to the disk or the file system, then start again."
-        elif reason.startswith(_SHARD_FAULTS):
+        elif reason.startswith(_CHANGED):
             url = self.split.remote.url if self.split.remote else ""
             advice = f"See all that is wrong with: dist-train verify {shown(url) or self.split.folder}"
         else:

@@ -22,17 +22,14 @@ def table_section(index: ShardIndex, split: SplitIndex) -> Section:
     """The pictures of a split of a table. Raises UserError if a row cannot be read."""
     values, labels = read_rows(split, len(index.features))
     names, classes = index.features, index.classes
-    strength = separation(values, labels)
-    best = np.argsort(-strength, kind="stable")
+    best = telling_columns(values, labels)
     num_holes = np.isnan(values).sum(axis=0)
-    to_see = changing(values)
-    best = best[to_see[best]]
     what = f"{split.num_samples:,} rows of the {split.name} split" if len(values) == split.num_samples else (
         f"{len(values):,} of {split.num_samples:,} rows of the {split.name} split")  # fmt: skip
     if num_holes.any():
         what += f"; {num_holes.sum():,} of their {values.size:,} values are missing, and left out of the pictures"
-    if not to_see.all():
-        still = [name for name, changes in zip(names, to_see, strict=True) if not changes]
+    if len(best) < len(names):
+        still = [names[k] for k in np.setdiff1d(np.arange(len(names)), best)]
         what += f"; {counted(len(still), 'columns without two different values')}, left out: {listed(still)}"
     boxes = [
         Chart(names[k], box_plot(values[:, k], labels, classes), note=f"{num_holes[k]:,} missing." if num_holes[k] else "")
@@ -80,6 +77,12 @@ def correlation(values: np.ndarray) -> np.ndarray:
     size = size * size.T
     together = centred.T @ centred - sums * sums.T / count
     return np.clip(np.where(size > 0, together / np.where(size > 0, size, 1), 0), -1, 1)
+
+
+def telling_columns(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Numbers of the columns that change, first those that tell the classes apart best."""
+    best = np.argsort(-separation(values, labels), kind="stable")
+    return best[changing(values)[best]]
 
 
 def separation(values: np.ndarray, labels: np.ndarray) -> np.ndarray:

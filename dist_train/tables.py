@@ -20,10 +20,11 @@ from dist_train.csv_files import (
     read_csv,
     refuse_decimal_commas,
     text_in,
+    what_is_in,
 )
 from dist_train.errors import UserError, did_you_mean
 from dist_train.shard_config import ShardConfig
-from dist_train.sources import SPLIT_WORDS, Pixels, Source, Vectors, printable
+from dist_train.sources import SPLIT_WORDS, Pixels, Source, Vectors, first_of, printable
 
 SKLEARN = ("digits", "breast_cancer", "iris", "wine")
 MAX_TEXTS = 32  # of a column that becomes features: names and free text have more
@@ -81,7 +82,7 @@ def csv_source(config: ShardConfig) -> Source:
     ]:
         faulty[bad & (faulty < 0)] = c
         lacking += Counter({header[c]: int(bad.sum())})
-    reasons = {r: _why(header[faulty[r]], rows[r][faulty[r]]) for r in np.flatnonzero(faulty >= 0).tolist()}
+    reasons = {r: what_is_in(header[faulty[r]], rows[r][faulty[r]]) for r in np.flatnonzero(faulty >= 0).tolist()}
     if reasons and config.missing == "error":
         faults = [f"line {lines[r]}: {why}" for r, why in reasons.items()]
         what = (f"of {len(rows):,} rows {word} missing or non-numeric values" for word in ("has", "have"))
@@ -97,7 +98,7 @@ def csv_source(config: ShardConfig) -> Source:
     varied, same = ([f for f, does in zip(features, changes, strict=True) if does == kind] for kind in (True, False))
     names = [f.name for f in varied]
     blurred = [f.name for f in same if f.text < 0
-               and len({x for r in keep.tolist() if (x := number_in(rows[r][f.column])) == x}) > 1]  # fmt: skip
+               and len({x for cell in {rows[r][f.column] for r in keep.tolist()} if (x := number_in(cell)) == x}) > 1]  # fmt: skip
     notes += _note("columns that never change, dropped", [f.name for f in same if f.name not in blurred])
     notes += _note("columns whose numbers are one in float32, dropped; take off what is large and the same in all", blurred)
     if not varied:
@@ -119,10 +120,6 @@ def csv_source(config: ShardConfig) -> Source:
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
     return _table(classes, labels, values, names, [f"line {lines[r]}" for r in keep],
                   left_out=left_out_rows(reasons, lines), notes=notes, preset=splits)  # fmt: skip
-
-
-def _why(name: str, cell: str) -> str:
-    return f"column {name} is {cell!r}" if cell.strip() else f"column {name} is empty"
 
 
 def _giveaways(header: list[str], features: list[Feature], keep: np.ndarray, labels: np.ndarray) -> list[str]:
@@ -195,9 +192,9 @@ def feature_places(path: Path, header: list[str], features: list[str], untaught:
     places, lacking, problems = [], [], []
     for feature in features:
         found = [(header.index(feature), "")] if feature in header else [
-            (c, feature[len(name) + 1 :]) for c, name in enumerate(header) if name and feature.startswith(f"{name}=")
+            (c, text) for c, name in enumerate(header)
+            if name and feature.startswith(f"{name}=") and (text := feature[len(name) + 1 :])
         ]  # fmt: skip
-        found = [(c, text) for c, text in found if text or header[c] == feature]
         found = found or [(-1, "")] * (feature in untaught)
         places += found[:1]
         lacking += [] if found else [feature]
@@ -323,9 +320,13 @@ def listed_splits(config: ShardConfig, words: list[str], classes: list[str], lab
 
 def told(faults: list[str], one: str, several: str) -> str:
     """"3 rows lack a value:", and the first few. one, several: what is said after 1 and after other numbers."""
-    more = f"\n  and {len(faults) - NUM_TOLD:,} more" if len(faults) > NUM_TOLD else ""
-    what = one if len(faults) == 1 else several
-    return f"{len(faults):,} {what}:" + "".join(f"\n  {fault}" for fault in faults[:NUM_TOLD]) + more
+    return f"{len(faults):,} {one if len(faults) == 1 else several}:{first_lines(faults)}"
+
+
+def first_lines(lines: list[str]) -> str:
+    """The first lines, each on one of its own, and how many more there are."""
+    more = f"\n  and {len(lines) - NUM_TOLD:,} more" if len(lines) > NUM_TOLD else ""
+    return "".join(f"\n  {line}" for line in lines[:NUM_TOLD]) + more
 
 
 def class_numbers(path: Path, target: str, labels: list[str]) -> tuple[list[str], np.ndarray]:
@@ -346,8 +347,7 @@ def class_numbers(path: Path, target: str, labels: list[str]) -> tuple[list[str]
 
 def most(counts: Counter) -> str:
     """"Age (177), Fare (1)", the most frequent first."""
-    few = [f"{name} ({count:,})" for name, count in counts.most_common(NUM_TOLD)]
-    return ", ".join(few) + (", ..." if len(counts) > NUM_TOLD else "")
+    return first_of([f"{name} ({count:,})" for name, count in counts.most_common()], NUM_TOLD)
 
 
 def _note(what: str, names: list[str]) -> list[str]:

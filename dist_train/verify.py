@@ -76,11 +76,6 @@ def inspect_main(argv: list[str]) -> None:
         print(f"correlations and pairs of features: {draw_samples(index, out.with_suffix('.html'))}")
 
 
-def find_damage(index: ShardIndex) -> list[str]:
-    """A line for everything that is not as the index says, as `damage_of`."""
-    return damage_of(index).lines
-
-
 def damage_of(index: ShardIndex) -> Damage:
     """What is not as the index says: missing, truncated, changed and stray files, and for a changed shard the samples it
     concerns, with their positions in the file."""

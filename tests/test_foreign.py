@@ -180,7 +180,7 @@ def test_damage_in_tars_of_others_is_told_by_its_payload_alone(tmp_path):
     whole = bytearray((tmp_path / "train-0.tar").read_bytes())
     whole[at] ^= 1
     (tmp_path / "train-0.tar").write_bytes(whole)
-    (line,) = verify.find_damage(load_index(tmp_path))
+    (line,) = verify.damage_of(load_index(tmp_path)).lines
     assert "payload of sample 00000002" in line and "label" not in line
 
 

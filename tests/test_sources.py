@@ -27,7 +27,7 @@ from dist_train.settings import read_config
 from dist_train.shard_config import ShardConfig, SplitConfig, check_settings
 from dist_train.sources import files_below, open_source
 from dist_train.tables import CONSTANT_STD, class_numbers, column_statistics
-from dist_train.verify import find_damage
+from dist_train.verify import damage_of
 
 
 def picture(path: Path, seed=0, size=(9, 7), **options) -> bytes:
@@ -355,7 +355,7 @@ def test_what_is_missing_stays_missing_and_counts_as_the_mean_of_the_training_ro
     again = converted(tmp_path / "two", changed)
     assert rows_in(again, "train") == rows_in(index, "train")
     assert (again.mean, again.std) == (index.mean, index.std)
-    assert not find_damage(again)
+    assert not damage_of(again).lines
 
 
 def test_a_column_without_a_value_to_learn_from_is_named_and_counts_as_0(tmp_path, capsys):
