@@ -14,7 +14,7 @@ class DataConfig:
     """folder with an index.json, as written by `dist-train shard` or `dist-train index`; or its URL: https://, s3://, gs://,
     az://, or file:///FOLDER, which brings shards from a slow disk into data.cache_dir before their use"""
     train_split: str = "train"
-    """split that is trained on"""
+    """split that is trained on; several as one by +: train+val, once settings are chosen (data.val_split none)"""
     val_split: str = "val"
     """split that is evaluated while training, picks the best checkpoint and stops early; empty or none for none"""
     test_split: str = "test"

@@ -92,7 +92,7 @@ def fold_view(index: ShardIndex, config: RunConfig) -> ShardIndex:
         problems.append(f"data.folds is {data.folds}; expected 0 for none, or 2 and more.")
     if not 0 <= data.fold < data.folds:
         problems.append(f"data.fold is {data.fold}; expected 0 to {data.folds - 1}, since data.folds is {data.folds}.")
-    if data.val_split in ("", data.train_split):
+    if data.val_split in ("", "none", data.train_split):
         problems.append(f"data.val_split is {data.val_split!r}; with data.folds the fold takes its place: name it val, say.")
     whole = index.split(data.train_split)
     if whole.num_samples < data.folds:

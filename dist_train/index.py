@@ -6,6 +6,7 @@ shards/NAME/train.names.txt       one line a sample: where it came from
 shards/NAME/train-000000.tar ...  plain WebDataset
 """
 
+import itertools
 import json
 import os
 import shlex
@@ -119,6 +120,24 @@ class SplitIndex:
 
 
 @dataclass(frozen=True)
+class JoinedSplits(SplitIndex):
+    """Splits of a set as one, such as train+val: the shards of the first, then those of the next."""
+
+    parts: tuple[SplitIndex, ...] = ()
+
+    def table(self) -> np.ndarray:
+        return np.concatenate([part.table() for part in self.parts])
+
+    def check_table(self) -> None:
+        for part in self.parts:
+            part.stored.check_table()
+
+    def names(self) -> list[str]:
+        names = [part.names() for part in self.parts]
+        return list(itertools.chain(*names)) if all(names) else []
+
+
+@dataclass(frozen=True)
 class ShardIndex:
     """A whole set. image_size is (height, width) where all pictures are alike, else None; tables have features."""
 
@@ -142,15 +161,23 @@ class ShardIndex:
         """Whether the tars were made by others, and only indexed here."""
         return bool(self.source.get("foreign"))
 
+    def find(self, name: str) -> SplitIndex | None:
+        """A split of the set, or several of them as one, named train+val; None where the set has none of the name."""
+        if name in self.splits:
+            return self.splits[name]
+        parts = dict.fromkeys(name.split("+"))
+        return _joined(name, tuple(self.splits[part] for part in parts)) if parts.keys() <= self.splits.keys() else None
+
     def split(self, name: str) -> SplitIndex:
-        if name not in self.splits:
+        """As `find`; raises UserError where there is none of the name."""
+        if (split := self.find(name)) is None:
             raise UserError(f"{self.folder}: there is no split {name!r}; it has {', '.join(self.splits)}.")
-        return self.splits[name]
+        return split
 
     def check_tables(self, names: set[str]) -> None:
         """`SplitIndex.check_table` of those of the splits that there are; of a part, its whole's."""
-        stored = {id(split): split for split in (self.splits[name].stored for name in sorted(names & self.splits.keys()))}
-        for split in stored.values():
+        found = [split.stored for name in sorted(names) if (split := self.find(name))]
+        for split in {id(split): split for split in found}.values():
             split.check_table()
 
 
@@ -203,6 +230,17 @@ def load_index(folder: str | os.PathLike, cache_dir: str = "", cache_gb: float =
 
         return behind_urls(index, cache_dir, cache_gb)
     return index
+
+
+def _joined(name: str, parts: tuple[SplitIndex, ...]) -> JoinedSplits:
+    return JoinedSplits(
+        name=name, folder=parts[0].folder, files=[file for part in parts for file in part.files],
+        shard_samples=np.concatenate([part.shard_samples for part in parts]),
+        shard_bytes=np.concatenate([part.shard_bytes for part in parts]),
+        shard_checksums=[checksum for part in parts for checksum in part.shard_checksums],
+        class_counts=np.sum([part.class_counts for part in parts], axis=0),
+        table_checksum="+".join(part.rows_checksum for part in parts), remote=parts[0].remote, parts=parts,
+    )  # fmt: skip
 
 
 def holds_foreign_index(folder: str | os.PathLike) -> bool:

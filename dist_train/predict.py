@@ -192,7 +192,7 @@ def usual_split(index: ShardIndex, config: RunConfig) -> str:
     """The split that figures are of where none is named."""
     test, val = config.data.test_split, config.data.val_split
     names = (val,) if test in ("", "none") else (test, "test", val)  # a test split that the run leaves unseen stays so
-    return next((name for name in names if name in index.splits), "test")
+    return next((name for name in names if index.find(name)), "test")
 
 
 def _normalising(config: RunConfig) -> dict:

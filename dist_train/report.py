@@ -219,7 +219,7 @@ def _evaluation(run: Path, inference: dict, index: ShardIndex | None, path: Path
         names = [str(name) for name in inference.get("classes") or range(len(counts))]
         shown = most_confused(counts) if len(names) > MAX_MATRIX_CLASSES else np.arange(len(names))
         pairs = confused_pairs(counts, names)
-        split = index.splits.get(raw["split"]) if index else None
+        split = index.find(raw["split"]) if index else None
         name = f"{raw['split']} split"
         if split is not None and raw.get("fingerprint") not in (None, split.fingerprint()):
             name, split = f"{name} of another set", None  # whose pictures are not here
@@ -295,7 +295,7 @@ def _data_section(config: dict, index: ShardIndex | None, note: str) -> Section:
         return section
     try:
         settings = from_dict(RunConfig, config)
-        split = index.splits.get(settings.data.train_split)
+        split = index.find(settings.data.train_split)
         if split is None:
             return Section("The data", f"{index.folder} has no split {settings.data.train_split} to show.")
         if index.features:

@@ -72,7 +72,7 @@ def data_facts(index: ShardIndex, data: DataConfig) -> dict[str, str]:
     what = json.dumps([index.classes, index.image_size, index.features])
     facts = {"classes or size": xxhash.xxh3_64_hexdigest(what.encode())}
     for name in (data.train_split, data.val_split):
-        if split := index.splits.get(name):
+        if split := index.find(name):
             facts[f"split {name}"] = f"{split.fingerprint()} {split.rows_checksum}"
     return facts
 

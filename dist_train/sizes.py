@@ -120,9 +120,14 @@ def split_problems(config: RunConfig, index: ShardIndex) -> list[str]:
     data, problems = config.data, []
     for name, usual in (("val_split", "val"), ("test_split", "test")):
         split = getattr(data, name)
-        if split not in (usual, "", "none", *index.splits):
+        if split not in (usual, "", "none") and index.find(split) is None:
             problems.append(f"data.{name} is {split!r}; {index.folder} has {', '.join(index.splits)}. \"none\" is without.")
-    if data.val_split not in index.splits:
+        elif split != data.train_split and set(split.split("+")) & set(data.train_split.split("+")) and not (
+            data.folds and name == "val_split"
+        ):
+            problems.append(f"data.{name} is {split}, on which data.train_split {data.train_split} trains: its figures would tell "
+                            f"nothing.\n  Set data.{name} to none, or data.train_split to another.")  # fmt: skip
+    if index.find(data.val_split) is None:
         if needs := _evaluations_needed(config):
             problems.append(f"{needs} go by the validation split, and {index.folder} has none.\n"
                             f"  Set data.val_split to one of {', '.join(index.splits)}, or leave it out.")  # fmt: skip
@@ -211,19 +216,21 @@ def config_warnings(config: RunConfig, world_size: int, network) -> list[str]:
 
 
 def split_warnings(config: RunConfig, index: ShardIndex) -> list[str]:
-    """A batch larger than the training split, and what a set without a validation split goes without.
+    """A batch larger than the training split, and what a set without a split to be judged on goes without.
 
-    Nothing of the latter where data.val_split says that none is wanted.
+    Nothing of the latter where data.val_split and data.test_split say that none is wanted.
     """
     data, found = config.data, []
     batch, num_samples = data.global_batch_size, index.split(data.train_split).num_samples
     if batch > num_samples:
         found.append(f"data.global_batch_size {batch} is more than the {num_samples} training samples: a step holds each of them "
                      f"about {batch / num_samples:.3g} times.")  # fmt: skip
-    if data.val_split not in ("", "none", *index.splits):
-        when = " before the end" if data.test_split in index.splits else ""
+    if data.val_split not in ("", "none") and index.find(data.val_split) is None:
+        when = " before the end" if index.find(data.test_split) else ""
         found.append(f"{index.folder} has no split {data.val_split}: nothing is evaluated{when}, and the last weights are kept. "
                      f"data.folds makes one: --data.folds 5 keeps back a fifth of {data.train_split}.")  # fmt: skip
+    elif data.val_split in ("", "none") and data.test_split not in ("", "none") and index.find(data.test_split) is None:
+        found.append(f"{index.folder} has no split {data.test_split}, and data.val_split is none: nothing is evaluated.")
     return found
 
 
@@ -252,7 +259,7 @@ def check_sizes(config: RunConfig, index: ShardIndex, world: World) -> None:
     """Raise UserError, all faults at once, where settings, shards and ranks do not go together."""
     problems = range_problems(config)
     batch, share = config.data.global_batch_size, config.data.global_batch_size // world.world_size
-    if (split := config.data.train_split) not in index.splits:
+    if index.find(split := config.data.train_split) is None:
         problems.append(f"{index.folder}: there is no split {split!r} to train on; it has {', '.join(index.splits)}.")
     if batch < 1 or batch % world.world_size:
         problems.append(f"data.global_batch_size is {batch}, which {world.world_size} processes cannot share evenly.\n"

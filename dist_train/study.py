@@ -161,7 +161,7 @@ def read_plan(argv: list[str]) -> Plan:
     index = load_index(base.data.shards, base.data.cache_dir, base.data.cache_gb)
     if config.folds:
         fold_view(index, replace(base, data=replace(base.data, folds=config.folds)))
-    elif base.data.val_split not in index.splits:
+    elif index.find(base.data.val_split) is None:
         raise UserError(f"{shown(base.data.shards)}: there is no split {base.data.val_split!r} to compare on; set study.folds, "
                         f"to 5 say.")  # fmt: skip
     check_values(path, config.recipe, space)

@@ -166,7 +166,7 @@ def validate(run: Run, state: State) -> bool:
 
     Raises Interrupted, with the state as it was, if the run is asked to stop meanwhile.
     """
-    if run.config.data.val_split not in run.index.splits:
+    if run.index.find(run.config.data.val_split) is None:
         state.judged_step = state.step
         return True  # nothing to compare with: the newest is the best
     with state.average.swapped(run.network) if state.average else contextlib.nullcontext():
@@ -209,7 +209,7 @@ def finish(run: Run, state: State) -> bool:
     run.load_weights(load_file(folder / "weights.safetensors"))
     figures = {"step": state.step, "epoch": run.epoch_of(state.step), "best_step": best_step}
     for split in dict.fromkeys((config.data.val_split, config.data.test_split)):
-        if split in index.splits:
+        if index.find(split):
             try:
                 evaluation = run.evaluate(split)
             except Interrupted:

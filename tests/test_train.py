@@ -548,7 +548,10 @@ def test_a_set_without_validation_is_told_of_unless_none_is_wanted(digits):
     without = replace(index, splits={name: split for name, split in index.splits.items() if name != "val"})
     assert "has no split val: nothing is evaluated before the end, and" in split_warnings(RunConfig(), without)[0]
     assert split_warnings(RunConfig(), index) == []
-    assert split_warnings(RunConfig(data=DataConfig(val_split="none")), without) == []
+    none_wanted = RunConfig(data=DataConfig(val_split="none"))
+    assert split_warnings(none_wanted, without) == []
+    train_alone = replace(index, splits={"train": index.split("train")})
+    assert split_warnings(none_wanted, train_alone) == [f"{digits} has no split test, and data.val_split is none: nothing is evaluated."]
     folds = RunConfig(data=DataConfig(shards=digits, folds=5))
     assert split_warnings(folds, fold_view(without, folds)) == []
 
