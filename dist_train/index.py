@@ -187,6 +187,8 @@ def load_index(folder: str | os.PathLike, cache_dir: str = "", cache_gb: float =
     folder may be a URL, or hold an index of tars behind URLs; its shards are then kept in cache_dir, up to cache_gb of them
     (data.cache_dir, data.cache_gb).
     """
+    if not str(folder):
+        raise UserError("no shards are named: --data.shards shards/NAME, or a recipe that sets data.shards.")
     if "://" in str(folder):
         from dist_train.remote_index import load_remote_index
 
@@ -317,4 +319,4 @@ def _write_again(folder) -> str:
 
 
 def _advice(folder) -> str:
-    return f"See what is wrong with: dist-train verify {folder}   and write the set again with dist-train shard."
+    return f"See what is wrong, and what mends it, with: dist-train verify {folder}"

@@ -170,7 +170,7 @@ def test_splits_of_a_column_are_kept_and_share_one_list_of_features(tmp_path):
 
 
 @pytest.mark.parametrize("words, settings, told", [
-    (["train", "train", "holdout", "2"], {}, "t.csv: column part is 'holdout' (1 rows), '2' (1 rows); expected train, val or"),
+    (["train", "train", "holdout", "2"], {}, "t.csv: column part is 'holdout' (1 row), '2' (1 row); expected train, val or"),
     (["train", "test", "train", "val"], {}, "t.csv: 1 class has no row in the training split:\n  '1'\n"),
     (["train"] * 4, {"split_column": "parts"}, "no column 'parts'; expected the name of the column that holds the split. Did you"),
     (["train"] * 4, {"split_column": "k"}, "target and split_column are both 'k'; expected a column for each"),
