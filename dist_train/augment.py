@@ -26,7 +26,7 @@ from dist_train.errors import UserError
 # start at 0. A number that moves changes the pixels of runs that go on.
 CROP, FLIP, ROTATE = 0, 32, 33
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE = 34, 35, 36, 37, 38
-ERASE, ERASE_BOX = 39, 40
+ERASE, ERASE_BOX = 39, 40  # the box is draws 40 to 61
 FLIP_VERTICAL = 62
 Channels = Sequence[float]  # one number a channel
 Operations = tuple[Tensor, Tensor]  # one for each picture, and its amount: see policies.draw_operations

@@ -1,5 +1,7 @@
 """A network by its name: AlexNet, VGG and the MLP from here, any other classifier from torchvision or timm."""
 
+import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -98,6 +100,7 @@ def _own(config: ModelConfig, num_classes: int, image_size, num_features) -> nn.
             model = networks.vgg(num_classes, convs, stem, image_size, batchnorm, config.width, config.dropout)
     _take_memory(model)
     networks.initialize(model, config.activation if name == "mlp" else "relu", config.init == "dirac")
+    _check_filled(model)
     return model
 
 
@@ -106,9 +109,24 @@ def _take_memory(model: nn.Module) -> None:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, device="cpu"))
+                module._parameters[name] = nn.Parameter(_unfilled(parameter))
         for name, buffer in module._buffers.items():
-            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+            if buffer is not None:
+                module._buffers[name] = _unfilled(buffer)
+
+
+def _unfilled(like: torch.Tensor) -> torch.Tensor:
+    """Memory whose first number is none, by which `_check_filled` knows it; integers are left as they lie."""
+    tensor = torch.empty(like.shape, dtype=like.dtype, device="cpu")
+    if tensor.is_floating_point():
+        tensor.view(-1)[:1] = math.nan
+    return tensor
+
+
+def _check_filled(model: nn.Module) -> None:
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    unfilled = [name for name, t in tensors if t.is_floating_point() and t.detach().view(-1)[:1].isnan().any()]
+    assert not unfilled, f"networks.initialize leaves {', '.join(unfilled)} unfilled; what a constructor puts there is lost"
 
 
 def _torchvision(config: ModelConfig, num_classes: int, image_size) -> nn.Module:

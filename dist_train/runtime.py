@@ -183,14 +183,15 @@ def leave(kind, error: BaseException | None, trace) -> None:
     """Leave the process group; what an ExitStack calls at its end.
 
     After an error under NCCL, the process ends here, with its message and exit code: the group can be left in order only
-    once the other ranks have come out of their collective, which waits for this rank.
+    once the other ranks have come out of their collective, which waits for this rank. So it does after a second Ctrl-C, which
+    breaks off what cannot be broken off in order: native threads outlive it, and the interpreter's end would abort.
     """
     import torch.distributed as dist
 
     is_grouped = dist.is_available() and dist.is_initialized()
     if error is not None and is_grouped:
         tell_end(error)
-    if error is not None and is_grouped and "nccl" in dist.get_backend():
+    if error is not None and is_grouped and (isinstance(error, KeyboardInterrupt) or "nccl" in dist.get_backend()):
         code = tell(error)
         with contextlib.suppress(OSError):  # a reader that is gone
             sys.stdout.flush()

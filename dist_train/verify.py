@@ -40,7 +40,7 @@ class Damage:
 def main(argv: list[str]) -> None:
     """`dist-train verify shards/NAME`: check every byte, print a summary, or raise UserError with all that is wrong."""
     parser = argparse.ArgumentParser("dist-train verify", description="Check every byte of a set of shards.")
-    parser.add_argument("folder", metavar="shards/NAME")
+    parser.add_argument("folder", metavar="shards/NAME", help="folder with an index.json, or its URL")
     parser.add_argument("--cache-dir", default="", help="where shards behind URLs are kept, as data.cache_dir")
     options = parser.parse_args(argv)
     index = load_index(on_disk(options.folder), options.cache_dir)

@@ -44,9 +44,17 @@ def test_names_and_shapes_are_torchvisions(name, monkeypatch):
 
     monkeypatch.setattr(models, "_take_memory", lambda model: None)  # half a gigabyte each
     monkeypatch.setattr(networks, "initialize", lambda *how: None)
+    monkeypatch.setattr(models, "_check_filled", lambda model: None)
     with torch.device("meta"):
         theirs = torchvision.models.get_model(name, weights=None)
     assert shapes(build(name, 1000, (224, 224))) == shapes(theirs)
+
+
+def test_a_network_of_which_something_is_left_unfilled_is_refused_by_name(monkeypatch):
+    mlp = networks.mlp
+    monkeypatch.setattr(networks, "mlp", lambda *how: torch.nn.Sequential(torch.nn.GroupNorm(1, 4), mlp(*how)))
+    with pytest.raises(AssertionError, match="leaves 0.weight, 0.bias unfilled"):
+        build("mlp", 2, None, 4, hidden=(8,))
 
 
 @pytest.mark.parametrize("name, sizes", [("alexnet", (64, 224)), ("vgg11_bn", (64, 224))])

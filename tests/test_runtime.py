@@ -182,16 +182,17 @@ def test_bf16_is_slow_where_the_cpu_has_no_wide_vectors_for_it():
     assert not runtime.is_slow("fp32", torch.device("cpu")) and not runtime.is_slow("bf16", torch.device("cuda"))
 
 
-def test_after_an_error_under_nccl_the_process_ends_with_its_message(monkeypatch, capsys):
+def test_after_an_error_under_nccl_and_a_second_ctrl_c_the_process_ends_with_its_message(monkeypatch, capsys):
     def ended(code):
         raise SystemExit(code)
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: pytest.fail("it would wait for the others"))
     monkeypatch.setattr(os, "_exit", ended)
-    for error, code, words in ((UserError("the disk is full"), 2, "the disk is full"),
-                               (ZeroDivisionError("x"), 1, "ZeroDivisionError: x")):  # fmt: skip
+    for error, backend, code, words in ((UserError("the disk is full"), "nccl", 2, "the disk is full"),
+                                        (ZeroDivisionError("x"), "nccl", 1, "ZeroDivisionError: x"),
+                                        (KeyboardInterrupt(), "gloo", 130, "interrupted")):  # fmt: skip
+        monkeypatch.setattr(torch.distributed, "get_backend", lambda name=backend: name)
         with pytest.raises(SystemExit) as left, contextlib.ExitStack() as leaving:
             leaving.push(runtime.leave)
             raise error
