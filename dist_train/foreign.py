@@ -30,7 +30,8 @@ def main(argv: list[str]) -> None:
                         help="folders with .tar files, .tar files, URLs of them (https, s3, gs, az), 'x-{000..107}.tar', or "
                              "wids lists of shards (.json)")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="where the index goes; default beside the tars; needed for URLs")
-    parser.add_argument("--classes", metavar="FILE", help="a class name a line; default DIR/classes.txt, else labels that are names, sorted, or numbers")
+    parser.add_argument("--classes", metavar="FILE",
+                        help="a class name a line; default DIR/classes.txt, else labels that are names, sorted, or numbers")
     parser.add_argument("--max-bad", type=int, default=0, help="unusable samples left out before it gives up; default 0")
     parser.add_argument("--cache-dir", default="", help="where tars behind URLs are kept, as data.cache_dir")
     parser.add_argument("--cache-gb", type=float, default=DEFAULT_GB, help="most they take there, as data.cache_gb")

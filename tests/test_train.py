@@ -551,7 +551,8 @@ def test_a_set_without_validation_is_told_of_unless_none_is_wanted(digits):
     none_wanted = RunConfig(data=DataConfig(val_split="none"))
     assert split_warnings(none_wanted, without) == []
     train_alone = replace(index, splits={"train": index.split("train")})
-    assert split_warnings(none_wanted, train_alone) == [f"{digits} has no split test, and data.val_split is none: nothing is evaluated."]
+    told = f"{digits} has no split test, and data.val_split is none: nothing is evaluated."
+    assert split_warnings(none_wanted, train_alone) == [told]
     folds = RunConfig(data=DataConfig(shards=digits, folds=5))
     assert split_warnings(folds, fold_view(without, folds)) == []
 
