@@ -45,7 +45,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--to", required=True, choices=FILES, help="format of the file")
     parser.add_argument("--out", help="folder of the file and its description; default RUN/export")
     parser.add_argument(
-        "--split", help="split that the file must classify as the run does; default test, or where there is none data.val_split"
+        "--split", help="split that the file must classify as the run does; default test, or where there is none data.val_split, "
+             "or data.train_split"
     )
     parser.add_argument(
         "--views", choices=("all", "one"), default="all",
@@ -87,7 +88,7 @@ def export(
         raise UserError(f"{run}: the network is exported as it was trained; these settings would change it:\n  "
                         + "\n  ".join(changed))  # fmt: skip
     index = fold_view(load_index(config.data.shards, config.data.cache_dir, config.data.cache_gb), config)
-    split = split or usual_split(index, config)
+    split = split or usual_split(index, config) or config.data.train_split
     index.split(split)
     check_fits(index, trained)
     if config.runtime.threads:

@@ -124,7 +124,7 @@ def fold_of(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
 def part_of(whole: SplitIndex, name: str, members: np.ndarray, labels: np.ndarray) -> Part:
     """A part of a split under a name. members: (M,) ascending sample numbers; labels: (N,) of the whole."""
     return Part(
-        name=name, folder=whole.folder, files=whole.files, shard_bytes=whole.shard_bytes,
+        name=name, folder=whole.folder, files=whole.files, shard_bytes=whole.shard_bytes, remote=whole.remote,
         shard_samples=np.bincount(whole.shard_of(members), minlength=whole.num_shards).astype(np.int64),
         shard_checksums=whole.shard_checksums, table_checksum=whole.table_checksum, whole=whole, members=members,
         class_counts=np.bincount(labels[members], minlength=len(whole.class_counts)).astype(np.int64),

@@ -136,6 +136,9 @@ class JoinedSplits(SplitIndex):
         names = [part.names() for part in self.parts]
         return list(itertools.chain(*names)) if all(names) else []
 
+    def fingerprint(self) -> str:
+        return xxhash.xxh3_64_hexdigest("+".join(part.fingerprint() for part in self.parts).encode())
+
 
 @dataclass(frozen=True)
 class ShardIndex:

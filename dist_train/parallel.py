@@ -52,6 +52,9 @@ class Replicated:
         if config.train.compile:
             mode = config.train.compile_mode if self.replays_graphs else None
             messages.let_compile()
+            # a graph for each size of pictures that grow, with frozen layers and without; beyond torch's 8 a step is not compiled,
+            # and a run that goes on, which begins to count anew, would differ from one that was never stopped
+            torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
             self.model = torch.compile(self._wrapped, dynamic=False, mode=mode)
 
     def _wrap(self) -> nn.Module:
@@ -73,7 +76,8 @@ class Replicated:
 
     def accumulating(self) -> contextlib.AbstractContextManager:
         """Within it, gradients are added up on this rank alone: for all micro-batches but the last."""
-        return self.accelerator.no_sync(self._wrapped)
+        # Accelerate's own does nothing in a job of one rank, whose network it wraps all the same where a launcher started it
+        return getattr(self._wrapped, "no_sync", contextlib.nullcontext)()
 
     def reduce_gradients(self) -> None:
         """After the backward pass: return when the gradients are those of the whole global batch."""

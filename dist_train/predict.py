@@ -160,6 +160,9 @@ def eval_main(argv: list[str]) -> None:
     index = fold_view(load_index(config.data.shards, config.data.cache_dir, config.data.cache_gb), config)
     check_fits(index, trained)
     split = options.split or usual_split(index, config)
+    if split is None:
+        raise UserError(f"{options.run}: the run leaves no split to judge it on.\n  Name one with --split, of {', '.join(index.splits)}; "
+                        f"{config.data.train_split} is what it was trained on.")  # fmt: skip
     if changed := conflicts({"model": to_dict(trained.config.model)}, {"model": to_dict(config.model)}):
         raise UserError(f"dist-train eval: the network is the run's.\n  {'; '.join(changed)}\n  Leave it out.")
     if changed := conflicts(_normalising(trained.config), _normalising(config)):
@@ -188,11 +191,11 @@ def eval_main(argv: list[str]) -> None:
             print(json.dumps({"split": split, **evaluation.result.figures()}))
 
 
-def usual_split(index: ShardIndex, config: RunConfig) -> str:
-    """The split that figures are of where none is named."""
+def usual_split(index: ShardIndex, config: RunConfig) -> str | None:
+    """The split that figures are of where none is named; None where all that may be seen is trained on."""
     test, val = config.data.test_split, config.data.val_split
     names = (val,) if test in ("", "none") else (test, "test", val)  # a test split that the run leaves unseen stays so
-    return next((name for name in names if index.find(name)), "test")
+    return next((name for name in names if index.find(name)), None)
 
 
 def _normalising(config: RunConfig) -> dict:

@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study's file says. shards: what the training split holds, so that results of other shards are not taken."""
+    """What a study's file says. shards: what is trained and judged on, so that results of other shards are not taken."""
 
     path: str
     folder: Path
@@ -166,7 +166,8 @@ def read_plan(argv: list[str]) -> Plan:
                         f"to 5 say.")  # fmt: skip
     check_values(path, config.recipe, space)
     folder = Path(options.run or f"runs/{config.name or Path(path).stem}")
-    return Plan(path, folder, config, space, base, index.split(base.data.train_split).fingerprint())
+    splits = [base.data.train_split, *([] if config.folds else [base.data.val_split])]
+    return Plan(path, folder, config, space, base, "+".join(index.split(name).fingerprint() for name in splits))
 
 
 def refuse_ranks() -> None:

@@ -158,7 +158,10 @@ def shown(value: float | None, metric: str) -> str:
 def write_recipe(path: Path, plan, row: Row) -> None:
     """The recipe of a trial: what differs from the defaults, with its figures in the first comment."""
     config = to_dict(plan.trial_config(row.params))
-    config["data"] |= {"folds": 0, "fold": 0}
+    data = config["data"]
+    data |= {"folds": 0, "fold": 0}
+    if plan.config.folds and set(data["val_split"].split("+")) & set(data["train_split"].split("+")):
+        data["val_split"] = "none"  # a fold stood in its place
     defaults = flatten(to_dict(RunConfig()))
     tree = unflatten({name: value for name, value in flatten(config).items() if value != defaults[name]})
     figure = FIGURES[plan.config.metric]

@@ -236,9 +236,10 @@ def test_weights_of_other_classes_are_not_evaluated_with_a_last_layer_as_drawn(d
 
 
 def test_a_test_split_that_a_run_leaves_unseen_stays_so():
-    index = SimpleNamespace(splits={"train": 0, "val": 0, "test": 0})
+    index = SimpleNamespace(find={"train": 1, "val": 1, "test": 1}.get)
     for asked, expected in (("test", "test"), ("none", "val"), ("", "val"), ("other", "test")):
         assert usual_split(index, RunConfig(data=DataConfig(test_split=asked))) == expected
+    assert usual_split(index, RunConfig(data=DataConfig(test_split="none", val_split="none"))) is None
 
 
 def test_a_stop_in_the_first_of_a_few_long_batches_is_heard_before_the_next():

@@ -62,6 +62,13 @@ def thawed(digits, weights, tmp_path_factory) -> Path:
     return run
 
 
+def test_a_job_of_one_rank_freezes_as_a_process_without_a_launcher_does(digits, weights, tmp_path):
+    more = ["--train.micro_batch_size", "24"]
+    assert run_training(tuned(digits, tmp_path / "alone", weights, 0.5, *more)) == 0
+    run_to_end(1, tuned(digits, tmp_path / "launched", weights, 0.5, *more), tmp_path)
+    assert same_tensors(tmp_path / "alone", tmp_path / "launched")
+
+
 def test_all_below_a_new_head_stays_bit_for_bit_for_the_whole_run(digits, weights, tmp_path):
     run = tmp_path / "frozen"
     assert run_training(tuned(digits, run, weights, 1, "--optim.weight_decay", "0.1", "--optim.lr", "0.1")) == 0

@@ -90,6 +90,21 @@ def test_folds_deal_the_joined_samples(digits):
     assert sorted(validated) == list(range(whole.num_samples))
 
 
+def test_a_fold_joined_with_another_split_is_other_data_than_another_fold(digits, tmp_path):
+    """Whatever is kept decoded is found by the fingerprint; these folds have equally many samples of each shard."""
+    index = load_index(digits)
+    one, other = (fold_view(index, settings(digits, 2, 0, seed, train_split="test")).split("val+train") for seed in (0, 1))
+    assert one.shard_samples.tolist() == other.shard_samples.tolist() and one.shard_checksums == other.shard_checksums
+    assert one.fingerprint() != other.fingerprint()
+    server = FaultyServer(Path(digits))
+    with serving(server):
+        remote = load_index(server.url, str(tmp_path / "cache"), 1.0)
+        view = fold_view(remote, settings(digits, 3, 0))
+        there = pictures(open_evaluation(view, "val+test", 64, threads=1))
+    here = fold_view(index, settings(digits, 3, 0))
+    assert there == pictures(open_evaluation(here, "val+test", 64, threads=1))
+
+
 def test_a_run_on_joined_splits_is_evaluated_on_test_alone_and_resumes_exactly(digits, tmp_path, capsys):
     settings = [*JOINED, "--data.cache", "none"]
     straight = train_tiny(digits, tmp_path / "straight", *settings)
@@ -100,6 +115,8 @@ def test_a_run_on_joined_splits_is_evaluated_on_test_alone_and_resumes_exactly(d
     assert {path.name for path in straight.glob("evaluation-*.json")} == {"evaluation-test.json"}
     assert eval_main([str(straight), "--split", "train+val"]) is None
     assert '"split": "train+val", "samples": ' in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no split to judge it on.*\n.*train.val is what it was trained on"):
+        eval_main([str(straight), "--data.test_split", "none"])
 
 
 def test_a_run_goes_on_only_on_the_splits_it_began_with(digits, tmp_path):

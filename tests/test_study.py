@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from dist_train.checkpoint import Saved
 from dist_train.compare import grouped, read_all
 from dist_train.config import DataConfig, RunConfig, StudyConfig
 from dist_train.errors import UserError
+from dist_train.index import load_index, save_index
 from dist_train.journal import counted_trials
 from dist_train.metrics import EvalResult, goodness
 from dist_train.report import write_report
@@ -510,6 +512,28 @@ def test_a_fold_of_a_trial_is_a_run_that_report_and_compare_read(write_study):
         last = lines_of(folder, "eval")[-1]
         assert (fold["last_top1"], fold["last_loss"]) == (last["top1"], last["loss"])
         assert json.loads((folder / "result.json").read_text())["last_top1"] == last["top1"]
+
+
+def test_a_study_on_folds_of_train_and_val_leaves_a_recipe_that_trains(write_study):
+    base = yaml.safe_load(Path("base.yaml").read_text())
+    Path("base.yaml").write_text(yaml.safe_dump(base | {"data": base["data"] | {"train_split": "train+val"}}))
+    path = write_study({"sampler": "grid", "folds": 2}, search={"optim.lr": [0.01]})
+    assert main([path]) == 0
+    assert run_training(["--config", "runs/tune/best.yaml", "--run", "runs/tuned"]) == 0
+    assert json.loads(Path("runs/tuned/result.json").read_text())["test"]["samples"] == 57
+
+
+def test_a_study_is_another_once_it_is_judged_on_other_samples(write_study, table, tmp_path):
+    copy = shutil.copytree(table, tmp_path / "copy")
+    index = load_index(copy)
+    base = yaml.safe_load(Path("base.yaml").read_text())
+    Path("base.yaml").write_text(yaml.safe_dump(base | {"data": base["data"] | {"shards": str(copy)}}))
+    path = write_study({"sampler": "random", "trials": 1}, search={"optim.lr": [0.01, 0.02]})
+    open_study(read_plan([path]))
+    val = index.split("val")
+    save_index(replace(index, splits=index.splits | {"val": replace(val, shard_checksums=["0" * 32] * val.num_shards)}))
+    with pytest.raises(UserError, match="another study; these differ: shards"):
+        open_study(read_plan([path]))
 
 
 def test_another_study_in_the_folder_is_refused(write_study):
