@@ -161,8 +161,8 @@ def eval_main(argv: list[str]) -> None:
     check_fits(index, trained)
     split = options.split or usual_split(index, config)
     if split is None:
-        raise UserError(f"{options.run}: the run leaves no split to judge it on.\n  Name one with --split, of {', '.join(index.splits)}; "
-                        f"{config.data.train_split} is what it was trained on.")  # fmt: skip
+        raise UserError(f"{options.run}: the run leaves no split to judge it on.\n  Name one of {', '.join(index.splits)} with "
+                        f"--split; {config.data.train_split} is what it was trained on.")  # fmt: skip
     if changed := conflicts({"model": to_dict(trained.config.model)}, {"model": to_dict(config.model)}):
         raise UserError(f"dist-train eval: the network is the run's.\n  {'; '.join(changed)}\n  Leave it out.")
     if changed := conflicts(_normalising(trained.config), _normalising(config)):
