@@ -172,6 +172,8 @@ def _charts(lines: list[dict], config: dict) -> list[Chart]:
         charts.append((title, [curve(waits, "data_wait", "wait", 1)], lambda y: f"{y * 100:g}%", True))
     drawn = []
     for title, curves, y_text, zero in charts:
+        if len(evals) == 1 and (curves is accuracy or curves is balanced):
+            continue  # a dot alone says no more than the headline does
         if svg := plots.line_chart(curves, x_name, y_text, zero, restarts):
             names = [(c.name, plots.COLOURS[c.colour]) for c in curves if not c.band and c.x]
             legend = names if len(names) > 1 or any(curves is shares for shares in (accuracy, balanced)) else []
@@ -198,7 +200,8 @@ def _best(evals: list[dict], key: str, better, x_name: str, form: str) -> str:
     if not rows:
         return ""
     best = better(rows, key=lambda line: line[key])
-    return f": best {best['split']} {form.format(best[key])} at {x_name} {round(best[x_name], 1):,g}"
+    figure = f"{best['split']} {form.format(best[key])}"
+    return f": best {figure} at {x_name} {round(best[x_name], 1):,g}" if len(rows) > 1 else f": {figure}"
 
 
 def _summary(lines: list[dict], key: str, figure, name: str, text) -> str:

@@ -1,6 +1,7 @@
 """Splits joined by +, as in data.train_split train+val: one split of all their samples, of which all holds that holds of any."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dist_train.folds import fold_view
 from dist_train.index import load_index
 from dist_train.plan import main as plan_main
 from dist_train.predict import eval_main
+from dist_train.report import write_report
 from dist_train.train import run_training
 
 JOINED = ["--data.train_split", "train+val", "--data.val_split", "none"]
@@ -113,6 +115,9 @@ def test_a_run_on_joined_splits_is_evaluated_on_test_alone_and_resumes_exactly(d
     assert run_training([*tiny_run(digits, stopped, *settings), "--resume"]) == 0
     assert same_tensors(straight, stopped) and figures(straight)[-1] == figures(stopped)[-1]
     assert {path.name for path in straight.glob("evaluation-*.json")} == {"evaluation-test.json"}
+    page = write_report(straight).read_text()
+    assert re.search(r"Loss: test \d\.\d{4}", page) and "Accuracy: " not in page  # a dot alone is no curve
+    assert "1 evaluation as a table" in page
     assert eval_main([str(straight), "--split", "train+val"]) is None
     assert '"split": "train+val", "samples": ' in capsys.readouterr().out
     with pytest.raises(UserError, match=r"no split to judge it on.*\n.*train.val is what it was trained on"):
