@@ -18,8 +18,8 @@ _TRUTH = {"true": 1.0, "false": 0.0}  # as pandas writes them
 _COMMA = re.compile(r"[+-]?((\d+|\d{1,3}(\.\d{3})+),\d+|\d{1,3}(,\d{3})+(\.\d+)?)")  # 1,5  1.250,5  1,234,567  1,234.5
 _HOLDS = {"picture": "picture's path", "target": "class", "split_column": "split", "group": "group"}
 _NUM_LISTED = 20  # names in a line
-_ONE = {"columns": "column", "rows": "row", "classes": "class", "change": "changes", "change,": "changes,", "count": "counts",
-        "them": "it", "their": "its"}  # fmt: skip
+_ONE = {"columns": "column", "classes": "class", "change": "changes", "change,": "changes,", "count": "counts", "them": "it",
+        "their": "its"}  # fmt: skip
 _HEAD = 1 << 16  # characters in which the header line's delimiter is looked for, outside quotes
 
 

@@ -304,7 +304,7 @@ def listed_splits(config: ShardConfig, words: list[str], classes: list[str], lab
     splits = np.array([SPLIT_WORDS.get(word.lower(), -1) for word in words], np.int8)
     unknown = Counter(word for word, split in zip(words, splits.tolist(), strict=True) if split < 0)
     if unknown:
-        found = ", ".join(f"{word!r} ({counted(count, 'rows')})" for word, count in unknown.most_common(NUM_TOLD))
+        found = ", ".join(f"{word!r} ({count:,} row{'s' * (count > 1)})" for word, count in unknown.most_common(NUM_TOLD))
         return splits, [
             f"column {config.split_column} is {found}{', ...' if len(unknown) > NUM_TOLD else ''}; expected train, val or test.\n"
             f"  Write those, or leave --split-column out, and splits are drawn."

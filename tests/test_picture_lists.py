@@ -83,7 +83,7 @@ SPLIT, GROUP = {"split_column": "part"}, {"group": "patient"}
     (["a.png,x", "b.png,y", "c/../a.png,x"], {}, "lines 2 and 4: a.png\n"),
     (["a.png,x,train", "b.png,y,train", "a.png,x,test"], SPLIT, "lines 2 and 4: a.png, part 'train' and 'test'\n"),
     (["a.png,x,train", "b.png,y,holdout", "c.png,y,holdout", "d.png,y,2"], SPLIT,
-     "column part is 'holdout' (2 rows), '2' (1 rows); expected train, val or test.\n  Write those, or leave --split-column out"),
+     "column part is 'holdout' (2 rows), '2' (1 row); expected train, val or test.\n  Write those, or leave --split-column out"),
     (["a.png,x,train", "b.png,y,test"], SPLIT, "1 class has no row in the training split:\n  'y'\n"),
     (["a.png,x,train,p1", "b.png,y,train,p2", "c.png,y,test,p1", "d.png,y,val,p1"], SPLIT | GROUP,
      "1 group of column patient lies in two splits:\n  'p1': train in line 2, test in line 4\n  Put each into one"),
