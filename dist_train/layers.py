@@ -111,6 +111,8 @@ def random_bits(keys: Tensor, layer: int, num_units: int, first_unit: int = 0) -
     pair = pair ^ (pair >> 16 & 0xFFFF)
     word = (pair ^ offset) * odd
     word = (word ^ (word >> 15)) * (0x9E3779B1 - 2**32)
+    if word.shape[1] == 1:  # torch.compile may lay a lone column out so that it refuses to view its halves
+        return torch.cat([word << 16 >> 16, word >> 16], 1).to(torch.int16)[:, :num_units]
     return word.view(torch.int16)[:, :num_units]
 
 

@@ -64,6 +64,9 @@ def test_bits_follow_their_definition():
 
     expected = [[word(int(k), 3, u // 2) >> 16 * (u % 2) & 0xFFFF for u in range(7)] for k in keys]
     assert (random_bits(keys, 3, 7).int() & 0xFFFF).tolist() == expected
+    for first, count in ((0, 1), (0, 2), (4, 1), (4, 2)):  # of a lone column, otherwise
+        found = random_bits(keys, 3, count, first)
+        assert found.dtype == torch.int16 and (found.int() & 0xFFFF).tolist() == [row[first : first + count] for row in expected]
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
