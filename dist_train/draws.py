@@ -73,38 +73,47 @@ def random_boxes(
     return torch.stack([top, left, box_height, box_width], 1), fits.any(1)
 
 
-def beta(keys: Tensor, draw: int, alpha: float) -> Tensor:
-    """Draw from Beta(alpha, alpha) by inverting its distribution function: (N,) float32 in 0..1, one draw each."""
-    table = beta_table(alpha, keys.device)
+def betas(keys: Tensor, draw: int, alphas: tuple[float, ...]) -> list[Tensor]:
+    """Draw from Beta(alpha, alpha) for each alpha by inverting its distribution function: (N,) float32 in 0..1 each.
+
+    All of them from one draw, by one call: to torch 2.11's compiler a second call of `beta_tables` is one constant too many.
+    """
     u = uniform(keys, draw)
-    place = (2 * torch.minimum(u, 1 - u)) ** (1 / alpha) * _KNOTS
-    knot = place.long().clamp(max=_KNOTS - 1)
-    lower = torch.lerp(table[knot], table[knot + 1], place - knot)
-    return torch.where(u < 0.5, lower, 1 - lower)
+    drawn = []
+    for alpha, table in zip(alphas, beta_tables(alphas, keys.device).unbind(0), strict=True):
+        place = (2 * torch.minimum(u, 1 - u)) ** (1 / alpha) * _KNOTS
+        knot = place.long().clamp(max=_KNOTS - 1)
+        lower = torch.lerp(table[knot], table[knot + 1], place - knot)
+        drawn.append(torch.where(u < 0.5, lower, 1 - lower))
+    return drawn
 
 
-def beta_table(alpha: float, device: torch.device) -> Tensor:
-    """Quantiles of Beta(alpha, alpha) at probabilities t^alpha / 2, t = 0 to 1 in even steps: (_KNOTS + 1,) float32.
+def beta_tables(alphas: tuple[float, ...], device: torch.device) -> Tensor:
+    """Quantiles of Beta(alpha, alpha) at probabilities t^alpha / 2, t = 0 to 1 in even steps: (A, _KNOTS + 1) float32.
 
     In t the quantile is smooth for every alpha, also where the density is infinite at 0. From 0 to x the density
     integrates to x^alpha times a power series that converges fast up to x = 1/2 (Abramowitz and Stegun 26.5.4), where
     by symmetry half of the whole is reached; so no gamma function is needed.
     """
-    return _beta_table(alpha, device)
+    return _beta_tables(alphas, device)
 
 
-beta_table._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, whose import takes seconds
+beta_tables._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, whose import takes seconds
 
 
 @functools.lru_cache(maxsize=16)
-def _beta_table(alpha: float, device: torch.device) -> Tensor:
+def _beta_tables(alphas: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.stack([_beta_table(alpha) for alpha in alphas])).to(device)
+
+
+def _beta_table(alpha: float) -> np.ndarray:
     x = np.linspace(0, 0.5, 8 * _KNOTS + 1)
     series, coefficient = np.zeros_like(x), 1.0
     for k in range(64):  # the rest is below 2^-60
         series += coefficient * x**k / (alpha + k)
         coefficient *= (k + 1 - alpha) / (k + 1)
     t = 2 * x * (series / series[-1]) ** (1 / alpha)
-    return torch.from_numpy(np.interp(np.linspace(0, 1, _KNOTS + 1), t, x).astype(np.float32)).to(device)
+    return np.interp(np.linspace(0, 1, _KNOTS + 1), t, x).astype(np.float32)
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:

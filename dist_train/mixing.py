@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dist_train.config import AugmentConfig
-from dist_train.draws import beta, chance, uniform
+from dist_train.draws import betas, chance, uniform
 
 CHOICE, SHARE, CENTRE_Y, CENTRE_X = 64, 65, 66, 67  # draws of the key, by use; augment.py has those below 64
 
@@ -23,12 +23,13 @@ def mix(images: Tensor, labels: Tensor, keys: Tensor, config: AugmentConfig, num
     if len(images) % 2 or not (config.mixup or config.cutmix):
         raise ValueError(f"mixing pairs neighbours: {len(images)} samples, {config}")
     pair_keys = keys.view(-1, 2)[:, :1].expand(-1, 2).reshape(-1)
+    shares = betas(pair_keys, SHARE, tuple(alpha for alpha in (config.mixup, config.cutmix) if alpha))
     if config.mixup:
-        share = blended = beta(pair_keys, SHARE, config.mixup)
+        share = blended = shares[0]
         kept = share[:, None, None, None]
     if config.cutmix:
         height, width = images.shape[2:]
-        box = draw_cut(pair_keys, height, width, beta(pair_keys, SHARE, config.cutmix))
+        box = draw_cut(pair_keys, height, width, shares[-1])
         kept, share = outside(box, height, width), share_outside(box, height, width)
     if config.mixup and config.cutmix:
         is_blended = chance(pair_keys, CHOICE, 0.5)

@@ -45,4 +45,4 @@ def test_no_two_uses_share_a_draw():
 def test_beta_draws_are_the_quantiles_of_the_draw(alpha):
     keys = some_keys(2000)
     expected = betaincinv(alpha, alpha, A.uniform(keys, 5).double().numpy())
-    assert np.abs(draws.beta(keys, 5, alpha).numpy() - expected).max() < 1e-5
+    assert np.abs(draws.betas(keys, 5, (alpha,))[0].numpy() - expected).max() < 1e-5

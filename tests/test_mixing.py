@@ -20,7 +20,7 @@ def test_mixup_is_its_definition_with_the_partners_rest():
     pictures, labels, keys = pairs()
     mixed, targets = mixing.mix(pictures, labels, keys, AugmentConfig(mixup=0.4), 5)
     onehot = torch.nn.functional.one_hot(labels, 5).float()
-    shares = draws.beta(keys[0::2], mixing.SHARE, 0.4)
+    shares = draws.betas(keys[0::2], mixing.SHARE, (0.4,))[0]
     for i, share in enumerate(shares.tolist()):
         for one, other in ((2 * i, 2 * i + 1), (2 * i + 1, 2 * i)):
             assert torch.allclose(mixed[one], pictures[one] * share + pictures[other] * (1 - share), atol=1e-5)
